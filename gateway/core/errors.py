@@ -1,0 +1,146 @@
+"""What can go wrong for a caller: one tree, one reason word each, always with what to do next.
+
+    SessileError
+    ├── InvalidRequest          the request itself is wrong
+    │   └── ContextTooLong      the turn's input does not fit the model's context
+    ├── NotFound                SESSION_, TURN_, REPLICA_, MODEL_NOT_FOUND
+    ├── WrongState              the session cannot do this now
+    │   ├── SessionClosed
+    │   ├── SessionSuspended
+    │   ├── TurnInProgress      another turn of the session runs
+    │   ├── StaleClient         the caller's precondition is behind the ledger
+    │   └── MigrationRefused    the target cannot take the session
+    ├── TurnConflict            the turn id was used with other input
+    ├── TurnCancelled           the turn was cancelled before it began
+    ├── DataLoss                the caller holds more than the ledger does
+    ├── NotOwner                between gateway and replica: ask the store again
+    ├── Overloaded              a bound is reached; try again after ``retry_after_ms``
+    ├── Unavailable             no replica, store or peer answers; try again
+    ├── DeadlineExceeded        the call's own deadline passed
+    ├── MigrationFailed         the move broke; the owner is as it was
+    └── InternalError           a bug; the message says what was found
+
+``gateway/rpc/status.py`` maps each class to a gRPC status, and a test checks that none is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class SessileError(Exception):
+    """Base. ``hint`` says what the caller can do; ``retry_after_ms`` is set where waiting helps;
+    ``metadata`` carries machine-readable details (never secrets or other tenants' data)."""
+
+    reason: str = "INTERNAL"
+    default_hint: ClassVar[str] = "Report this with the request's trace id."
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        reason: str = "",
+        retry_after_ms: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint or self.default_hint
+        if reason:
+            self.reason = reason
+        self.retry_after_ms = retry_after_ms
+        self.metadata: dict[str, str] = dict(metadata or {})
+
+
+class InvalidRequest(SessileError):
+    reason = "INVALID_REQUEST"
+    default_hint = "Correct the request; a repeat as it is fails again."
+
+
+class ContextTooLong(InvalidRequest):
+    reason = "CONTEXT_TOO_LONG"
+    default_hint = "Send less input, or open or fork a session with a shorter history."
+
+
+class NotFound(SessileError):
+    reason = "NOT_FOUND"
+    default_hint = "Check the id and that it belongs to your tenant."
+
+
+class WrongState(SessileError):
+    reason = "WRONG_STATE"
+    default_hint = "Read the session and act on its state."
+
+
+class SessionClosed(WrongState):
+    reason = "SESSION_CLOSED"
+    default_hint = "Open a new session."
+
+
+class SessionSuspended(WrongState):
+    reason = "SESSION_SUSPENDED"
+    default_hint = "Call ResumeSession first."
+
+
+class TurnInProgress(WrongState):
+    reason = "TURN_IN_PROGRESS"
+    default_hint = "Attach to the running turn by its id, wait for it, or cancel it."
+
+
+class StaleClient(WrongState):
+    reason = "STALE_CLIENT"
+    default_hint = "Read the transcript: the session has moved on since you last saw it."
+
+
+class MigrationRefused(WrongState):
+    reason = "MIGRATION_REFUSED"
+    default_hint = "Choose a READY replica of the same model, or wait for the move under way."
+
+
+class TurnConflict(SessileError):
+    reason = "TURN_ID_REUSED"
+    default_hint = "Use a new turn id for new input."
+
+
+class TurnCancelled(SessileError):
+    reason = "TURN_CANCELLED"
+    default_hint = "The turn id was cancelled before it began; use a new one."
+
+
+class DataLoss(SessileError):
+    reason = "DATA_LOSS"
+    default_hint = (
+        "The store lost acknowledged writes and no replica can restore them. "
+        "Fork from the last turn that the transcript shows."
+    )
+
+
+class NotOwner(SessileError):
+    reason = "NOT_OWNER"
+    default_hint = "Read the session's owner again and call that replica."
+
+
+class Overloaded(SessileError):
+    reason = "OVERLOADED"
+    default_hint = "Try again after the retry delay."
+
+
+class Unavailable(SessileError):
+    reason = "UNAVAILABLE"
+    default_hint = "Try again; the session is safe in its ledger."
+
+
+class DeadlineExceeded(SessileError):
+    reason = "DEADLINE_EXCEEDED"
+    default_hint = "Call again with the same turn id to go on, or allow more time."
+
+
+class MigrationFailed(SessileError):
+    reason = "MIGRATION_FAILED"
+    default_hint = "The session is still where it was and can run; try again."
+
+
+class InternalError(SessileError):
+    reason = "INTERNAL"
