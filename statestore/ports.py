@@ -282,6 +282,10 @@ class JournalPort(Protocol):
 
     async def deregister_replica(self, ref: ReplicaRef) -> None: ...
 
+    async def tenant_salt(self, tenant: str) -> bytes:
+        """32 random bytes of the tenant, made at first use and never changed."""
+        ...
+
 
 class SessionStore(JournalPort, Protocol):
     """Everything; used by gateways."""
@@ -369,8 +373,4 @@ class SessionStore(JournalPort, Protocol):
     async def sweep(self, count: int) -> SweepReport:
         """Ends turns past their deadline and purges closed sessions past their retention; at most
         ``count`` sessions."""
-        ...
-
-    async def tenant_salt(self, tenant: str) -> bytes:
-        """32 random bytes of the tenant, made at first use and never changed."""
         ...
