@@ -3,7 +3,7 @@
 The digest of the first ``n`` tokens is ``H(chain, tail)``, where ``chain`` is a hash chained over
 whole blocks of ``BLOCK_TOKENS`` tokens and ``tail`` are the tokens after the last whole block. So
 an append costs one short hash, and a digest at any earlier position can be recomputed from the
-tokens. ``H`` is BLAKE2b-128 keyed by the tenant's salt: opaque to clients, unrelated between tenants.
+tokens. ``H`` is BLAKE2b-128 keyed by the tenant's salt: opaque, unrelated between tenants.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class ReplicaLost(Unavailable):
 
 
 class ReplicaClient(Protocol):
-    """One replica's service. Every call has a time limit in seconds; DeadlineExceeded at the limit."""
+    """One replica's service. Calls take a time limit in seconds (DeadlineExceeded past it)."""
 
     def dispatch_turn(
         self, request: pb.DispatchTurnRequest, timeout_s: float

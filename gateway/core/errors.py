@@ -55,61 +55,85 @@ class SessileError(Exception):
 
 
 class InvalidRequest(SessileError):
+    """The request itself is wrong."""
+
     reason = "INVALID_REQUEST"
     default_hint = "Correct the request; a repeat as it is fails again."
 
 
 class ContextTooLong(InvalidRequest):
+    """The turn's input does not fit the model's context."""
+
     reason = "CONTEXT_TOO_LONG"
     default_hint = "Send less input, or open or fork a session with a shorter history."
 
 
 class NotFound(SessileError):
+    """No such session, turn, replica or model (for this tenant)."""
+
     reason = "NOT_FOUND"
     default_hint = "Check the id and that it belongs to your tenant."
 
 
 class WrongState(SessileError):
+    """The session cannot do this now."""
+
     reason = "WRONG_STATE"
     default_hint = "Read the session and act on its state."
 
 
 class SessionClosed(WrongState):
+    """The session has ended."""
+
     reason = "SESSION_CLOSED"
     default_hint = "Open a new session."
 
 
 class SessionSuspended(WrongState):
+    """The session holds nothing on any replica until it is resumed."""
+
     reason = "SESSION_SUSPENDED"
     default_hint = "Call ResumeSession first."
 
 
 class TurnInProgress(WrongState):
+    """Another turn of the session runs."""
+
     reason = "TURN_IN_PROGRESS"
     default_hint = "Attach to the running turn by its id, wait for it, or cancel it."
 
 
 class StaleClient(WrongState):
+    """The caller's precondition is behind the ledger."""
+
     reason = "STALE_CLIENT"
     default_hint = "Read the transcript: the session has moved on since you last saw it."
 
 
 class MigrationRefused(WrongState):
+    """The target cannot take the session."""
+
     reason = "MIGRATION_REFUSED"
     default_hint = "Choose a READY replica of the same model, or wait for the move under way."
 
 
 class TurnConflict(SessileError):
+    """The turn id was used with other input."""
+
     reason = "TURN_ID_REUSED"
     default_hint = "Use a new turn id for new input."
 
 
 class TurnCancelled(SessileError):
+    """The turn was cancelled before it began."""
+
     reason = "TURN_CANCELLED"
     default_hint = "The turn id was cancelled before it began; use a new one."
 
 
 class DataLoss(SessileError):
+    """The caller holds more than the ledger does."""
+
     reason = "DATA_LOSS"
     default_hint = (
         "The store lost acknowledged writes and no replica can restore them. "
@@ -118,29 +142,41 @@ class DataLoss(SessileError):
 
 
 class NotOwner(SessileError):
+    """The replica does not own the session under that epoch."""
+
     reason = "NOT_OWNER"
     default_hint = "Read the session's owner again and call that replica."
 
 
 class Overloaded(SessileError):
+    """A bound is reached."""
+
     reason = "OVERLOADED"
     default_hint = "Try again after the retry delay."
 
 
 class Unavailable(SessileError):
+    """No replica, store or peer answers."""
+
     reason = "UNAVAILABLE"
     default_hint = "Try again; the session is safe in its ledger."
 
 
 class DeadlineExceeded(SessileError):
+    """The call's own deadline passed."""
+
     reason = "DEADLINE_EXCEEDED"
     default_hint = "Call again with the same turn id to go on, or allow more time."
 
 
 class MigrationFailed(SessileError):
+    """The move broke; the owner is as it was."""
+
     reason = "MIGRATION_FAILED"
     default_hint = "The session is still where it was and can run; try again."
 
 
 class InternalError(SessileError):
+    """A bug in the server."""
+
     reason = "INTERNAL"

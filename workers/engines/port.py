@@ -51,7 +51,7 @@ class EngineInfo:
     page_bytes: int
     """Bytes of one page as exported."""
     kv_fingerprint: bytes
-    """Over everything that makes pages exchangeable: weights, dtype, page size, layout (16 bytes)."""
+    """16 bytes over everything that makes pages exchangeable: weights, dtype, page size, layout."""
     max_running: int
     max_queued: int
     eos_token_ids: tuple[int, ...]
@@ -206,7 +206,7 @@ class Engine(Protocol):
         ...
 
     def resident_pages(self, block_hashes: Sequence[bytes]) -> int:
-        """Length of the longest run of these blocks, from the first, that is sealed and resident."""
+        """Longest run of these blocks, from the first, that is sealed and resident; in pages."""
         ...
 
     def pin(self, pin_id: str, block_hashes: Sequence[bytes], ttl_s: float) -> int:

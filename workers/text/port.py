@@ -26,6 +26,8 @@ class BadMessages(TextError):
 
 
 class Role(enum.StrEnum):
+    """Who speaks."""
+
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
@@ -52,6 +54,8 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
+    """One message, as text."""
+
     role: Role
     content: str
     tool_calls: tuple[Call, ...] = ()
