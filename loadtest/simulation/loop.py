@@ -1,0 +1,230 @@
+"""An asyncio event loop in virtual time, whose runs are a function of their seed.
+
+Time stands still while anything is ready and jumps to the next timer when nothing is, so a minute
+of heartbeats costs microseconds and no test sleeps. There are no sockets and no threads.
+
+The order in which ready tasks step is drawn from the seed: each seed is another legal schedule.
+It must not depend on anything else, and AnyIO delivers a cancellation by iterating a *set* of
+tasks, so the order in which tasks become ready varies with memory addresses. Hence ready tasks are
+first sorted by spawn number and then shuffled; plain callbacks run before them, in FIFO order. The
+cyclic garbage collector is off during a run, because what it finalises it finalises at arbitrary
+moments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextvars
+import gc
+import heapq
+import itertools
+import random
+import weakref
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, TypeVar, TypeVarTuple, Unpack
+
+import anyio
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+MAX_ROUNDS_AT_ONE_INSTANT = 100_000
+"""Rounds of ready handles without time passing; over it the program is taken to spin."""
+
+
+class SimulationError(Exception):
+    """Base: the simulated program cannot go on."""
+
+
+class Deadlock(SimulationError):
+    """Nothing is ready, no timer is set, and the main task has not finished."""
+
+
+class Livelock(SimulationError):
+    """The program steps on and on without letting time pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of one task, as the trace hook sees it (before the step runs)."""
+
+    time: float
+    task_number: int
+    task_name: str
+
+
+TraceHook = Callable[[Step], None]
+
+
+class VirtualLoop(asyncio.BaseEventLoop):
+    """See the module's docstring. ``seed`` None keeps ready tasks in spawn order."""
+
+    _ready: collections.deque[asyncio.Handle]  # BaseEventLoop's; call_soon appends to it
+
+    def __init__(self, seed: int | None, trace: TraceHook | None = None) -> None:
+        super().__init__()
+        self._now = 0.0
+        self._random = None if seed is None else random.Random(seed)
+        self._trace = trace
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._sequence = itertools.count()
+        self._task_count = itertools.count(1)
+        self._task_numbers: weakref.WeakKeyDictionary[asyncio.Task[Any], int] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._rounds = 0
+        self.set_task_factory(_numbered_task)
+
+    def time(self) -> float:
+        """Virtual seconds since the loop was made."""
+        return self._now
+
+    def number_of(self, task: asyncio.Task[Any]) -> int:
+        """Spawn number of a task of this loop, from 1."""
+        number = self._task_numbers.get(task)
+        if number is None:
+            number = self._task_numbers[task] = next(self._task_count)
+        return number
+
+    # -- what BaseEventLoop asks of a loop, or does with sockets and threads ------------------
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        if self.is_closed():
+            raise RuntimeError("the loop is closed")
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._sequence), timer))
+        return timer
+
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: *Ts
+    ) -> asyncio.Future[T]:
+        raise SimulationError(f"{func!r} wants a thread: nothing may leave the simulated world")
+
+    def _write_to_self(self) -> None:
+        """Wakes a loop that waits in a selector; this one never does."""
+
+    def _run_once(self) -> None:
+        if not self._ready:
+            self._advance()
+        while self._timers and self._timers[0][0] <= self._now:
+            self._ready.append(heapq.heappop(self._timers)[2])
+        self._rounds += 1
+        if self._rounds > MAX_ROUNDS_AT_ONE_INSTANT:
+            self._rounds = 0
+            raise Livelock(f"no time passes at {self._now} s:\n{self._describe_tasks()}")
+        batch = list(self._ready)
+        self._ready.clear()
+        for handle, task in self._ordered(batch):
+            if handle.cancelled():
+                continue
+            if task is not None and self._trace is not None:
+                self._trace(Step(self._now, self.number_of(task), task.get_name()))
+            handle._run()
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        while self._timers and self._timers[0][2].cancelled():
+            heapq.heappop(self._timers)
+        if not self._timers:
+            raise Deadlock(f"at {self._now} s everyone waits:\n{self._describe_tasks()}")
+        if self._timers[0][0] > self._now:
+            self._now = self._timers[0][0]
+            self._rounds = 0
+
+    def _ordered(
+        self, batch: list[asyncio.Handle]
+    ) -> list[tuple[asyncio.Handle, asyncio.Task[Any] | None]]:
+        callbacks: list[tuple[asyncio.Handle, asyncio.Task[Any] | None]] = []
+        steps: list[tuple[asyncio.Handle, asyncio.Task[Any] | None]] = []
+        numbers: dict[asyncio.Handle, int] = {}
+        for handle in batch:
+            task = getattr(getattr(handle, "_callback", None), "__self__", None)
+            if isinstance(task, asyncio.Task):
+                numbers[handle] = self.number_of(task)
+                steps.append((handle, task))
+            else:
+                callbacks.append((handle, None))
+        steps.sort(key=lambda step: numbers[step[0]])
+        if self._random is not None:
+            self._random.shuffle(steps)
+        return callbacks + steps
+
+    def _describe_tasks(self) -> str:
+        return "\n".join(
+            f"  #{self.number_of(task)} {task.get_name()}: {_innermost_frame(task)}"
+            for task in sorted(asyncio.all_tasks(self), key=self.number_of)
+        )
+
+
+def _numbered_task(
+    loop: asyncio.AbstractEventLoop,
+    coro: Coroutine[Any, Any, T] | Generator[Any, None, T],
+    **options: Any,
+) -> asyncio.Task[T]:
+    assert isinstance(loop, VirtualLoop)
+    task = asyncio.Task(coro, loop=loop, **options)
+    task.set_name(f"task {loop.number_of(task)}")  # the default counts the whole process's tasks
+    return task
+
+
+def _innermost_frame(task: asyncio.Task[Any]) -> str:
+    awaited: Any = task.get_coro()
+    where = "?"
+    while awaited is not None:
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "ag_frame", None)
+        if frame is not None:
+            where = f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})"
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "ag_await", None)
+    return where
+
+
+class VirtualClock:
+    """The clock port of gateways and workers, on the running loop's time."""
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def sleep(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
+
+
+def run(
+    main: Callable[[], Coroutine[Any, Any, T]],
+    seed: int | None = None,
+    trace: TraceHook | None = None,
+) -> T:
+    """Runs ``main()`` to its end in virtual time and returns its result. Raises what it raises,
+    Deadlock or Livelock; whatever still runs then is cancelled first."""
+    loop = VirtualLoop(seed, trace)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        asyncio.set_event_loop(loop)
+        try:
+            return loop.run_until_complete(loop.create_task(main(), name="main"))
+        finally:
+            _cancel_rest(loop)
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+        if collecting:
+            gc.enable()
+
+
+def _cancel_rest(loop: VirtualLoop) -> None:
+    rest = sorted(asyncio.all_tasks(loop), key=loop.number_of)
+    for task in rest:
+        task.cancel()
+    if rest:
+        loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_asyncgens())
