@@ -1,4 +1,4 @@
-"""The Lua scripts: one file per atomic operation in ``statestore/lua``, a shared prelude before each.
+"""The Lua scripts: one file per operation in ``statestore/lua``, a shared prelude before each.
 
 The scripts keep to plain Lua 5.1 and to few commands, so that an in-process interpreter with a
 small command table can run the very same text (the simulation does). They use no library of

@@ -1,0 +1,326 @@
+"""The part of the store that a turn runner uses: turns, ledgers, heartbeats."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+
+import anyio
+
+from statestore import keys, replies
+from statestore.digest import pack_tokens, unpack_tokens
+from statestore.executor import ScriptCall, ScriptExecutor
+from statestore.ports import (
+    Append,
+    Appended,
+    AppendOutcome,
+    BeginOutcome,
+    Repair,
+    RepairOutcome,
+    ResumeOutcome,
+    SessionWritten,
+    StoreError,
+)
+from statestore.records import (
+    Epoch,
+    Position,
+    ReplicaRef,
+    ReplicaRegistration,
+    Session,
+    StoreLimits,
+    Turn,
+    TurnSpec,
+)
+from statestore.script_runner import RetryPolicy, ScriptRunner, script_call
+
+MAX_TURNS_PER_READ = 1000
+READ_PIECE_TOKENS = 1 << 16
+"""Tokens of one ledger read: bounds how long one read occupies the server."""
+MAX_DETAILS_BYTES = 8192
+CALL_KEY_BYTES = 8
+
+
+class RedisJournal:
+    """JournalPort over scripts. Raises StoreError; ValueError for calls that no caller should make
+    (a malformed session id, positions that contradict the tokens)."""
+
+    def __init__(
+        self,
+        executor: ScriptExecutor,
+        *,
+        limits: StoreLimits | None = None,
+        retry: RetryPolicy | None = None,
+        now: Callable[[], float] = anyio.current_time,
+        sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        self._limits = limits or StoreLimits()
+        self._scripts = ScriptRunner(executor, retry or RetryPolicy(), now, sleep)
+        self._random_bytes = random_bytes
+        self._registered: dict[ReplicaRef, ReplicaRegistration] = {}
+
+    async def aclose(self) -> None:
+        await self._scripts.aclose()
+
+    # -- reads --------------------------------------------------------------------------------
+
+    async def get_session(self, session_id: str) -> Session | None:
+        try:
+            call = script_call("read_session", [keys.session_key(session_id)], [])
+        except ValueError:
+            return None
+        outcome = await self._outcome(call)
+        return outcome.session if isinstance(outcome, SessionWritten) else None
+
+    async def get_turn(self, session_id: str, turn_id: str) -> Turn | None:
+        (reply,) = await self._scripts.run(
+            script_call("read_turn", [keys.session_key(session_id)], [turn_id])
+        )
+        kind, *rest = replies.items(reply)
+        if kind == b"turn":
+            return replies.turn(rest[0])
+        replies.outcome(reply)
+        return None
+
+    async def get_turns(self, session_id: str, start: int, count: int) -> tuple[Turn, ...]:
+        (reply,) = await self._scripts.run(
+            script_call(
+                "read_turns",
+                [keys.session_key(session_id)],
+                [max(start, 0), min(count, MAX_TURNS_PER_READ)],
+            )
+        )
+        kind, *rest = replies.items(reply)
+        if kind == b"turns":
+            return tuple(replies.turn(item) for item in replies.items(rest[0]))
+        replies.outcome(reply)
+        return ()
+
+    async def read_tokens(self, session: Session, start: int, end: int) -> list[int]:
+        tokens: list[int] = []
+        sources = [(s.ledger_id, s.start, s.end) for s in session.segments]
+        sources.append((session.session_id, session.own_base, session.head.length))
+        for ledger_id, base, limit in sources:
+            at, until = max(start, base), min(end, limit)
+            while at < until:
+                piece_end = min(until, at + READ_PIECE_TOKENS)
+                piece = await self._read_ledger(ledger_id, at - base, piece_end - base)
+                tokens += piece
+                if len(piece) < piece_end - at:
+                    return tokens
+                at = piece_end
+        return tokens
+
+    async def _read_ledger(self, ledger_id: str, start: int, end: int) -> list[int]:
+        (reply,) = await self._scripts.run(
+            script_call("read_ledger", [keys.ledger_key(ledger_id)], [4 * start, 4 * end - 1])
+        )
+        return unpack_tokens(replies.data(reply))
+
+    # -- turns --------------------------------------------------------------------------------
+
+    async def begin_turn(
+        self,
+        session_id: str,
+        epoch: Epoch,
+        expected: Position,
+        spec: TurnSpec,
+        input_tokens: Sequence[int],
+        output_start: Position,
+        *,
+        token_fingerprint: bytes,
+    ) -> BeginOutcome:
+        _check_head(expected, input_tokens, output_start)
+        begin = script_call(
+            "begin",
+            [keys.session_key(session_id), keys.ledger_key(session_id)],
+            [
+                *_epoch_args(epoch),
+                *_position_args(expected),
+                spec.turn_id,
+                spec.input_digest,
+                spec.body,
+                spec.timeout_ms,
+                pack_tokens(input_tokens),
+                *_position_args(output_start),
+                token_fingerprint,
+                self._random_bytes(CALL_KEY_BYTES),
+                self._limits.max_turns_per_session,
+                self._limits.max_append_tokens,
+            ],
+        )
+        due = self._due(session_id, spec.timeout_ms)
+        outcome = replies.outcome((await self._scripts.run(due, begin))[1])
+        if not isinstance(outcome, BeginOutcome):
+            raise replies.unexpected(outcome)
+        return outcome
+
+    async def resume_turn(self, session_id: str, epoch: Epoch, turn_id: str) -> ResumeOutcome:
+        call = script_call(
+            "resume",
+            [keys.session_key(session_id)],
+            [
+                *_epoch_args(epoch),
+                turn_id,
+                self._random_bytes(CALL_KEY_BYTES),
+                self._limits.max_attempts_without_progress,
+            ],
+        )
+        outcome = await self._outcome(call)
+        if not isinstance(outcome, ResumeOutcome):
+            raise replies.unexpected(outcome)
+        return outcome
+
+    async def append_many(self, appends: Sequence[Append]) -> list[AppendOutcome | StoreError]:
+        """One attempt only: the journal repeats what failed, so that one silent shard does not
+        hold back the acknowledgements of the others."""
+        results = await self._scripts.once([self._append_call(append) for append in appends])
+        return [
+            result
+            if isinstance(result, StoreError)
+            else _append_outcome(append, replies.outcome(result))
+            for append, result in zip(appends, results, strict=True)
+        ]
+
+    def _append_call(self, append: Append) -> ScriptCall:
+        if len(append.tokens) > self._limits.max_append_tokens:
+            raise ValueError(f"{len(append.tokens)} tokens are too many for one append")
+        _check_head(append.expected, append.tokens, append.head)
+        result = append.commit
+        return script_call(
+            "append",
+            [keys.session_key(append.session_id), keys.ledger_key(append.session_id)],
+            [
+                *_epoch_args(append.epoch),
+                append.turn_id,
+                *_position_args(append.expected),
+                *_position_args(append.head),
+                pack_tokens(append.tokens),
+                result.status.value if result else "",
+                result.reason.value if result else "",
+                result.text_end if result else 0,
+                result.usage if result else b"",
+                result.error if result else "",
+            ],
+        )
+
+    async def repair(self, repair: Repair) -> RepairOutcome:
+        session_id = repair.session_id
+        if repair.keep + len(repair.tokens) != repair.head.length:
+            raise ValueError("the kept and the given tokens do not add up to the head")
+        call = script_call(
+            "repair",
+            [keys.session_key(session_id), keys.ledger_key(session_id), keys.refs_key(session_id)],
+            [
+                *_epoch_args(repair.epoch),
+                repair.owner.replica_id,
+                repair.owner.incarnation,
+                *_epoch_args(repair.observed_epoch),
+                *_position_args(repair.observed),
+                repair.keep,
+                pack_tokens(repair.tokens),
+                *_position_args(repair.head),
+                repair.active_turn_id or "",
+                repair.turn_index,
+                session_id,
+                *(arg for turn in repair.turns for arg in replies.turn_args(turn)),
+            ],
+        )
+        # Due at once: the sweep then files it by the deadline that was written back.
+        (_, _, reply) = await self._scripts.run(
+            self._due(session_id, 0), self._index_replica(session_id, repair.owner), call
+        )
+        outcome = replies.outcome(reply) or Appended(repair.head)
+        if not isinstance(outcome, RepairOutcome):
+            raise replies.unexpected(outcome)
+        return outcome
+
+    # -- replicas and tenants -----------------------------------------------------------------
+
+    async def register_replica(self, registration: ReplicaRegistration) -> ReplicaRef:
+        if len(registration.details.encode()) > MAX_DETAILS_BYTES:
+            raise ValueError(f"the details of a replica have at most {MAX_DETAILS_BYTES} bytes")
+        (reply,) = await self._scripts.run(
+            script_call(
+                "register", [keys.FLEET], [registration.replica_id, registration.details, ""]
+            )
+        )
+        incarnation = replies.number(replies.items(reply)[1])
+        ref = ReplicaRef(registration.replica_id, incarnation)
+        self._registered[ref] = registration
+        return ref
+
+    async def heartbeat(self, ref: ReplicaRef, counter: int, load: str) -> bool:
+        beat = script_call(
+            "heartbeat", [keys.FLEET], [ref.replica_id, ref.incarnation, counter, load]
+        )
+        status = await self._status(beat)
+        registration = self._registered.get(ref)
+        if status == b"unknown" and registration is not None:
+            # The store lost the registration: only this process can write it back.
+            await self._status(
+                script_call(
+                    "register",
+                    [keys.FLEET],
+                    [ref.replica_id, registration.details, ref.incarnation],
+                )
+            )
+            status = await self._status(beat)
+        return status != b"replaced"
+
+    async def set_draining(self, ref: ReplicaRef, draining: bool) -> bool:
+        return await self._mark(ref, "draining", draining) == b"done"
+
+    async def deregister_replica(self, ref: ReplicaRef) -> None:
+        self._registered.pop(ref, None)
+        await self._mark(ref, "gone", True)
+
+    async def tenant_salt(self, tenant: str) -> bytes:
+        call = script_call("tenant_salt", [keys.salt_key(tenant)], [self._random_bytes(32)])
+        (reply,) = await self._scripts.run(call)
+        return replies.data(reply)
+
+    # -- shared -------------------------------------------------------------------------------
+
+    async def _mark(self, ref: ReplicaRef, flag: str, value: bool) -> bytes:
+        return await self._status(
+            script_call(
+                "mark_replica", [keys.FLEET], [ref.replica_id, ref.incarnation, flag, int(value)]
+            )
+        )
+
+    async def _outcome(self, call: ScriptCall) -> replies.Outcome | None:
+        (reply,) = await self._scripts.run(call)
+        return replies.outcome(reply)
+
+    async def _status(self, call: ScriptCall) -> bytes:
+        (reply,) = await self._scripts.run(call)
+        return replies.data(replies.items(reply)[0])
+
+    def _due(self, session_id: str, in_ms: int) -> ScriptCall:
+        return script_call("due", [keys.DUE], [session_id, in_ms])
+
+    def _index_replica(self, session_id: str, ref: ReplicaRef) -> ScriptCall:
+        return script_call("index_add", [keys.replica_index_key(ref)], [session_id, 0])
+
+
+def _append_outcome(append: Append, found: replies.Outcome | None) -> AppendOutcome:
+    outcome = found or Appended(append.head)
+    if not isinstance(outcome, AppendOutcome):
+        raise replies.unexpected(outcome)
+    return outcome
+
+
+def _check_head(expected: Position, tokens: Sequence[int], head: Position) -> None:
+    if expected.length + len(tokens) != head.length:
+        raise ValueError(
+            f"{expected.length} + {len(tokens)} tokens do not end at position {head.length}"
+        )
+
+
+def _epoch_args(epoch: Epoch) -> tuple[int, bytes]:
+    return epoch.number, epoch.nonce
+
+
+def _position_args(position: Position) -> tuple[int, bytes]:
+    return position.length, position.digest

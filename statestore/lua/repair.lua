@@ -1,0 +1,105 @@
+-- The owner writes back what the server lost in a restart or a fail-over.
+-- KEYS: session, ledger, refs.  ARGV: epoch, nonce, owner, incarnation, observed epoch,
+-- observed nonce, observed length, observed digest, tokens to keep, tokens, head length,
+-- head digest, active turn or '', turn index, session id, then each turn as its TURN_FIELDS.
+local FIRST = 16
+local s, none = load(KEYS[1])
+if not s then return none end
+if s.state ~= 'OPEN' then return refused(s) end
+local number, stored = tonumber(ARGV[1]), tonumber(s.epoch)
+if number < stored or (number == stored and ARGV[2] ~= s.nonce) then
+  return fenced(s, ARGV[1], ARGV[2])
+end
+
+local given = {}
+for at = FIRST, #ARGV, #TURN_FIELDS do
+  local fields = {}
+  for i, name in ipairs(TURN_FIELDS) do fields[name] = ARGV[at + i - 1] end
+  given[#given + 1] = fields
+end
+
+if number == stored and s.length == ARGV[11] and s.digest == ARGV[12]
+    and s.active == ARGV[13] and s.turn_index == tonumber(ARGV[14]) then
+  return {'appended'}
+end
+if s.epoch ~= ARGV[5] or s.nonce ~= ARGV[6] or s.length ~= ARGV[7] or s.digest ~= ARGV[8] then
+  return mismatch(s)
+end
+
+-- Turns that ended stay as they ended: a given turn that says otherwise ends the repair.
+for _, t in ipairs(given) do
+  local v = call('HMGET', KEYS[1], turn_field(t.id, 'status'), turn_field(t.id, 'end_len'),
+    turn_field(t.id, 'end_digest'))
+  t.stored = v[1]
+  if v[1] and ended(v[1]) and (t.status ~= v[1] or t.end_len ~= v[2] or t.end_digest ~= v[3]) then
+    return {'ended', turn(s, t.id)}
+  end
+end
+
+-- Neither the tokens of an ancestor nor tokens that a fork refers to can be replaced.
+local keep, length = tonumber(ARGV[9]), tonumber(s.length)
+if keep < s.own_base or keep > length then return refused(s) end
+if keep < length then
+  local furthest = tonumber(call('HGET', KEYS[3], 'e:' .. ARGV[15]) or '0')
+  if keep < furthest then return refused(s) end
+  local kept = ''
+  if keep > s.own_base then
+    kept = call('GETRANGE', KEYS[2], '0', int(4 * (keep - s.own_base) - 1))
+  end
+  call('SET', KEYS[2], kept)
+end
+if #ARGV[10] > 0 then call('APPEND', KEYS[2], ARGV[10]) end
+
+-- Turns of a history that is given up: another turn at a given index, or past the last index.
+local function forget(index)
+  local id = call('HGET', KEYS[1], 'ti:' .. int(index))
+  if not id then return false end
+  local names = {'ti:' .. int(index)}
+  for _, name in ipairs(TURN_FIELDS) do names[#names + 1] = turn_field(id, name) end
+  for _, name in ipairs({'call', 'attempt_from', 'stalled', 'planned'}) do
+    names[#names + 1] = turn_field(id, name)
+  end
+  call('HDEL', KEYS[1], unpack(names))
+  return true
+end
+for _, t in ipairs(given) do
+  local id = call('HGET', KEYS[1], 'ti:' .. t.index)
+  if id and id ~= t.id then forget(tonumber(t.index)) end
+end
+local past = tonumber(ARGV[14]) + (ARGV[13] ~= '' and 1 or 0)
+while forget(past) do past = past + 1 end
+
+local deadline = '0'
+for _, t in ipairs(given) do
+  local active = t.id == ARGV[13]
+  if not (t.stored and ended(t.stored)) then
+    for _, name in ipairs(TURN_FIELDS) do
+      -- An active turn's output ends at the head.
+      if not (active and (name == 'end_len' or name == 'end_digest')) then
+        put(s, turn_field(t.id, name), t[name])
+      end
+    end
+    put(s, 'ti:' .. t.index, t.id)
+    put(s, turn_field(t.id, 'call'), '')
+    put(s, turn_field(t.id, 'attempt_from'), t.start_len)
+    put(s, turn_field(t.id, 'stalled'), '0')
+    put(s, turn_field(t.id, 'planned'), '')
+    -- Saved turn by turn: Lua bounds the number of arguments of one call.
+    call('HSET', KEYS[1], unpack(s.changes))
+    s.changes = {}
+  end
+end
+if ARGV[13] ~= '' then
+  deadline = call('HGET', KEYS[1], turn_field(ARGV[13], 'deadline'))
+  put(s, turn_field(ARGV[13], 'status'), 'RUNNING')
+end
+s.epoch, s.nonce = ARGV[1], ARGV[2]
+put(s, 'epoch', ARGV[1])
+put(s, 'nonce', ARGV[2])
+set_owner(s, ARGV[3], ARGV[4])
+set_head(s, ARGV[11], ARGV[12])
+put(s, 'active', ARGV[13])
+put(s, 'deadline', deadline)
+put(s, 'turn_index', ARGV[14])
+save(s)
+return {'appended'}

@@ -1,0 +1,395 @@
+"""The whole store, as gateways use it: sessions, their owners, forks, moves, the fleet."""
+
+from __future__ import annotations
+
+from statestore import keys, replies
+from statestore.executor import ScriptCall
+from statestore.journal import RedisJournal
+from statestore.ports import (
+    CancelOutcome,
+    EpochLost,
+    ForkOutcome,
+    HeadMismatch,
+    Missing,
+    OpenOutcome,
+    PlaceOutcome,
+    Refused,
+    SessionWritten,
+    StoreUnavailable,
+    SwitchOutcome,
+    TakeOutcome,
+)
+from statestore.records import (
+    Epoch,
+    Lease,
+    NewSession,
+    Position,
+    ReplicaRecord,
+    ReplicaRef,
+    Session,
+    SessionPage,
+    SessionState,
+    SweepReport,
+)
+from statestore.replies import Arg
+from statestore.script_runner import script_call
+
+INDEX_GRACE_US = 10_000_000
+"""Index entries are written before the records they point to: younger ones are never dropped."""
+MAX_PAGE = 1000
+
+_Written = SessionWritten | EpochLost | Refused | Missing
+
+
+class RedisStore(RedisJournal):
+    """SessionStore over scripts; see RedisJournal for what it raises.
+
+    Indices (a tenant's sessions, a replica's sessions, sessions due for a sweep) are in other hash
+    slots than the sessions, so they are written before them, beside them in the same pipeline; what
+    they list is checked against the records when it is read.
+    """
+
+    # -- life of a session --------------------------------------------------------------------
+
+    async def open_session(self, new: NewSession) -> OpenOutcome:
+        call = script_call(
+            "open",
+            [
+                keys.session_key(new.session_id),
+                keys.ledger_key(new.session_id),
+                keys.refs_key(new.session_id),
+            ],
+            [
+                new.session_id,
+                new.tenant,
+                new.model,
+                new.preamble,
+                new.root_digest,
+                new.leading_digest,
+                replies.encode_labels(new.labels),
+            ],
+        )
+        index = self._index_tenant(new.tenant, new.session_id)
+        outcome = replies.outcome((await self._scripts.run(index, call))[1])
+        if not isinstance(outcome, OpenOutcome):
+            raise replies.unexpected(outcome)
+        return outcome
+
+    async def suspend(self, session_id: str) -> SessionWritten | Refused | Missing:
+        return await self._set_state(session_id, SessionState.SUSPENDED)
+
+    async def unsuspend(self, session_id: str) -> SessionWritten | Refused | Missing:
+        return await self._set_state(session_id, SessionState.OPEN)
+
+    async def _set_state(
+        self, session_id: str, state: SessionState
+    ) -> SessionWritten | Refused | Missing:
+        call = script_call("suspend", [keys.session_key(session_id)], [state.value])
+        outcome = await self._outcome(call)
+        if isinstance(outcome, SessionWritten):
+            await self._unindex_previous(outcome.session)
+        if not isinstance(outcome, SessionWritten | Refused | Missing):
+            raise replies.unexpected(outcome)
+        return outcome
+
+    async def close(self, session_id: str, retention_ms: int | None) -> SessionWritten | Missing:
+        asked = retention_ms is not None
+        wanted = self._limits.default_retention_ms if retention_ms is None else retention_ms
+        kept_ms = min(max(wanted, 0), self._limits.max_retention_ms)
+        call = script_call("close", [keys.session_key(session_id)], [kept_ms, int(asked)])
+        outcome = replies.outcome(
+            (await self._scripts.run(self._due(session_id, kept_ms), call))[1]
+        )
+        if not isinstance(outcome, SessionWritten | Missing):
+            raise replies.unexpected(outcome)
+        if isinstance(outcome, SessionWritten):
+            if kept_ms == 0:
+                await self._purge(outcome.session)
+            else:
+                await self._unindex_previous(outcome.session)
+        return outcome
+
+    async def _purge(self, session: Session) -> bool:
+        """Deletes a closed session past its retention; True if it is gone. A session inherits the
+        same ledgers for life, so they can be named from a record read earlier."""
+        session_id = session.session_id
+        ledgers = [session_id, *(segment.ledger_id for segment in session.segments)]
+        call = script_call(
+            "purge",
+            [
+                keys.session_key(session_id),
+                keys.refs_key(session_id),
+                *(keys.ledger_key(ledger) for ledger in ledgers),
+            ],
+            ledgers,
+        )
+        (reply,) = await self._scripts.run(call)
+        if isinstance(replies.outcome(reply), Refused):
+            return False
+        await self._unindex(keys.tenant_index_key(session.tenant), session_id, min_age_us=0)
+        await self._unindex_previous(session)
+        return True
+
+    async def fork(
+        self,
+        session_id: str,
+        child_id: str,
+        at_turn_index: int | None,
+        labels: tuple[tuple[str, str], ...],
+    ) -> ForkOutcome:
+        if keys.family_of(child_id) != keys.family_of(session_id):
+            raise ValueError(f"{child_id} is not of the family of {session_id}")
+        parent = await self.get_session(session_id)
+        if parent is None:
+            return Missing()
+        call = script_call(
+            "fork",
+            [
+                keys.session_key(session_id),
+                keys.session_key(child_id),
+                keys.refs_key(session_id),
+                keys.ledger_key(child_id),
+                *(keys.ledger_key(segment.ledger_id) for segment in parent.segments),
+                keys.ledger_key(session_id),
+            ],
+            [
+                session_id,
+                child_id,
+                "" if at_turn_index is None else at_turn_index,
+                replies.encode_labels(labels),
+                self._limits.max_segments,
+            ],
+        )
+        index = self._index_tenant(parent.tenant, child_id)
+        outcome = replies.outcome((await self._scripts.run(index, call))[1])
+        if not isinstance(outcome, ForkOutcome):
+            raise replies.unexpected(outcome)
+        return outcome
+
+    async def cancel_turn(self, session_id: str, turn_id: str) -> CancelOutcome:
+        call = script_call(
+            "cancel",
+            [keys.session_key(session_id)],
+            [turn_id, self._limits.tombstone_ttl_ms, self._limits.max_tombstones],
+        )
+        outcome = await self._outcome(call)
+        if not isinstance(outcome, CancelOutcome):
+            raise replies.unexpected(outcome)
+        return outcome
+
+    # -- ownership ----------------------------------------------------------------------------
+
+    async def place(
+        self, session_id: str, expected: Epoch, owner: ReplicaRef, nonce: bytes
+    ) -> PlaceOutcome:
+        return await self._grant("place", session_id, expected, owner, nonce)
+
+    async def take(
+        self, session_id: str, expected: Epoch, owner: ReplicaRef | None, nonce: bytes
+    ) -> TakeOutcome:
+        return await self._grant("take", session_id, expected, owner, nonce)
+
+    async def _grant(
+        self, script: str, session_id: str, expected: Epoch, owner: ReplicaRef | None, nonce: bytes
+    ) -> _Written:
+        call = script_call(
+            script,
+            [keys.session_key(session_id)],
+            [
+                expected.number,
+                expected.nonce,
+                owner.replica_id if owner else "",
+                owner.incarnation if owner else 0,
+                nonce,
+            ],
+        )
+        calls = [self._index_replica(session_id, owner), call] if owner else [call]
+        outcome = _written(replies.outcome((await self._scripts.run(*calls))[-1]))
+        if isinstance(outcome, SessionWritten):
+            await self._unindex_previous(outcome.session)
+        return outcome
+
+    async def begin_migration(
+        self, session_id: str, epoch: Epoch, migration_id: str, target: ReplicaRef, lease_ms: int
+    ) -> _Written:
+        call = script_call(
+            "begin_migration",
+            [keys.session_key(session_id)],
+            [
+                epoch.number,
+                epoch.nonce,
+                migration_id,
+                target.replica_id,
+                target.incarnation,
+                lease_ms,
+            ],
+        )
+        # Indexed under the target already, because the switch does not know it.
+        return _written(
+            replies.outcome(
+                (await self._scripts.run(self._index_replica(session_id, target), call))[1]
+            )
+        )
+
+    async def switch_migration(
+        self,
+        session_id: str,
+        epoch: Epoch,
+        migration_id: str,
+        verified: Position,
+        active_turn_id: str | None,
+        nonce: bytes,
+    ) -> SwitchOutcome:
+        call = script_call(
+            "switch_migration",
+            [keys.session_key(session_id)],
+            [
+                epoch.number,
+                epoch.nonce,
+                migration_id,
+                verified.length,
+                verified.digest,
+                active_turn_id or "",
+                nonce,
+            ],
+        )
+        found = await self._outcome(call)
+        if isinstance(found, HeadMismatch):
+            return found
+        outcome = _written(found)
+        if isinstance(outcome, SessionWritten):
+            session = outcome.session
+            if session.owner is not None:
+                # Again: a long copy may have outlived the grace of the entry made at its begin.
+                await self._best_effort(self._index_replica(session_id, session.owner.replica))
+            await self._unindex_previous(session)
+        return outcome
+
+    async def abort_migration(self, session_id: str, migration_id: str) -> None:
+        await self._outcome(
+            script_call("abort_migration", [keys.session_key(session_id)], [migration_id])
+        )
+
+    # -- indices ------------------------------------------------------------------------------
+
+    async def list_sessions(self, tenant: str, cursor: str, count: int) -> SessionPage:
+        key = keys.tenant_index_key(tenant)
+        entries = await self._index_page(key, cursor, min(max(count, 1), MAX_PAGE))
+        sessions: list[Session] = []
+        for session_id, session in await self._read_sessions([entry for entry, _ in entries]):
+            if session is None:
+                await self._unindex(key, session_id)
+            else:
+                sessions.append(session)
+        more = len(entries) == min(max(count, 1), MAX_PAGE)
+        return SessionPage(tuple(sessions), entries[-1][1] if more else "")
+
+    async def sessions_of(self, ref: ReplicaRef, count: int) -> tuple[str, ...]:
+        key = keys.replica_index_key(ref)
+        found: list[str] = []
+        cursor = ""
+        while len(found) < count:
+            entries = await self._index_page(key, cursor, min(max(count, 1), MAX_PAGE))
+            for session_id, session in await self._read_sessions([entry for entry, _ in entries]):
+                if session is None or session.owner is None or session.owner.replica != ref:
+                    await self._unindex(key, session_id)
+                else:
+                    found.append(session_id)
+            if len(entries) < min(max(count, 1), MAX_PAGE):
+                break
+            cursor = entries[-1][1]
+        return tuple(found[:count])
+
+    async def _index_page(self, key: str, cursor: str, count: int) -> list[tuple[str, str]]:
+        """(session id, cursor after it), newest first."""
+        if cursor and not cursor.isdecimal():
+            raise ValueError(f"{cursor!r} is no cursor of a session list")
+        call = script_call("index_list", [key], [f"({cursor}" if cursor else "+inf", count])
+        (reply,) = await self._scripts.run(call)
+        flat = [replies.text(item) for item in replies.items(reply)]
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    async def _read_sessions(self, session_ids: list[str]) -> list[tuple[str, Session | None]]:
+        if not session_ids:
+            return []
+        found = await self._scripts.run(
+            *(script_call("read_session", [keys.session_key(i)], []) for i in session_ids)
+        )
+        sessions = []
+        for session_id, reply in zip(session_ids, found, strict=True):
+            outcome = replies.outcome(reply)
+            session = outcome.session if isinstance(outcome, SessionWritten) else None
+            sessions.append((session_id, session))
+        return sessions
+
+    def _index_tenant(self, tenant: str, session_id: str) -> ScriptCall:
+        return script_call("index_add", [keys.tenant_index_key(tenant)], [session_id, 1])
+
+    async def _unindex_previous(self, session: Session) -> None:
+        """After a change of owner."""
+        if session.previous_owner is not None:
+            key = keys.replica_index_key(session.previous_owner)
+            await self._unindex(key, session.session_id)
+
+    async def _unindex(self, key: str, session_id: str, min_age_us: int = INDEX_GRACE_US) -> None:
+        await self._best_effort(script_call("index_drop", [key], [session_id, min_age_us]))
+
+    async def _best_effort(self, call: ScriptCall) -> None:
+        """One attempt: what is left in an index is dropped when it is next read."""
+        (result,) = await self._scripts.once([call])
+        if isinstance(result, Exception) and not isinstance(result, StoreUnavailable):
+            raise result
+
+    # -- fleet and duties ---------------------------------------------------------------------
+
+    async def fleet(self) -> tuple[ReplicaRecord, ...]:
+        call = script_call("fleet", [keys.FLEET], [self._limits.replica_record_ttl_ms])
+        (reply,) = await self._scripts.run(call)
+        return tuple(replies.replica_record(item) for item in replies.items(reply))
+
+    async def acquire_lease(self, name: str, holder: str, ttl_ms: int) -> Lease | None:
+        call = script_call("acquire_lease", [keys.lease_key(name)], [holder, ttl_ms])
+        (reply,) = await self._scripts.run(call)
+        status, *rest = replies.items(reply)
+        return Lease(name, holder, replies.number(rest[0])) if status == b"acquired" else None
+
+    async def release_lease(self, lease: Lease) -> None:
+        await self._status(
+            script_call("release_lease", [keys.lease_key(lease.name)], [lease.holder, lease.token])
+        )
+
+    async def sweep(self, count: int) -> SweepReport:
+        (listed,) = await self._scripts.run(script_call("due_list", [keys.DUE], [count]))
+        flat = [replies.text(item) for item in replies.items(listed)]
+        due = list(zip(flat[::2], flat[1::2], strict=True))
+        if not due:
+            return SweepReport()
+        found = await self._scripts.run(
+            *(script_call("sweep", [keys.session_key(session_id)], []) for session_id, _ in due)
+        )
+        expired: list[tuple[str, str]] = []
+        purged: list[str] = []
+        fixes: list[ScriptCall] = []
+        for (session_id, score), reply in zip(due, found, strict=True):
+            next_ms: Arg = ""
+            outcome = replies.outcome(reply)
+            if isinstance(outcome, SessionWritten):
+                # Refused if the clock stepped back meanwhile: looked at again in the next sweep.
+                if await self._purge(outcome.session):
+                    purged.append(session_id)
+                else:
+                    next_ms = 0
+            elif outcome is None:
+                _, turn_id, due_in_ms = replies.items(reply)
+                if turn_id:
+                    expired.append((session_id, replies.text(turn_id)))
+                next_ms = replies.data(due_in_ms)
+            fixes.append(script_call("due_fix", [keys.DUE], [session_id, score, next_ms]))
+        await self._scripts.run(*fixes)
+        return SweepReport(tuple(expired), tuple(purged), len(due))
+
+
+def _written(found: replies.Outcome | None) -> _Written:
+    if not isinstance(found, _Written):
+        raise replies.unexpected(found)
+    return found
