@@ -108,6 +108,11 @@ async def abort(context: aio.ServicerContext[Any, Any], error: SessileError) -> 
     raise AssertionError("abort raises")  # pragma: no cover
 
 
+def has_details(error: aio.AioRpcError) -> bool:
+    """The peer's application sent this error; otherwise the transport made it up."""
+    return any(key == DETAILS_KEY for key, _ in error.trailing_metadata() or ())
+
+
 def error_from_rpc(error: aio.AioRpcError) -> SessileError:
     """Inverse of :func:`abort`; also for errors made by the transport, which have no details."""
     try:

@@ -1,0 +1,203 @@
+"""Finding the replica that serves a session now: its owner, or one chosen and written by
+compare-and-set. A loser of a race re-reads and follows the winner."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import anyio
+
+from gateway.app.directory import SessionDirectory, unknown_session
+from gateway.app.fleet_view import FleetView
+from gateway.app.ports import Ids
+from gateway.config import GatewayConfig
+from gateway.core.errors import (
+    NotFound,
+    SessileError,
+    SessionClosed,
+    SessionSuspended,
+    Unavailable,
+    WrongState,
+)
+from gateway.core.fleet import Replica
+from gateway.core.machines import ReplicaState
+from gateway.core.placement import Decision, Holder, NoCandidate, PlacementRequest, place
+from statestore.ports import (
+    EpochLost,
+    Missing,
+    PlaceOutcome,
+    Refused,
+    SessionStore,
+    SessionWritten,
+)
+from statestore.records import Owner, Session, SessionState, Turn
+
+log = logging.getLogger(__name__)
+
+MAX_RACES = 8
+"""Lost compare-and-sets in a row before the caller is told to try again."""
+
+BYTES_PER_TOKEN = 4
+"""Rough, for estimates of prefill only: gateways have no tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The replica to dispatch to, and the ownership it acts under."""
+
+    owner: Owner
+    replica: Replica
+    pull_from: Replica | None = None
+    """Pull the KV prefix from there first."""
+
+
+class Assigner:
+    """Decides and writes ownership."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        directory: SessionDirectory,
+        fleet: FleetView,
+        ids: Ids,
+        config: GatewayConfig,
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._fleet = fleet
+        self._ids = ids
+        self._model = config.placement
+        self._takeovers = anyio.CapacityLimiter(config.tables.takeovers)
+
+    def current(self, owner: Owner) -> Assignment | None:
+        """The owner if its process is known and not DOWN: no I/O, the path of every sticky turn."""
+        replica = self._fleet.snapshot.get(owner.replica)
+        if replica is None or replica.state is ReplicaState.DOWN:
+            return None
+        return Assignment(owner, replica)
+
+    async def assign(
+        self, session: Session, lost: Owner | None, new_tokens: int
+    ) -> Assignment | NoCandidate:
+        """The session's owner, placing it if it has none and taking it if its owner is ``lost`` or
+        DOWN. Raises WrongState unless the session is OPEN, NotFound, Unavailable, StoreError."""
+        async with self._takeovers:
+            for _ in range(MAX_RACES):
+                if session.state is not SessionState.OPEN:
+                    raise not_open(session)
+                if session.owner is not None and session.owner != lost:
+                    assignment = await self._alive(session.owner)
+                    if assignment is not None:
+                        return assignment
+                request = await self._request(session, new_tokens)
+                decision = place(self._fleet.snapshot, request, self._model)
+                if isinstance(decision, NoCandidate):
+                    return decision
+                written = await self._write(session, decision)
+                if isinstance(written, Assignment):
+                    return written
+                session = written
+        raise Unavailable(
+            "the session's owner changes faster than it can be followed", retry_after_ms=200
+        )
+
+    def reader_for(self, session: Session) -> Assignment | None:
+        """Somebody who can decode the session's ledger: its owner, else any live replica with its
+        token fingerprint. Ownership is not needed to read."""
+        if session.owner is not None:
+            owner = self.current(session.owner)
+            if owner is not None:
+                return owner
+        fingerprint = session.token_fingerprint.hex()
+        readers = [
+            r
+            for r in self._fleet.snapshot.replicas
+            if r.state in (ReplicaState.READY, ReplicaState.DRAINING)
+            and not r.stale
+            and r.details.model == session.model
+            and fingerprint in ("", r.details.token_fingerprint)
+        ]
+        if not readers:
+            return None
+        reader = min(readers, key=lambda r: (r.turns, r.ref.replica_id))
+        return Assignment(Owner(reader.ref, session.epoch), reader)
+
+    async def _alive(self, owner: Owner) -> Assignment | None:
+        assignment = self.current(owner)
+        if assignment is None and self._fleet.snapshot.get(owner.replica) is None:
+            # Perhaps it registered since the last poll: ask before judging it gone.
+            await self._fleet.refresh()
+            assignment = self.current(owner)
+        return assignment
+
+    async def _request(self, session: Session, new_tokens: int) -> PlacementRequest:
+        holders: list[Holder] = []
+        if session.previous_owner is not None:
+            holders.append(Holder(session.previous_owner, session.head.length))
+        if session.owner is not None:
+            holders.append(Holder(session.owner.replica, session.head.length))
+        if session.parent_id is not None and session.own_base:
+            parent = await self._store.get_session(session.parent_id)
+            if parent is not None and parent.owner is not None:
+                holders.append(Holder(parent.owner.replica, session.own_base))
+        return PlacementRequest(
+            session_id=session.session_id,
+            model=session.model,
+            history_tokens=session.head.length,
+            new_tokens=new_tokens,
+            leading_digest=session.leading_digest.hex(),
+            leading_tokens=len(session.preamble) // BYTES_PER_TOKEN,
+            token_fingerprint=session.token_fingerprint.hex(),
+            holders=tuple(holders),
+        )
+
+    async def _write(self, session: Session, decision: Decision) -> Assignment | Session:
+        target, nonce = decision.replica, self._ids.nonce()
+        outcome: PlaceOutcome
+        if session.owner is None:
+            outcome = await self._store.place(session.session_id, session.epoch, target.ref, nonce)
+        else:
+            outcome = await self._store.take(session.session_id, session.epoch, target.ref, nonce)
+        match outcome:
+            case SessionWritten(written):
+                self._directory.remember(written)
+                self._fleet.assume_session(
+                    written.session_id, target.ref, written.leading_digest.hex()
+                )
+                log.info("%s goes to %s: %s", written.session_id, target.ref, decision.explain())
+                if written.owner is None:
+                    raise SessileError(f"{written.session_id} was placed but has no owner")
+                return Assignment(written.owner, target, decision.pull_from)
+            case EpochLost(now):
+                self._directory.remember(now)
+                return now
+            case Refused(state):
+                raise not_open(session, state)
+            case Missing():
+                raise unknown_session(session.session_id)
+
+
+def not_open(session: Session, state: SessionState | None = None) -> WrongState:
+    """Why a session that is not OPEN takes no turn."""
+    metadata = {"session_id": session.session_id}
+    state = session.state if state is None else state
+    if state is SessionState.CLOSED:
+        return SessionClosed("the session is closed", metadata=metadata)
+    if state is SessionState.SUSPENDED:
+        return SessionSuspended("the session is suspended", metadata=metadata)
+    return WrongState("the session cannot do this now", metadata=metadata)
+
+
+def unknown_turn(session_id: str, turn_id: str) -> NotFound:
+    """For attach-only calls and turns that were never accepted."""
+    return NotFound(
+        "no such turn in this session",
+        reason="TURN_NOT_FOUND",
+        metadata={"session_id": session_id, "turn_id": turn_id},
+    )
+
+
+def ended(turn: Turn | None) -> bool:
+    """The turn can be replayed from the ledger by anybody."""
+    return turn is not None and turn.status.ended

@@ -1,0 +1,156 @@
+"""Emptying a replica: it takes nothing new, and what it has is moved, a bounded number at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import anyio
+from sessile.v1 import fleet_pb2, replica_pb2
+
+from gateway.app.directory import SessionDirectory
+from gateway.app.fleet_view import FleetView
+from gateway.app.migration import Migrations, MoveOptions
+from gateway.app.ports import Clock, Ids, ReplicaClients
+from gateway.config import GatewayConfig
+from gateway.core.errors import NotFound, SessileError
+from gateway.core.fleet import Replica
+from gateway.core.migration import PlannedMove, Stays, plan_drain
+from statestore.ports import SessionStore, SessionWritten, StoreUnavailable
+from statestore.records import Session
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Progress:
+    with_kv: int = 0
+    without_kv: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    """Session -> why its last try failed; tried again in the next round."""
+
+
+class Drains:
+    """Empties replicas."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        directory: SessionDirectory,
+        fleet: FleetView,
+        migrations: Migrations,
+        replicas: ReplicaClients,
+        clock: Clock,
+        ids: Ids,
+        config: GatewayConfig,
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._fleet = fleet
+        self._migrations = migrations
+        self._replicas = replicas
+        self._clock = clock
+        self._ids = ids
+        self._config = config
+
+    async def drain(
+        self, replica_id: str, timeout_s: float, shutdown: bool
+    ) -> AsyncGenerator[fleet_pb2.DrainReplicaResponse, None]:
+        """Progress after each round; the last message has ``done``. Sessions still there at the
+        time limit stay: they are taken over when the replica ends. Raises NotFound."""
+        replica = self._fleet.snapshot.named(replica_id)
+        if replica is None:
+            raise NotFound(f"no replica is called {replica_id!r}", reason="REPLICA_NOT_FOUND")
+        deadline = self._clock.now() + (timeout_s or self._config.times.default_drain_s)
+        await self._announce(replica, shutdown)
+        progress = _Progress()
+        while True:
+            sessions = await self._sessions_on(replica)
+            left = deadline - self._clock.now()
+            done = not sessions or left <= 0
+            yield fleet_pb2.DrainReplicaResponse(
+                moved_with_kv=progress.with_kv,
+                moved_without_kv=progress.without_kv,
+                remaining=len(sessions),
+                failed=len(progress.failed),
+                done=done,
+            )
+            if done:
+                return
+            before = progress.with_kv + progress.without_kv
+            await self._round(replica, sessions, left, progress)
+            if progress.with_kv + progress.without_kv == before:
+                await self._clock.sleep(min(self._config.times.waiting_event_s, left))
+
+    async def _announce(self, replica: Replica, shutdown: bool) -> None:
+        if not await self._store.set_draining(replica.ref, True):
+            raise NotFound(f"{replica.ref} was replaced meanwhile", reason="REPLICA_NOT_FOUND")
+        try:
+            await self._replicas.at(replica.details.endpoint).set_draining(
+                replica_pb2.SetDrainingRequest(draining=True, shutdown_when_empty=shutdown),
+                self._config.times.replica_call_s,
+            )
+        except SessileError as error:
+            # The store has it: nothing new is placed there even if it does not answer.
+            log.warning("%s could not be told to drain: %s", replica.ref, error)
+        with suppress(StoreUnavailable):
+            await self._fleet.refresh()
+
+    async def _sessions_on(self, replica: Replica) -> list[Session]:
+        ids = await self._store.sessions_of(replica.ref, self._config.tables.drain_batch)
+        found: list[Session] = []
+        for session_id in ids:
+            session = await self._store.get_session(session_id)
+            if session is not None and session.owner and session.owner.replica == replica.ref:
+                found.append(session)
+        return found
+
+    async def _round(
+        self, replica: Replica, sessions: Sequence[Session], left_s: float, progress: _Progress
+    ) -> None:
+        by_id = {session.session_id: session for session in sessions}
+        plan = plan_drain(sessions, replica.ref, self._fleet.snapshot, self._config.placement)
+        limiter = anyio.CapacityLimiter(self._config.tables.drain_moves)
+
+        async def move(planned: PlannedMove) -> None:
+            async with limiter:
+                await self._move(by_id[planned.session_id], planned, left_s, progress)
+
+        async with anyio.create_task_group() as tasks:
+            for planned in plan:
+                match planned:
+                    case PlannedMove():
+                        tasks.start_soon(move, planned)
+                    case Stays(session_id, why):
+                        progress.failed[session_id] = why
+
+    async def _move(
+        self, session: Session, planned: PlannedMove, left_s: float, progress: _Progress
+    ) -> None:
+        try:
+            if session.head.length == 0 and not planned.running:
+                await self._unplace(session, progress)
+                return
+            timeout_s = min(left_s, self._config.times.default_migration_s)
+            options = MoveOptions(planned.target.replica_id, timeout_s, allow_recompute=True)
+            result = await self._migrations.migrate(session, options)
+        except (SessileError, StoreUnavailable) as error:
+            progress.failed[session.session_id] = str(error)
+            return
+        if not result.moved:
+            progress.failed[session.session_id] = result.detail
+            return
+        progress.failed.pop(session.session_id, None)
+        if result.verified_tokens:
+            progress.with_kv += 1
+        else:
+            progress.without_kv += 1
+
+    async def _unplace(self, session: Session, progress: _Progress) -> None:
+        """A session without a ledger has nothing to carry: its next turn places it anew."""
+        outcome = await self._store.take(session.session_id, session.epoch, None, self._ids.nonce())
+        if isinstance(outcome, SessionWritten):
+            self._directory.remember(outcome.session)
+            progress.without_kv += 1

@@ -1,0 +1,373 @@
+"""Carrying out one move: the pure machine says what to do next, this does it and reports back.
+
+Whatever fails before the switch, the abort leaves the owner as it was: the side record goes (or
+its lease ends), a held turn goes on, and the target drops what it had reserved.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import anyio
+from sessile.v1 import fleet_pb2, replica_pb2
+
+from gateway.app.convert import epoch_to_pb, position_from_pb, position_to_pb, ref_to_pb
+from gateway.app.directory import SessionDirectory
+from gateway.app.fleet_view import FleetView
+from gateway.app.frames import BadFrame, Kind, events
+from gateway.app.ports import Clock, Ids, ReplicaClients
+from gateway.app.tracing import tracer
+from gateway.config import GatewayConfig
+from gateway.core.errors import (
+    MigrationFailed,
+    MigrationRefused,
+    NotFound,
+    SessileError,
+)
+from gateway.core.fleet import FleetSnapshot, Replica
+from gateway.core.machines import MIGRATION, MigrationPhase
+from gateway.core.migration import (
+    Abort,
+    Action,
+    Began,
+    Begin,
+    Event,
+    Failed,
+    Finish,
+    HeadMoved,
+    Held,
+    HoldTurn,
+    Import,
+    Imported,
+    ImportFailed,
+    Move,
+    Switch,
+    Switched,
+    advance,
+    move_request,
+    start,
+)
+from gateway.core.placement import NoCandidate, place, unfit
+from statestore.ports import (
+    EpochLost,
+    HeadMismatch,
+    Missing,
+    Refused,
+    SessionStore,
+    SessionWritten,
+    StoreError,
+)
+from statestore.records import Epoch, Owner, Session, SessionState
+
+log = logging.getLogger(__name__)
+
+CLEAN_UP_S = 5.0
+"""Time for undoing a move, shielded from the cancel of its caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoveOptions:
+    """``target_id`` empty: the best other replica. ``timeout_s`` 0: the configured default."""
+
+    target_id: str = ""
+    timeout_s: float = 0.0
+    allow_recompute: bool = False
+
+
+class Migrations:
+    """Moves sessions between replicas."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        directory: SessionDirectory,
+        fleet: FleetView,
+        replicas: ReplicaClients,
+        clock: Clock,
+        ids: Ids,
+        config: GatewayConfig,
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._fleet = fleet
+        self._replicas = replicas
+        self._clock = clock
+        self._ids = ids
+        self._config = config
+
+    async def migrate(self, session: Session, options: MoveOptions) -> fleet_pb2.MigrationResult:
+        """Moves a placed session. Raises MigrationRefused if it cannot be tried; a move that was
+        tried and failed is a result with ``moved`` false."""
+        if session.owner is None or session.state is not SessionState.OPEN:
+            raise MigrationRefused(
+                "the session is on no replica: there is nothing to move",
+                hint="It is placed when its next turn comes.",
+            )
+        snapshot = self._fleet.snapshot
+        source = snapshot.get(session.owner.replica)
+        if source is None:
+            raise MigrationRefused("the session's replica is gone: its next turn is taken over")
+        target = self._target(snapshot, session, source, options.target_id)
+        carrier = _Carrier(self, session, session.owner, source, target, options)
+        timeout_s = options.timeout_s or self._config.times.default_migration_s
+        with tracer.start_as_current_span("migrate") as span:
+            span.set_attribute("sessile.session_id", session.session_id)
+            span.set_attribute("sessile.target", str(target.ref))
+            return await carrier.run(timeout_s)
+
+    def _target(
+        self, snapshot: FleetSnapshot, session: Session, source: Replica, target_id: str
+    ) -> Replica:
+        request = move_request(session, source.ref)
+        if not target_id:
+            decision = place(snapshot, request, self._config.placement)
+            if isinstance(decision, NoCandidate):
+                raise MigrationRefused(f"no replica can take it: {decision.explain()}")
+            return decision.replica
+        target = snapshot.named(target_id)
+        if target is None:
+            raise NotFound(f"no replica is called {target_id!r}", reason="REPLICA_NOT_FOUND")
+        why = unfit(target, request)
+        if why is not None:
+            raise MigrationRefused(f"{target.ref} cannot take it: {why}")
+        return target
+
+
+class _Carrier:
+    """One move under way."""
+
+    def __init__(
+        self,
+        services: Migrations,
+        session: Session,
+        owner: Owner,
+        source: Replica,
+        target: Replica,
+        options: MoveOptions,
+    ) -> None:
+        self._store = services._store
+        self._directory = services._directory
+        self._clock = services._clock
+        self._times = services._config.times
+        self._limits = services._config.migration
+        self._nonce = services._ids.nonce()
+        self._migration_id = services._ids.token()
+        self._attempt_id = services._ids.token()
+        self._session_id = session.session_id
+        self._tenant = session.tenant
+        self._epoch: Epoch = owner.epoch
+        self._new_epoch: Epoch = owner.epoch
+        self._source = source
+        self._target = target
+        self._source_client = services._replicas.at(source.details.endpoint)
+        self._target_client = services._replicas.at(target.details.endpoint)
+        self._hold_asked = False
+        self._was_running = False
+        self._deadline = 0.0
+        self._move = Move(
+            session.session_id,
+            source.ref,
+            target.ref,
+            target.details.page_size,
+            allow_recompute=options.allow_recompute,
+        )
+
+    async def run(self, timeout_s: float) -> fleet_pb2.MigrationResult:
+        started = self._clock.now()
+        self._deadline = started + timeout_s
+        try:
+            action = start(self._move)
+            while not MIGRATION.final(self._move.phase):
+                self._move, action = advance(self._move, await self._do(action), self._limits)
+        finally:
+            # Also when the caller was cancelled in mid-move.
+            if self._move.phase is not MigrationPhase.DONE:
+                with anyio.CancelScope(shield=True), anyio.move_on_after(CLEAN_UP_S):
+                    await self._undo()
+        if isinstance(action, Finish):
+            await self._finish(action)
+        elif isinstance(action, Abort):
+            log.info("%s stays on %s: %s", self._session_id, self._source.ref, action.why)
+        return self._result(self._clock.now() - started)
+
+    async def _do(self, action: Action) -> Event:
+        try:
+            match action:
+                case Begin():
+                    return await self._begin()
+                case Import(up_to):
+                    return await self._import(position_to_pb(up_to))
+                case HoldTurn():
+                    return await self._hold()
+                case Switch():
+                    return await self._switch(action)
+                case Finish() | Abort():
+                    return Failed("nothing follows the end of a move")
+        except (SessileError, StoreError) as error:
+            return Failed(f"{type(error).__name__}: {error}")
+
+    async def _begin(self) -> Event:
+        lease_ms = int(self._time_left() * 1000)
+        outcome = await self._store.begin_migration(
+            self._session_id, self._epoch, self._migration_id, self._target.ref, lease_ms
+        )
+        match outcome:
+            case SessionWritten(session):
+                self._was_running = session.active_turn_id is not None
+                return Began(session.head, session.active_turn_id)
+            case EpochLost():
+                return Failed("the session changed its owner meanwhile")
+            case Refused():
+                return Failed("another move of the session is under way, or it is not open")
+            case Missing():
+                return Failed("the session is gone")
+
+    async def _import(self, up_to: object) -> Event:
+        request = replica_pb2.ImportSessionRequest(
+            session_id=self._session_id,
+            migration_id=self._migration_id,
+            source_endpoint=self._source.details.endpoint,
+            source=ref_to_pb(self._source.ref),
+            up_to=up_to,  # type: ignore[arg-type]
+            lease_ms=int(self._time_left() * 1000),
+            tenant=self._tenant,
+        )
+        try:
+            answer = await self._target_client.import_session(request, self._time_left())
+        except SessileError as error:
+            return ImportFailed(f"the copy failed: {error}")
+        session = await self._store.get_session(self._session_id)
+        if session is None or session.epoch != self._epoch:
+            return Failed("the session changed its owner meanwhile")
+        return Imported(
+            answer.verified.length,
+            answer.bytes_copied,
+            session.head,
+            session.active_turn_id,
+            answer.detail,
+        )
+
+    async def _hold(self) -> Event:
+        self._hold_asked = True
+        request = replica_pb2.HandOverRequest(
+            session_id=self._session_id,
+            epoch=epoch_to_pb(self._epoch),
+            migration_id=self._migration_id,
+            lease_ms=int(self._time_left() * 1000),
+        )
+        answer = await self._source_client.hand_over(request, self._time_left())
+        self._was_running = self._was_running or bool(answer.turn_id)
+        return Held(position_from_pb(answer.head), answer.turn_id or None)
+
+    async def _switch(self, action: Switch) -> Event:
+        outcome = await self._store.switch_migration(
+            self._session_id,
+            self._epoch,
+            self._migration_id,
+            action.head,
+            action.active_turn_id,
+            self._nonce,
+        )
+        match outcome:
+            case SessionWritten(session):
+                self._new_epoch = session.epoch
+                self._directory.remember(session)
+                return Switched()
+            case HeadMismatch():
+                session_now = await self._store.get_session(self._session_id)
+                if session_now is None or session_now.epoch != self._epoch:
+                    return Failed("the session changed its owner meanwhile")
+                return HeadMoved(session_now.head, session_now.active_turn_id)
+            case EpochLost():
+                return Failed("the session changed its owner meanwhile")
+            case Refused():
+                return Failed("the move's lease ended, or the session is not open any more")
+            case Missing():
+                return Failed("the session is gone")
+
+    async def _finish(self, action: Finish) -> None:
+        """The target owns the session: tell the source, and have a held turn go on."""
+        request = replica_pb2.ReleaseSessionRequest(
+            session_id=self._session_id,
+            epoch=epoch_to_pb(self._epoch),
+            migration_id=self._migration_id,
+        )
+        request.moved_to.replica.CopyFrom(ref_to_pb(self._target.ref))
+        request.moved_to.endpoint = self._target.details.endpoint
+        try:
+            await self._source_client.release_session(request, self._times.stop_turn_s)
+        except SessileError as error:
+            # It is fenced already; its hold ends with its lease.
+            log.info("%s could not be told of the move: %s", self._source.ref, error)
+        if action.resume_turn_id is not None:
+            await self._wake(action.resume_turn_id)
+
+    async def _wake(self, turn_id: str) -> None:
+        """Starts the turn on the target even if no client is attached to it now."""
+        dispatch = replica_pb2.DispatchTurnRequest(
+            epoch=epoch_to_pb(self._new_epoch),
+            replica=ref_to_pb(self._target.ref),
+            tenant=self._tenant,
+            attempt_id=self._attempt_id,
+        )
+        dispatch.turn.session_id = self._session_id
+        dispatch.turn.turn_id = turn_id
+        dispatch.turn.attach_only = True
+        dispatch.turn.resume_from.CopyFrom(position_to_pb(self._move.head))
+        stream = self._target_client.dispatch_turn(dispatch, self._times.replica_call_s)
+        try:
+            async for message in stream:
+                if any(kind is not Kind.WAITING for kind, _, _ in events(message)):
+                    break
+        except (SessileError, BadFrame) as error:
+            # Whoever is attached to the turn, or attaches, dispatches it again.
+            log.warning("%s did not start the moved turn %s: %s", self._target.ref, turn_id, error)
+        finally:
+            await stream.aclose()
+
+    async def _undo(self) -> None:
+        try:
+            await self._store.abort_migration(self._session_id, self._migration_id)
+        except StoreError as error:
+            log.info("the side record of %s ends with its lease: %s", self._session_id, error)
+        if self._hold_asked:
+            abort = replica_pb2.AbortHandOverRequest(
+                session_id=self._session_id, migration_id=self._migration_id
+            )
+            try:
+                await self._source_client.abort_hand_over(abort, self._times.stop_turn_s)
+            except SessileError as error:
+                log.info("the hold of %s ends with its lease: %s", self._session_id, error)
+        if self._move.rounds or self._move.phase is MigrationPhase.COPYING:
+            release = replica_pb2.ReleaseSessionRequest(
+                session_id=self._session_id,
+                epoch=epoch_to_pb(self._epoch),
+                migration_id=self._migration_id,
+            )
+            try:
+                await self._target_client.release_session(release, self._times.stop_turn_s)
+            except SessileError as error:
+                log.info("the import of %s ends with its lease: %s", self._session_id, error)
+
+    def _time_left(self) -> float:
+        left = self._deadline - self._clock.now()
+        if left <= 0:
+            raise MigrationFailed("the move took longer than it was given")
+        return left
+
+    def _result(self, duration_s: float) -> fleet_pb2.MigrationResult:
+        move = self._move
+        moved = move.phase is MigrationPhase.DONE
+        return fleet_pb2.MigrationResult(
+            session_id=self._session_id,
+            to=ref_to_pb((self._target if moved else self._source).ref),
+            moved=moved,
+            verified_tokens=move.verified_tokens,
+            bytes_copied=move.bytes_copied,
+            duration_ms=duration_s * 1000,
+            rounds=move.rounds,
+            running_turn=self._was_running,
+            detail=move.detail,
+            **{"from": ref_to_pb(self._source.ref)},
+        )

@@ -1,0 +1,427 @@
+"""One turn's stream for one client: through whatever replicas it takes, without a gap.
+
+The loop: find the owner (cached, placed or taken), dispatch, pass bytes on; when the stream breaks,
+decide whether the owner may be replaced (P10), and dispatch the same turn to the next owner from
+the last position the stream reached. The client sees one TurnAccepted, then tokens without a gap,
+TurnWaiting while nobody has the turn, TurnMoved where it went on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeVar
+
+import anyio
+from sessile.v1 import replica_pb2
+from sessile.v1 import types_pb2 as pb
+
+from gateway.app.admission import Gate
+from gateway.app.assignment import (
+    BYTES_PER_TOKEN,
+    Assigner,
+    Assignment,
+    ended,
+    not_open,
+    unknown_turn,
+)
+from gateway.app.convert import epoch_to_pb, ref_to_pb
+from gateway.app.directory import SessionDirectory
+from gateway.app.fleet_view import FleetView
+from gateway.app.frames import BadFrame, waiting
+from gateway.app.ports import Clock, Ids, ReplicaClients, ReplicaLost
+from gateway.app.relay import Outbox, Sink, TurnCursor
+from gateway.app.tracing import tracer
+from gateway.config import GatewayConfig
+from gateway.core import failover
+from gateway.core.errors import (
+    InternalError,
+    InvalidRequest,
+    NotOwner,
+    Overloaded,
+    SessileError,
+    Unavailable,
+)
+from gateway.core.failover import AskAgain, OwnerSeen, Take
+from gateway.core.machines import ReplicaState
+from gateway.core.placement import NoCandidate
+from statestore.ports import SessionStore, StoreUnavailable
+from statestore.records import Owner, Session, SessionState
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DRAIN_AFTER_FINISH_S = 1.0
+"""How long the replica may take to end a stream after TurnFinished before it is closed."""
+
+MAX_DISOWNED = 2
+"""NOT_OWNER answers in a row, while the store says that it is the owner, before it is replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """The stream is complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Redirected:
+    """The owner let go of the session in an orderly way: ask again who has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disowned:
+    """The replica says that it does not own the session under this epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """The replica has no place now."""
+
+    error: Overloaded
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The stream ended without an end."""
+
+    refused: bool
+    why: str
+
+
+StreamEnd = Delivered | Redirected | Disowned | Busy | Broken
+
+
+@dataclass(frozen=True, slots=True)
+class TurnServices:
+    """What every turn's stream uses."""
+
+    store: SessionStore
+    directory: SessionDirectory
+    fleet: FleetView
+    assigner: Assigner
+    replicas: ReplicaClients
+    clock: Clock
+    ids: Ids
+    config: GatewayConfig
+
+
+class Turns:
+    """Serves RunTurn. Bounded by ``max_streams``."""
+
+    def __init__(self, services: TurnServices) -> None:
+        self._services = services
+        admission = services.config.admission
+        self._streams = Gate("max_streams", admission.max_streams, admission.retry_after_ms)
+
+    @property
+    def open_streams(self) -> int:
+        return self._streams.taken
+
+    async def run(
+        self,
+        tenant: str,
+        request: pb.RunTurnRequest,
+        time_left_s: float | None,
+        sink: Sink,
+    ) -> None:
+        """Streams the turn into ``sink`` (serialised TurnStream messages) until it is finished.
+        Raises SessileError; the turn itself may go on then and can be attached to again.
+        ``time_left_s`` is the client's own limit for this call."""
+        check_turn_request(request, self._services.config)
+        with self._streams.entered(), tracer.start_as_current_span("turn") as span:
+            span.set_attribute("sessile.session_id", request.session_id)
+            span.set_attribute("sessile.turn_id", request.turn_id)
+            await self._services.directory.find(tenant, request.session_id)
+            outbox = Outbox(self._services.config.tables.relay_buffer_bytes)
+            stream = _TurnStream(self._services, tenant, request, time_left_s, outbox)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(stream.pump)
+                failure = await outbox.drain_to(sink)
+                tasks.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
+
+
+def check_turn_request(request: pb.RunTurnRequest, config: GatewayConfig) -> None:
+    """Raises InvalidRequest for what no replica could accept."""
+    limit = config.admission.max_id_chars
+    if not 1 <= len(request.turn_id) <= limit:
+        raise InvalidRequest(f"turn_id has 1 to {limit} characters")
+    if request.timeout_ms > config.times.max_turn_s * 1000:
+        raise InvalidRequest(f"timeout_ms is at most {int(config.times.max_turn_s * 1000)}")
+
+
+class _TurnStream:
+    """The state of one client's stream."""
+
+    def __init__(
+        self,
+        services: TurnServices,
+        tenant: str,
+        request: pb.RunTurnRequest,
+        time_left_s: float | None,
+        outbox: Outbox,
+    ) -> None:
+        self._s = services
+        self._tenant = tenant
+        self._request = request
+        self._outbox = outbox
+        times = services.config.times
+        turn_s = request.timeout_ms / 1000 or times.default_turn_s
+        # A little longer than the turn: its own deadline is the ledger's business.
+        limit_s = turn_s + times.waiting_event_s
+        if time_left_s is not None:
+            limit_s = min(limit_s, time_left_s)
+        self._deadline = services.clock.now() + limit_s
+        self._cursor = TurnCursor(
+            request.resume_from if request.HasField("resume_from") else None,
+            request.accepts_redirect,
+        )
+        self._lost: Owner | None = None
+        self._fruitless = 0
+        self._disowned = 0
+        self._last_heard = 0.0
+        self._last_waiting = services.clock.now()
+
+    async def pump(self) -> None:
+        """Fills the outbox and closes it."""
+        try:
+            await self._deliver()
+            self._outbox.close()
+        except SessileError as error:
+            self._outbox.close(error)
+        except BadFrame as error:
+            self._outbox.close(InternalError(f"a replica sent what is no turn stream: {error}"))
+
+    async def _deliver(self) -> None:
+        while True:
+            assignment = await self._assignment()
+            before = self._cursor.token_messages
+            end = await self._stream_from(assignment)
+            progressed = self._cursor.token_messages > before
+            self._fruitless = 0 if progressed else self._fruitless + 1
+            match end:
+                case Delivered():
+                    return
+                case Redirected():
+                    self._cursor.moved_because = pb.TurnMoved.REASON_MIGRATION
+                    self._s.directory.forget_owner(self._request.session_id, assignment.owner)
+                    await self._pause(self._backoff_s())
+                case Disowned():
+                    await self._after_disowned(assignment)
+                case Busy(error):
+                    await self._after_busy(error)
+                case Broken(refused, why):
+                    await self._after_broken(assignment, refused, why)
+
+    # -- finding a replica -------------------------------------------------------------------
+
+    async def _assignment(self) -> Assignment:
+        known = await self._patiently(
+            lambda: self._s.directory.find(self._tenant, self._request.session_id)
+        )
+        if known.owner is not None and known.owner != self._lost:
+            assignment = self._s.assigner.current(known.owner)
+            if assignment is not None:
+                return assignment
+        with tracer.start_as_current_span("place"):
+            while True:
+                found = await self._patiently(self._read_and_assign)
+                if isinstance(found, Assignment):
+                    return found
+                await self._after_no_candidate(found)
+
+    async def _read_and_assign(self) -> Assignment | NoCandidate:
+        request = self._request
+        session = await self._s.directory.read(self._tenant, request.session_id)
+        if session.state is not SessionState.OPEN or (
+            session.owner is None and request.attach_only
+        ):
+            return await self._replay(session)
+        new_tokens = sum(len(m.content) for m in request.messages) // BYTES_PER_TOKEN
+        return await self._s.assigner.assign(session, self._lost, new_tokens)
+
+    async def _replay(self, session: Session) -> Assignment | NoCandidate:
+        """A session that nobody owns: what has ended can be read by anybody."""
+        turn = await self._s.store.get_turn(session.session_id, self._request.turn_id)
+        if turn is None and session.state is SessionState.OPEN:
+            raise unknown_turn(session.session_id, self._request.turn_id)
+        if not ended(turn):
+            if session.state is SessionState.OPEN:
+                return await self._s.assigner.assign(session, self._lost, 0)
+            raise not_open(session)
+        reader = self._s.assigner.reader_for(session)
+        return reader or NoCandidate((), overloaded=False, model_known=True)
+
+    # -- one dispatch ------------------------------------------------------------------------
+
+    async def _stream_from(self, assignment: Assignment) -> StreamEnd:
+        end: StreamEnd = Broken(False, "the owner went DOWN and the stream was silent")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._watch_silence, assignment, tasks.cancel_scope)
+            end = await self._read_stream(assignment)
+            tasks.cancel_scope.cancel()
+        return end
+
+    async def _read_stream(self, assignment: Assignment) -> StreamEnd:
+        dispatch = self._dispatch(assignment)
+        leading = len(dispatch.turn.SerializeToString()) // BYTES_PER_TOKEN
+        self._s.fleet.assume_turn(dispatch.attempt_id, assignment.replica.ref, leading)
+        client = self._s.replicas.at(assignment.replica.details.endpoint)
+        self._last_heard = self._s.clock.now()
+        cursor = self._cursor
+        cursor.redirect = None
+        try:
+            async with aclosing(client.dispatch_turn(dispatch, self._time_left())) as stream:
+                async for message in stream:
+                    forward = cursor.feed(message)
+                    if forward:
+                        await self._outbox.put(forward)
+                    self._last_heard = self._s.clock.now()
+                    if cursor.finished:
+                        with anyio.move_on_after(DRAIN_AFTER_FINISH_S):
+                            async for _ in stream:
+                                pass
+                        return Delivered()
+        except ReplicaLost as error:
+            return Delivered() if cursor.finished else Broken(error.refused, error.message)
+        except NotOwner:
+            return Disowned()
+        except Overloaded as error:
+            return Busy(error)
+        except Unavailable as error:
+            return Broken(False, error.message)
+        finally:
+            self._s.fleet.release(dispatch.attempt_id)
+        return Broken(False, "the stream ended early") if cursor.redirect is None else Redirected()
+
+    def _dispatch(self, assignment: Assignment) -> replica_pb2.DispatchTurnRequest:
+        dispatch = replica_pb2.DispatchTurnRequest(
+            turn=self._request,
+            epoch=epoch_to_pb(assignment.owner.epoch),
+            replica=ref_to_pb(assignment.owner.replica),
+            tenant=self._tenant,
+            attempt_id=self._s.ids.token(),
+        )
+        position = self._cursor.position()
+        if position is not None:
+            dispatch.turn.resume_from.CopyFrom(position)
+        if assignment.pull_from is not None:
+            dispatch.prefix.source_endpoint = assignment.pull_from.details.endpoint
+            dispatch.prefix.source.CopyFrom(ref_to_pb(assignment.pull_from.ref))
+        return dispatch
+
+    async def _watch_silence(self, assignment: Assignment, scope: anyio.CancelScope) -> None:
+        """Gives a stream up whose owner is DOWN and which is silent, though nothing broke: a
+        process that was stopped or cut off (P10)."""
+        fleet, limit_s = self._s.fleet, self._s.config.times.progress_s
+        while True:
+            if fleet.snapshot.state_of(assignment.owner.replica) is not ReplicaState.DOWN:
+                await fleet.changed()
+                continue
+            silent_s = self._s.clock.now() - self._last_heard
+            if silent_s >= limit_s and not self._outbox.full:
+                scope.cancel()
+                return
+            await self._s.clock.sleep(limit_s)
+
+    # -- after a stream that did not finish --------------------------------------------------
+
+    async def _after_disowned(self, assignment: Assignment) -> None:
+        self._s.directory.forget_owner(self._request.session_id, assignment.owner)
+        session = await self._patiently(
+            lambda: self._s.directory.read(self._tenant, self._request.session_id)
+        )
+        if session.owner != assignment.owner:
+            self._disowned = 0
+        else:
+            # Store and replica disagree: it is another incarnation, or was fenced unnoticed.
+            self._disowned += 1
+            await self._patiently(self._s.fleet.refresh)
+            if self._disowned >= MAX_DISOWNED:
+                self._lost = assignment.owner
+        await self._pause(self._backoff_s())
+
+    async def _after_busy(self, error: Overloaded) -> None:
+        if not self._cursor.accepted:
+            raise error
+        await self._wait(pb.TurnWaiting.REASON_QUEUED)
+        await self._pause(max(self._backoff_s(), (error.retry_after_ms or 0) / 1000))
+
+    async def _after_broken(self, assignment: Assignment, refused: bool, why: str) -> None:
+        replica = assignment.owner.replica
+        if refused:
+            self._s.fleet.report_refused(replica)
+        snapshot = self._s.fleet.snapshot
+        current = snapshot.get(replica)
+        seen = OwnerSeen(snapshot.state_of(replica), current is None or current.stale, refused)
+        decision = failover.decide(
+            seen, self._request.session_id, self._earlier_fruitless(), self._s.config.failover
+        )
+        log.info("%s lost %s (%s): %s", self._request.session_id, replica, why, decision.why)
+        with tracer.start_as_current_span("failover") as span:
+            span.set_attribute("sessile.why", why)
+            match decision:
+                case Take():
+                    self._lost = assignment.owner
+                case AskAgain():
+                    self._s.directory.forget_owner(self._request.session_id, assignment.owner)
+            await self._wait(pb.TurnWaiting.REASON_FAILOVER, force=True)
+            await self._pause(decision.delay_ms / 1000)
+
+    async def _after_no_candidate(self, found: NoCandidate) -> None:
+        fresh = not self._cursor.accepted and self._lost is None
+        if found.overloaded and fresh:
+            raise Overloaded(
+                f"no replica has a place: {found.explain()}", retry_after_ms=found.retry_after_ms
+            )
+        await self._wait(pb.TurnWaiting.REASON_QUEUED if fresh else pb.TurnWaiting.REASON_FAILOVER)
+        try:
+            await self._pause(self._s.config.times.no_candidate_s)
+        except Unavailable as error:
+            raise Unavailable(
+                f"no replica can take the session: {found.explain()}",
+                retry_after_ms=error.retry_after_ms,
+            ) from error
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Repeats a call while the store does not answer; the client hears what is waited for."""
+        while True:
+            try:
+                return await call()
+            except StoreUnavailable:
+                await self._wait(pb.TurnWaiting.REASON_STORE)
+                await self._pause(self._s.config.times.store_retry_s)
+
+    async def _wait(self, reason: pb.TurnWaiting.Reason.ValueType, force: bool = False) -> None:
+        """Tells the client, not more often than it is worth, and never into a full outbox."""
+        now = self._s.clock.now()
+        due = now - self._last_waiting >= self._s.config.times.waiting_event_s
+        if (force or due) and not self._outbox.full:
+            self._last_waiting = now
+            await self._outbox.put(waiting(reason))
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleeps within the deadline; past it raises Unavailable."""
+        left = self._deadline - self._s.clock.now()
+        if seconds >= left:
+            raise Unavailable(
+                "no replica could continue the turn in time",
+                hint="Attach again with the same turn id; what was delivered stays valid.",
+                retry_after_ms=self._s.config.admission.retry_after_ms,
+            )
+        if seconds > 0:
+            await self._s.clock.sleep(seconds)
+
+    def _earlier_fruitless(self) -> int:
+        return max(self._fruitless - 1, 0)
+
+    def _backoff_s(self) -> float:
+        limits = self._s.config.failover
+        earlier = self._earlier_fruitless()
+        return failover.backoff_ms(self._request.session_id, earlier, limits) / 1000
+
+    def _time_left(self) -> float:
+        return max(self._deadline - self._s.clock.now(), 0.001)

@@ -1,0 +1,115 @@
+"""The gateway's settings: one frozen value, checked once. Every bound of the gateway is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gateway.core.failover import FailoverLimits
+from gateway.core.liveness import LivenessLimits
+from gateway.core.migration import MigrationLimits
+from gateway.core.placement import PlacementModel
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Bounds on what callers may have open; over them they get RESOURCE_EXHAUSTED."""
+
+    max_streams: int = 4096
+    """RunTurn streams at once."""
+    max_watches: int = 512
+    """WatchSession and WatchFleet streams at once."""
+    max_calls: int = 512
+    """Unary calls at once."""
+    retry_after_ms: int = 500
+    """Retry delay told to callers that were refused."""
+    max_message_bytes: int = 16 << 20
+    """One request or stream message."""
+    max_preamble_bytes: int = 4 << 20
+    """Leading messages, tools and sampling defaults of a session."""
+    max_labels: int = 32
+    max_label_chars: int = 128
+    max_id_chars: int = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Periods and limits, seconds."""
+
+    fleet_poll_s: float = 0.25
+    store_retry_s: float = 0.05
+    """Between tries while the store does not answer and a stream waits for it."""
+    replica_call_s: float = 10.0
+    """Unary calls to replicas, imports aside."""
+    stop_turn_s: float = 2.0
+    """Telling an owner to stop or release; the store has decided already."""
+    progress_s: float = 1.0
+    """A silent stream whose owner is DOWN for this long is given up."""
+    waiting_event_s: float = 1.0
+    """Between TurnWaiting events while a turn has no replica."""
+    no_candidate_s: float = 0.1
+    """Between looks at the fleet while nobody can take a session."""
+    watch_poll_s: float = 0.2
+    sweep_period_s: float = 1.0
+    sweep_lease_s: float = 5.0
+    default_turn_s: float = 600.0
+    max_turn_s: float = 86_400.0
+    default_migration_s: float = 30.0
+    default_drain_s: float = 120.0
+    shutdown_grace_s: float = 10.0
+    keepalive_s: float = 10.0
+    keepalive_timeout_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Sizes of tables and buffers."""
+
+    owners: int = 65_536
+    """Sessions whose tenant and owner are remembered; the least recently used is forgotten."""
+    salts: int = 4096
+    channels: int = 256
+    """Connections to replicas; the least recently used one is closed."""
+    relay_buffer_bytes: int = 256 << 10
+    """Bytes of one stream that wait for a slow client; over it the replica's stream is paused."""
+    takeovers: int = 32
+    """Take-overs at once (P9)."""
+    drain_moves: int = 4
+    """Moves of one drain at once."""
+    drain_batch: int = 256
+    sweep_batch: int = 256
+    list_page: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Everything. Contradictory settings raise ValueError here, not later."""
+
+    listen: str = "127.0.0.1:8470"
+    """host:port; port 0 picks a free one."""
+    gateway_id: str = ""
+    """Names this process among gateways; empty: random."""
+    redis_url: str = ""
+    """redis://, rediss://, unix:// …; the store's adapter knows which."""
+    reflection: bool = True
+    admission: Admission = field(default_factory=Admission)
+    times: Times = field(default_factory=Times)
+    tables: Tables = field(default_factory=Tables)
+    liveness: LivenessLimits = field(default_factory=LivenessLimits)
+    failover: FailoverLimits = field(default_factory=FailoverLimits)
+    placement: PlacementModel = field(default_factory=PlacementModel)
+    migration: MigrationLimits = field(default_factory=MigrationLimits)
+
+    def __post_init__(self) -> None:
+        host, _, port = self.listen.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65_535:
+            raise ValueError(f"listen is host:port, not {self.listen!r}")
+        for group in (self.admission, self.times, self.tables):
+            for name in group.__dataclass_fields__:
+                if getattr(group, name) <= 0:
+                    raise ValueError(f"{name} must be positive")
+        if self.times.fleet_poll_s * 2 > self.liveness.outage_after_s:
+            raise ValueError("fleet_poll_s must be at most half of outage_after_s")
+        if self.times.sweep_period_s * 2 > self.times.sweep_lease_s:
+            raise ValueError("sweep_period_s must be at most half of sweep_lease_s")
+        if self.times.default_turn_s > self.times.max_turn_s:
+            raise ValueError("default_turn_s must not exceed max_turn_s")

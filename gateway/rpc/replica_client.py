@@ -1,0 +1,184 @@
+"""Replicas over gRPC: one channel per endpoint, opened early and kept, and errors as ours.
+
+No retries here: a call that failed is decided on by the orchestration, which knows the epochs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from grpc import aio
+from sessile.v1 import replica_pb2 as pb
+
+from gateway.app.ports import ReplicaLost
+from gateway.config import GatewayConfig
+from gateway.core.errors import SessileError
+from gateway.rpc.status import error_from_rpc, has_details
+
+SERVICE = "/sessile.v1.ReplicaService/"
+
+GONE_SIGNS = (
+    "connection refused",
+    "connection reset",
+    "socket closed",
+    "broken pipe",
+    "no such file or directory",
+)
+"""What gRPC says when the peer's operating system refused or ended the connection without the
+orderly GOAWAY of a server that stops: the process is gone."""
+
+_LOST = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.INTERNAL,
+    }
+)
+"""Codes that the transport makes up when a connection breaks; with our details they are answers."""
+
+T = TypeVar("T")
+
+
+def translate(error: aio.AioRpcError) -> SessileError:
+    """The replica's own error if it sent one, else what happened to the connection."""
+    if has_details(error) or error.code() not in _LOST:
+        return error_from_rpc(error)
+    details = error.details() or error.code().name
+    refused = error.code() is grpc.StatusCode.UNAVAILABLE and any(
+        sign in details.lower() for sign in GONE_SIGNS
+    )
+    return ReplicaLost(details, refused=refused)
+
+
+class GrpcReplicaClient:
+    """Implements ``ReplicaClient`` over one channel."""
+
+    def __init__(self, channel: aio.Channel) -> None:
+        # Raw bytes: a turn's stream is relayed without being parsed.
+        self._dispatch_turn: Any = channel.unary_stream(
+            SERVICE + "DispatchTurn",
+            request_serializer=pb.DispatchTurnRequest.SerializeToString,
+            response_deserializer=None,
+        )
+
+        def method(name: str, answer: Callable[[bytes], T]) -> Callable[..., Awaitable[T]]:
+            return channel.unary_unary(  # type: ignore[no-any-return]
+                SERVICE + name,
+                request_serializer=lambda request: request.SerializeToString(),
+                response_deserializer=answer,
+            )
+
+        self._stop_turn = method("StopTurn", pb.StopTurnResponse.FromString)
+        self._hand_over = method("HandOver", pb.HandOverResponse.FromString)
+        self._abort_hand_over = method("AbortHandOver", pb.AbortHandOverResponse.FromString)
+        self._import_session = method("ImportSession", pb.ImportSessionResponse.FromString)
+        self._release_session = method("ReleaseSession", pb.ReleaseSessionResponse.FromString)
+        self._read_turns = method("ReadTurns", pb.ReadTurnsResponse.FromString)
+        self._set_draining = method("SetDraining", pb.SetDrainingResponse.FromString)
+
+    async def dispatch_turn(
+        self, request: pb.DispatchTurnRequest, timeout_s: float
+    ) -> AsyncGenerator[bytes, None]:
+        call = self._dispatch_turn(request, timeout=timeout_s)
+        try:
+            async for message in call:
+                yield message
+        except aio.AioRpcError as error:
+            raise translate(error) from error
+        finally:
+            call.cancel()
+
+    async def stop_turn(self, request: pb.StopTurnRequest, timeout_s: float) -> pb.StopTurnResponse:
+        return await _unary(self._stop_turn, request, timeout_s)
+
+    async def hand_over(self, request: pb.HandOverRequest, timeout_s: float) -> pb.HandOverResponse:
+        return await _unary(self._hand_over, request, timeout_s)
+
+    async def abort_hand_over(
+        self, request: pb.AbortHandOverRequest, timeout_s: float
+    ) -> pb.AbortHandOverResponse:
+        return await _unary(self._abort_hand_over, request, timeout_s)
+
+    async def import_session(
+        self, request: pb.ImportSessionRequest, timeout_s: float
+    ) -> pb.ImportSessionResponse:
+        return await _unary(self._import_session, request, timeout_s)
+
+    async def release_session(
+        self, request: pb.ReleaseSessionRequest, timeout_s: float
+    ) -> pb.ReleaseSessionResponse:
+        return await _unary(self._release_session, request, timeout_s)
+
+    async def read_turns(
+        self, request: pb.ReadTurnsRequest, timeout_s: float
+    ) -> pb.ReadTurnsResponse:
+        return await _unary(self._read_turns, request, timeout_s)
+
+    async def set_draining(
+        self, request: pb.SetDrainingRequest, timeout_s: float
+    ) -> pb.SetDrainingResponse:
+        return await _unary(self._set_draining, request, timeout_s)
+
+
+async def _unary(call: Callable[..., Awaitable[T]], request: Any, timeout_s: float) -> T:
+    try:
+        return await call(request, timeout=timeout_s)
+    except aio.AioRpcError as error:
+        raise translate(error) from error
+
+
+class GrpcReplicaClients:
+    """Channels by endpoint, ``max_channels`` at most: the least recently used one without a call
+    is forgotten, and closes when its last stream ends."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._limit = config.tables.channels
+        size = config.admission.max_message_bytes
+        self._options: list[tuple[str, int | str]] = [
+            ("grpc.max_send_message_length", size),
+            ("grpc.max_receive_message_length", size),
+            ("grpc.enable_retries", 0),
+            ("grpc.keepalive_time_ms", int(config.times.keepalive_s * 1000)),
+            ("grpc.keepalive_timeout_ms", int(config.times.keepalive_timeout_s * 1000)),
+            ("grpc.http2.max_pings_without_data", 0),
+            # A restarted worker listens at its old endpoint within a second: do not back off for
+            # longer than that.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+        ]
+        self._channels: OrderedDict[str, tuple[aio.Channel, GrpcReplicaClient]] = OrderedDict()
+        self._retired: list[aio.Channel] = []
+
+    def at(self, endpoint: str) -> GrpcReplicaClient:
+        known = self._channels.get(endpoint)
+        if known is None:
+            channel = aio.insecure_channel(endpoint, options=self._options)
+            known = self._channels[endpoint] = (channel, GrpcReplicaClient(channel))
+            if len(self._channels) > self._limit:
+                self._retired.append(self._channels.popitem(last=False)[1][0])
+        else:
+            self._channels.move_to_end(endpoint)
+        return known[1]
+
+    def warm(self, endpoint: str) -> None:
+        """Connects now, so that the first dispatch (perhaps a fail-over) does not have to."""
+        self.at(endpoint)
+        self._channels[endpoint][0].get_state(try_to_connect=True)
+
+    async def close_retired(self, grace_s: float) -> None:
+        """Closes forgotten channels, giving their streams a grace to end."""
+        while self._retired:
+            await self._retired.pop().close(grace_s)
+
+    async def aclose(self) -> None:
+        """Closes every channel at once."""
+        channels = [channel for channel, _ in self._channels.values()]
+        self._channels.clear()
+        for channel in (*channels, *self._retired):
+            await channel.close()
+        self._retired.clear()

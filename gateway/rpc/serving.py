@@ -1,0 +1,109 @@
+"""From application calls to gRPC handlers: tenant, bounds and errors are dealt with once, here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import Message
+from grpc import aio
+
+from gateway.app.admission import Gate
+from gateway.core.errors import InternalError, SessileError, Unavailable
+from gateway.rpc.auth import Authenticator
+from gateway.rpc.status import abort
+from statestore.ports import StoreError, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+Context = aio.ServicerContext[Any, Any]
+Unary = Callable[[str, Any], Awaitable[Message]]
+"""(tenant, request) -> response"""
+Streaming = Callable[[str, Any], AsyncGenerator[Message, None]]
+"""(tenant, request) -> responses"""
+Relayed = Callable[[str, Any, float | None, Callable[[bytes], Awaitable[None]]], Awaitable[None]]
+"""(tenant, request, seconds left of the caller's deadline, sink of serialised responses)"""
+
+
+def store_failure(error: StoreError) -> SessileError:
+    """What a caller is told when the store failed."""
+    if isinstance(error, StoreUnavailable):
+        return Unavailable("the store does not answer", retry_after_ms=500)
+    return InternalError(f"{type(error).__name__}: {error}")
+
+
+class Serving:
+    """Makes handlers of application calls."""
+
+    def __init__(self, authenticator: Authenticator, calls: Gate, watches: Gate) -> None:
+        self._authenticator = authenticator
+        self._calls = calls
+        self._watches = watches
+
+    def unary(self, call: Unary, request: type[Message]) -> Any:
+        """One request, one response."""
+
+        async def handler(message: Any, context: Context) -> Message:
+            try:
+                with self._calls.entered():
+                    return await call(await self._tenant(context), message)
+            except Exception as error:  # noqa: BLE001 - every failure gets a status
+                await _fail(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(
+            handler, request.FromString, lambda answer: answer.SerializeToString()
+        )
+
+    def streaming(self, call: Streaming, request: type[Message]) -> Any:
+        """One request, a stream of responses; counted as a watch."""
+
+        async def handler(message: Any, context: Context) -> AsyncGenerator[Message, None]:
+            try:
+                with self._watches.entered():
+                    tenant = await self._tenant(context)
+                    async with aclosing(call(tenant, message)) as answers:
+                        async for answer in answers:
+                            yield answer
+            except Exception as error:  # noqa: BLE001 - every failure gets a status
+                await _fail(context, error)
+
+        return grpc.unary_stream_rpc_method_handler(
+            handler, request.FromString, lambda answer: answer.SerializeToString()
+        )
+
+    def relayed(self, call: Relayed, request: type[Message]) -> Any:
+        """One request, a stream of responses that are serialised already."""
+
+        async def handler(message: Any, context: Context) -> None:
+            try:
+                tenant = await self._tenant(context)
+                await call(tenant, message, context.time_remaining(), context.write)
+            except Exception as error:  # noqa: BLE001 - every failure gets a status
+                await _fail(context, error)
+
+        return grpc.unary_stream_rpc_method_handler(handler, request.FromString, None)
+
+    async def _tenant(self, context: Context) -> str:
+        metadata = {
+            key: value
+            for key, value in context.invocation_metadata() or ()
+            if isinstance(value, str)
+        }
+        return await self._authenticator.tenant(metadata)
+
+
+async def _fail(context: Context, error: Exception) -> NoReturn:
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, SessileError):
+        await abort(context, error)
+    if isinstance(error, StoreError):
+        await abort(context, store_failure(error))
+    if context.cancelled() or context.done():
+        log.debug("a caller left: %s", error)
+        raise error
+    log.error("a call failed unexpectedly", exc_info=error)
+    await abort(context, InternalError(f"unexpected {type(error).__name__} in the gateway"))
