@@ -76,7 +76,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
             weakref.WeakKeyDictionary()
         )
         self._rounds = 0
+        self._callback_error: BaseException | None = None
         self.set_task_factory(_numbered_task)
+        self.set_exception_handler(self._keep_error)
 
     def time(self) -> float:
         """Virtual seconds since the loop was made."""
@@ -129,6 +131,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
             if task is not None and self._trace is not None:
                 self._trace(Step(self._now, self.number_of(task), task.get_name()))
             handle._run()
+            if self._callback_error is not None:
+                error, self._callback_error = self._callback_error, None
+                raise SimulationError("a callback or a forgotten task failed") from error
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -140,6 +145,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
         if self._timers[0][0] > self._now:
             self._now = self._timers[0][0]
             self._rounds = 0
+
+    def _keep_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What asyncio would only log ends the run."""
+        error = context.get("exception")
+        self._callback_error = error or SimulationError(context.get("message", "unknown"))
 
     def _ordered(
         self, batch: list[asyncio.Handle]

@@ -159,3 +159,13 @@ def test_what_still_runs_at_the_end_is_cancelled() -> None:
     with pytest.raises(ValueError, match="main failed"):
         run(main, 1)
     assert ended == ["cleaned up"]
+
+
+def test_a_failing_callback_ends_the_run() -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().call_later(1, lambda: 1 / 0)
+        await anyio.sleep(2)
+
+    with pytest.raises(SimulationError, match="callback") as caught:
+        run(main, 1)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)

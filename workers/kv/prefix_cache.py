@@ -148,6 +148,10 @@ class PrefixCache:
         self._expire_pins()
         return self._pinned
 
+    def sealed_pages(self) -> list[int]:
+        """Every cached page."""
+        return list(self._by_page)
+
     def match(self, block_hashes: Sequence[bytes]) -> list[int]:
         """Pages of the longest resident run of these blocks, from the first. Takes no reference
         and does not count as a use."""
