@@ -1,0 +1,229 @@
+"""Moving KV pages between replicas: the source gives leave, the target pulls and verifies.
+
+Nothing here owns a session or fails a turn. A transfer that breaks is tried once more and then
+given up with the reason; whatever is missing is recomputed. What counts as held is measured after
+the pages were verified, never inferred from what was sent (P13, I5).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import anyio
+from sessile.v1 import replica_pb2 as pb
+from sessile.v1 import types_pb2
+
+from gateway.core.errors import InvalidRequest, MigrationRefused, NotOwner, SessileError
+from statestore.records import Position, ReplicaRef
+from workers.engines.port import Engine, PageExport, PageImport, PageMeta, PagesExhausted
+from workers.kv.blocks import BLOCK_HASH_BYTES
+from workers.residency import ResidentSession
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 2
+MAX_CONCURRENT_PULLS = 4
+"""Pulls at once into this replica; further ones wait for a place within their time limit."""
+MAX_BLOCKS = 1 << 17
+"""Blocks one export may be asked for."""
+EXPORT_TIMEOUT_S = 5.0
+DEFAULT_LEASE_S = 30.0
+MAX_LEASE_S = 300.0
+
+
+class PeerClient(Protocol):
+    """Calls to other replicas. Failures are SessileErrors."""
+
+    async def export_kv(
+        self, endpoint: str, request: pb.ExportKvRequest, timeout_s: float
+    ) -> pb.ExportKvResponse: ...
+
+
+class TicketIssuer(Protocol):
+    """The source's end of the data channel."""
+
+    @property
+    def endpoint(self) -> str:
+        """host:port for peers."""
+        ...
+
+    def issue_ticket(self, export: PageExport, lease_s: float) -> bytes:
+        """A one-time secret for these pages. The issuer releases them after use or at the lease's
+        end; raises Overloaded at its bound."""
+        ...
+
+
+Puller = Callable[[str, bytes, PageImport, int, int, float], Awaitable[int]]
+"""``pull_pages(endpoint, ticket, reservation, pages, page_bytes, timeout_s)`` -> bytes received.
+Raises OSError (also for a refused ticket or a broken stream) or TimeoutError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What a pull achieved. ``pages`` are resident from the context's start, measured after it."""
+
+    pages: int
+    bytes_copied: int
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class TransferStats:
+    """Counters since start; read by metrics."""
+
+    exports: int = 0
+    pulls: int = 0
+    pulled_pages: int = 0
+    pulled_bytes: int = 0
+    failed_attempts: int = 0
+
+
+def lease_seconds(lease_ms: int) -> float:
+    """A requested lease in seconds: the default for 0, bounded by MAX_LEASE_S."""
+    return min(lease_ms / 1000 or DEFAULT_LEASE_S, MAX_LEASE_S)
+
+
+class KvTransfer:
+    """Both ends of KV transfer on one replica."""
+
+    def __init__(
+        self,
+        ref: ReplicaRef,
+        engine: Engine,
+        tickets: TicketIssuer,
+        peers: PeerClient,
+        pull_pages: Puller,
+        *,
+        pull_timeout_s: float = 30.0,
+    ) -> None:
+        self.stats = TransferStats()
+        self._ref = ref
+        self._engine = engine
+        self._tickets = tickets
+        self._peers = peers
+        self._pull_pages = pull_pages
+        self._pull_timeout_s = pull_timeout_s
+        self._limiter = anyio.Semaphore(MAX_CONCURRENT_PULLS)
+
+    # -- source ---------------------------------------------------------------------------------
+
+    def export(self, request: pb.ExportKvRequest) -> pb.ExportKvResponse:
+        """Leave to pull the longest resident run of the wanted blocks. A block's hash contains its
+        tenant's salt, so who can name a block may have it."""
+        info = self._engine.info
+        if request.kv_fingerprint != info.kv_fingerprint:
+            raise MigrationRefused("the replicas' KV pages are not exchangeable")
+        if len(request.block_hashes) > MAX_BLOCKS:
+            raise InvalidRequest(f"an export takes at most {MAX_BLOCKS} blocks")
+        if any(len(name) != BLOCK_HASH_BYTES for name in request.block_hashes):
+            raise InvalidRequest(f"a block hash has {BLOCK_HASH_BYTES} bytes")
+        export = self._engine.export_pages(request.block_hashes)
+        if not export.pages:
+            export.release()
+            return pb.ExportKvResponse(page_bytes=info.page_bytes)
+        # After the ticket the channel may release the pages at any time: read them first.
+        checksums = [page.checksum for page in export.pages]
+        try:
+            ticket = self._tickets.issue_ticket(export, lease_seconds(request.lease_ms))
+        except BaseException:
+            export.release()
+            raise
+        self.stats.exports += 1
+        return pb.ExportKvResponse(
+            ticket=ticket,
+            data_endpoint=self._tickets.endpoint,
+            offered_pages=len(checksums),
+            page_bytes=info.page_bytes,
+            checksums=checksums,
+        )
+
+    # -- target ---------------------------------------------------------------------------------
+
+    async def pull(
+        self, resident: ResidentSession, source_endpoint: str, source: ReplicaRef, lease_s: float
+    ) -> Pulled:
+        """Makes the session's pages resident as far as the source has them, and pins them for
+        ``lease_s``. Never raises for a transfer that fails; takes at most the pull timeout."""
+        hashes = resident.block_hashes(self._engine)
+        pin_id = resident.session_id
+        copied, detail = 0, ""
+        self.stats.pulls += 1
+        with anyio.move_on_after(self._pull_timeout_s) as scope:
+            async with self._limiter:
+                for _ in range(ATTEMPTS):
+                    # Pinned first, so that what the pull adds to is not evicted meanwhile.
+                    if self._engine.pin(pin_id, hashes, lease_s) >= len(hashes):
+                        detail = ""
+                        break
+                    try:
+                        taken, detail = await self._attempt(
+                            resident, hashes, source_endpoint, source
+                        )
+                    except PagesExhausted as error:
+                        detail = str(error)
+                        break
+                    except (SessileError, OSError, TimeoutError) as error:
+                        detail = f"{type(error).__name__}: {error}"
+                        taken = 0
+                    copied += taken
+                    if not detail:
+                        break
+                    self.stats.failed_attempts += 1
+                    log.warning("pull of %s from %s: %s", pin_id, source, detail)
+        if scope.cancelled_caught:
+            detail = f"not complete within {self._pull_timeout_s} s"
+        self.stats.pulled_bytes += copied
+        return Pulled(self._engine.pin(pin_id, hashes, lease_s), copied, detail)
+
+    async def _attempt(
+        self, resident: ResidentSession, hashes: list[bytes], endpoint: str, source: ReplicaRef
+    ) -> tuple[int, str]:
+        """One pull of what is missing; bytes received, and what is wrong if pages were refused."""
+        info = self._engine.info
+        have = self._engine.resident_pages(hashes)
+        wanted = hashes[have:]
+        reservation = self._engine.reserve_import(resident.salt, resident.tokens, have, len(wanted))
+        try:
+            request = pb.ExportKvRequest(
+                session_id=resident.session_id,
+                target=types_pb2.ReplicaRef(
+                    replica_id=self._ref.replica_id, incarnation=self._ref.incarnation
+                ),
+                kv_fingerprint=info.kv_fingerprint,
+                block_hashes=wanted,
+                lease_ms=round(self._pull_timeout_s * 1000),
+            )
+            offer = await self._peers.export_kv(endpoint, request, EXPORT_TIMEOUT_S)
+            pages = offer.offered_pages
+            if pages > len(wanted) or len(offer.checksums) != pages:
+                raise NotOwner(f"{source} offers {pages} pages of {len(wanted)}")
+            if pages == 0:
+                return 0, ""
+            if offer.page_bytes != info.page_bytes:
+                raise MigrationRefused(f"{source} has pages of {offer.page_bytes} bytes")
+            received = await self._pull_pages(
+                offer.data_endpoint,
+                offer.ticket,
+                reservation,
+                pages,
+                info.page_bytes,
+                self._pull_timeout_s,
+            )
+            metas = [
+                PageMeta(name, checksum)
+                for name, checksum in zip(wanted, offer.checksums, strict=False)
+            ]
+            taken = reservation.commit(metas)
+        finally:
+            reservation.release()
+        self.stats.pulled_pages += taken
+        detail = f"{taken} of {pages} pages could be verified" if taken < pages else ""
+        return received, detail
+
+    def verified(self, resident: ResidentSession, pages: int) -> Position:
+        """The ledger position that ``pages`` resident pages cover."""
+        length = pages * self._engine.info.page_size
+        return Position(length, resident.digest_at(length))

@@ -1,0 +1,177 @@
+"""One replica's life: start the engine, register, serve, beat; stop in order.
+
+Independent of gRPC and sockets, so that the simulation runs the same code. Cancelling
+:func:`run_replica` is a crash: nothing is said to the store, as if the process had been killed. An
+orderly stop goes through the ``stop`` event.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import anyio
+
+from statestore.ports import JournalPort, StoreUnavailable
+from statestore.records import ReplicaRef, ReplicaRegistration
+from statestore.replica_info import ReplicaDetails
+from workers.engines.port import Engine, EngineFailed
+from workers.heartbeat import heartbeat
+from workers.journal import Journal, until_answered
+from workers.kv.transfer import KvTransfer, PeerClient, Puller, TicketIssuer
+from workers.residency import Residency
+from workers.service import ReplicaApp, pull_by_plan
+from workers.text.port import TextCodec
+from workers.turn.dispatcher import Dispatcher
+from workers.turn.ports import Salts, TurnLimits, TurnPorts
+
+log = logging.getLogger(__name__)
+
+REGISTER_TIMEOUT_S = 60.0
+GOODBYE_TIMEOUT_S = 2.0
+SEED_BITS = 63
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """What can be set of a replica apart from its adapters; seconds unless named otherwise."""
+
+    replica_id: str
+    site: str = ""
+    hardware: str = ""
+    heartbeat_period_s: float = 0.5
+    journal_lanes: int = 1
+    max_resident_sessions: int = 4096
+    max_resident_tokens: int = 1 << 26
+    """About 0.3 GB of token ids."""
+    pin_ttl_s: float = 120.0
+    """How long a session's KV is preferred over other cache after a turn."""
+    pull_timeout_s: float = 30.0
+    turn: TurnLimits = field(default_factory=TurnLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaAdapters:
+    """The world as a replica sees it. The caller owns and closes them, except the engine."""
+
+    store: JournalPort
+    engine: Engine
+    codec: TextCodec
+    tickets: TicketIssuer
+    peers: PeerClient
+    pull_pages: Puller
+    random: random.Random
+
+
+async def run_replica(
+    adapters: ReplicaAdapters,
+    settings: ReplicaSettings,
+    endpoint: str,
+    serve: Callable[[ReplicaApp, ReplicaRef], Awaitable[None]],
+    stop: anyio.Event,
+) -> None:
+    """Runs until ``stop`` is set. ``endpoint`` (host:port) is announced to the fleet; ``serve``
+    must make the app reachable there and return.
+
+    Raises EngineFailed if the engine fails, ReplicaReplaced if another process took the id; the
+    process should then exit with a failure.
+    """
+    failures: list[EngineFailed] = []
+
+    def on_failure(error: EngineFailed) -> None:
+        failures.append(error)
+        stop.set()
+
+    dispatcher = Dispatcher()
+    engine, store = adapters.engine, adapters.store
+    try:
+        await engine.start(dispatcher.on_step, on_failure)
+        registration = ReplicaRegistration(
+            settings.replica_id, _details(adapters, settings, endpoint).to_json()
+        )
+        ref = await until_answered(
+            partial(store.register_replica, registration),
+            anyio.current_time() + REGISTER_TIMEOUT_S,
+        )
+        journal = Journal(store, lanes=settings.journal_lanes)
+        ports, transfer = _ports(adapters, settings, ref, dispatcher, journal)
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(journal.run)
+            app = ReplicaApp(ports, transfer, tasks, on_empty=stop.set)
+            await serve(app, ref)
+            tasks.start_soon(heartbeat, store, ref, app.load, settings.heartbeat_period_s)
+            await stop.wait()
+            tasks.cancel_scope.cancel()
+        await _say_goodbye(store, ref)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await engine.aclose()
+    if failures:
+        raise failures[0]
+
+
+def _ports(
+    adapters: ReplicaAdapters,
+    settings: ReplicaSettings,
+    ref: ReplicaRef,
+    dispatcher: Dispatcher,
+    journal: Journal,
+) -> tuple[TurnPorts, KvTransfer]:
+    residency = Residency(
+        adapters.engine,
+        max_sessions=settings.max_resident_sessions,
+        max_tokens=settings.max_resident_tokens,
+        pin_ttl_s=settings.pin_ttl_s,
+    )
+    transfer = KvTransfer(
+        ref,
+        adapters.engine,
+        adapters.tickets,
+        adapters.peers,
+        adapters.pull_pages,
+        pull_timeout_s=settings.pull_timeout_s,
+    )
+    ports = TurnPorts(
+        ref=ref,
+        store=adapters.store,
+        journal=journal,
+        engine=adapters.engine,
+        codec=adapters.codec,
+        dispatcher=dispatcher,
+        residency=residency,
+        salts=Salts(adapters.store),
+        pull_prefix=partial(pull_by_plan, transfer, settings.pin_ttl_s),
+        draw_seed=partial(adapters.random.getrandbits, SEED_BITS),
+        limits=settings.turn,
+    )
+    return ports, transfer
+
+
+def _details(adapters: ReplicaAdapters, settings: ReplicaSettings, endpoint: str) -> ReplicaDetails:
+    info = adapters.engine.info
+    return ReplicaDetails(
+        endpoint=endpoint,
+        model=info.model,
+        engine=info.engine,
+        token_fingerprint=adapters.codec.token_fingerprint.hex(),
+        kv_fingerprint=info.kv_fingerprint.hex(),
+        page_size=info.page_size,
+        capacity_pages=info.capacity_pages,
+        max_context_tokens=info.max_context_tokens,
+        max_running_turns=info.max_running,
+        max_queued_turns=info.max_queued,
+        site=settings.site,
+        hardware=settings.hardware,
+    )
+
+
+async def _say_goodbye(store: JournalPort, ref: ReplicaRef) -> None:
+    """Saves observers the wait for the lease; without an answer they wait it out."""
+    with anyio.move_on_after(GOODBYE_TIMEOUT_S):
+        try:
+            await store.deregister_replica(ref)
+        except StoreUnavailable as error:
+            log.warning("%s could not say good-bye: %s", ref, error)

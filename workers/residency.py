@@ -1,0 +1,200 @@
+"""Sessions whose tokens this replica holds in memory, and the pins on their KV pages.
+
+Soft state throughout: everything here can be dropped and rebuilt from the ledger. What is held is
+always a copy of acknowledged ledger content, so after the store lost writes the owner can put them
+back from here (P1).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gateway.core.errors import DataLoss, Unavailable
+from statestore.digest import RollingDigest
+from statestore.ports import JournalPort
+from statestore.records import NO_EPOCH, Epoch, Position, Session, Turn
+from statestore.replica_info import MAX_LEADING
+from workers.engines.port import Engine
+
+MAX_RECENT_TURNS = 16
+"""Ended turns kept per session for a repair; if the store lost more, the loss is reported."""
+
+
+@dataclass(slots=True)
+class ResidentSession:
+    """One session's ledger in memory. Mutable; grows only by what the store acknowledged."""
+
+    session_id: str
+    tenant: str
+    salt: bytes
+    digest: RollingDigest
+    epoch: Epoch = NO_EPOCH
+    """Epoch under which this replica last wrote the session; NO_EPOCH for a mere copy."""
+    tokens: array[int] = field(default_factory=lambda: array("I"))
+    turn_index: int = 0
+    """Turns ended, as far as this replica knows; meaningful under :attr:`epoch`."""
+    recent: deque[Turn] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_TURNS))
+    """Turns that ended here under :attr:`epoch`, in order of their index."""
+    _hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def head(self) -> Position:
+        return self.digest.position()
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Adds tokens that are in the ledger."""
+        self.tokens.extend(tokens)
+        self.digest.update(tokens)
+
+    def own(self, epoch: Epoch, turn_index: int) -> None:
+        """Starts to speak for the session under ``epoch``; what an earlier epoch knew of ended
+        turns no longer counts."""
+        if epoch != self.epoch:
+            self.recent.clear()
+        self.epoch = epoch
+        self.turn_index = turn_index
+
+    def ended(self, turn: Turn) -> None:
+        """A turn of this session ended."""
+        self.recent.append(turn)
+        self.turn_index = turn.index + 1
+
+    def digest_at(self, length: int) -> bytes:
+        """Ledger digest after ``length`` tokens; hashes all of them again."""
+        return RollingDigest.of(self.salt, self.tokens[:length]).position().digest
+
+    def block_hashes(self, engine: Engine) -> list[bytes]:
+        """Names of the whole pages; recomputed only when another page has filled."""
+        if len(self._hashes) != len(self.tokens) // engine.info.page_size:
+            self._hashes = engine.block_hashes(self.salt, self.tokens)
+        return self._hashes
+
+
+class Residency:
+    """The replica's resident sessions, least recently used first out.
+
+    Bounded in sessions and in tokens; sessions with a running turn (``busy``) are never evicted,
+    and their number is bounded by the turns that run or queue.
+    """
+
+    def __init__(
+        self, engine: Engine, *, max_sessions: int, max_tokens: int, pin_ttl_s: float
+    ) -> None:
+        self._engine = engine
+        self._max_sessions = max_sessions
+        self._max_tokens = max_tokens
+        self._pin_ttl_s = pin_ttl_s
+        self._sessions: OrderedDict[str, ResidentSession] = OrderedDict()
+        self._busy: set[str] = set()
+        self._leading: OrderedDict[bytes, list[bytes]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def session_ids(self) -> list[str]:
+        """Ids of the sessions held as their owner, sorted."""
+        return sorted(s.session_id for s in self._sessions.values() if s.epoch != NO_EPOCH)
+
+    def get(self, session_id: str) -> ResidentSession | None:
+        return self._sessions.get(session_id)
+
+    async def load(self, store: JournalPort, session: Session, salt: bytes) -> ResidentSession:
+        """The session's ledger up to ``session.head``, verified by its digest; reads only what is
+        missing. Raises DataLoss if the ledger does not match its own digest, Unavailable if it
+        changed while it was read, and what the store raises."""
+        resident = self._sessions.get(session.session_id)
+        if resident is not None and await self._catch_up(store, resident, session):
+            self._sessions.move_to_end(session.session_id)
+            return resident
+        fresh = ResidentSession(session.session_id, session.tenant, salt, RollingDigest(salt))
+        if not await self._catch_up(store, fresh, session):
+            raise DataLoss(
+                f"session {session.session_id}: the ledger's tokens do not match its digest"
+            )
+        self._forget(session.session_id)
+        self._sessions[session.session_id] = fresh
+        self._shrink()
+        return fresh
+
+    async def _catch_up(
+        self, store: JournalPort, resident: ResidentSession, session: Session
+    ) -> bool:
+        """Brings a copy to the session's head, if the copy is a prefix of it."""
+        have, want = len(resident.tokens), session.head.length
+        if have > want:
+            return False
+        missing = await store.read_tokens(session, have, want) if want > have else []
+        if len(missing) != want - have:
+            raise Unavailable(f"session {session.session_id}: the ledger changed while it was read")
+        state = resident.digest.copy()
+        state.update(missing)
+        if state.position().digest != session.head.digest or len(resident.tokens) != have:
+            return False
+        resident.extend(missing)
+        return True
+
+    def hold(self, session_id: str) -> None:
+        """A turn runs: the session stays until :meth:`rest`."""
+        self._busy.add(session_id)
+
+    def rest(self, session_id: str) -> None:
+        """The turn ended: its KV is pinned softly for the gap until the next one."""
+        self._busy.discard(session_id)
+        if session_id in self._sessions:
+            self.pin(session_id, self._pin_ttl_s)
+            self._sessions.move_to_end(session_id)
+        self._shrink()
+
+    def disown(self, session_id: str) -> None:
+        """Somebody else owns the session now: what is held is a mere copy."""
+        resident = self._sessions.get(session_id)
+        if resident is not None:
+            resident.own(NO_EPOCH, resident.turn_index)
+
+    def pin(self, session_id: str, ttl_s: float) -> None:
+        """Pins what is resident of the session's pages."""
+        resident = self._sessions[session_id]
+        self._engine.pin(session_id, resident.block_hashes(self._engine), ttl_s)
+
+    def release(self, session_id: str, *, drop_kv: bool) -> bool:
+        """Lets go of a session; with ``drop_kv`` its pages are freed, else they may serve as
+        cache. Returns whether it was held."""
+        resident = self._sessions.get(session_id)
+        self._forget(session_id)
+        if resident is not None and drop_kv:
+            self._engine.drop(resident.block_hashes(self._engine))
+        return resident is not None
+
+    def note_leading(self, digest: bytes, tokens: Sequence[int], salt: bytes) -> None:
+        """Remembers which pages a session's leading messages became, for placement by prefix."""
+        if not digest:
+            return
+        self._leading[digest] = self._engine.block_hashes(salt, tokens)
+        self._leading.move_to_end(digest)
+        while len(self._leading) > MAX_LEADING:
+            self._leading.popitem(last=False)
+
+    def leading_tokens(self) -> dict[str, int]:
+        """Hex leading digest -> tokens of that prefix whose KV is resident now."""
+        page_size = self._engine.info.page_size
+        resident = {
+            digest.hex(): self._engine.resident_pages(hashes) * page_size
+            for digest, hashes in self._leading.items()
+        }
+        return {digest: tokens for digest, tokens in resident.items() if tokens}
+
+    def _forget(self, session_id: str) -> None:
+        self._sessions.pop(session_id, None)
+        self._engine.unpin(session_id)
+
+    def _shrink(self) -> None:
+        total = sum(len(s.tokens) for s in self._sessions.values())
+        for session_id in list(self._sessions):
+            if len(self._sessions) <= self._max_sessions and total <= self._max_tokens:
+                return
+            if session_id not in self._busy:
+                total -= len(self._sessions[session_id].tokens)
+                self._forget(session_id)

@@ -1,0 +1,365 @@
+"""From a dispatched request to a turn that may generate: accepted here, or resumed here.
+
+Everything that can be refused is refused before the ledger is written. What is in the ledger is
+then the turn's only definition; a retry or another replica starts from it, not from the request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import anyio
+from sessile.v1 import replica_pb2, types_pb2
+
+from gateway.core.errors import (
+    DataLoss,
+    InternalError,
+    InvalidRequest,
+    NotOwner,
+    StaleClient,
+    TurnCancelled,
+    TurnConflict,
+    TurnInProgress,
+    Unavailable,
+)
+from statestore import ports as store
+from statestore.digest import RollingDigest
+from statestore.records import Epoch, Position, Session, SessionState, Turn
+from workers.journal import until_answered
+from workers.residency import ResidentSession
+from workers.text.port import BadMessages, LastTurn
+from workers.turn.output import TurnOutput
+from workers.turn.ports import TurnPorts, refusal
+from workers.turn.repair import repair
+from workers.turn.request import (
+    TurnPlan,
+    body_of,
+    chat_messages,
+    chat_tools,
+    input_digest,
+    plan_of,
+    preamble_of,
+    resolve,
+)
+
+MAX_RACES = 4
+"""Times an opening starts over because the session changed between look and write."""
+
+SEAL_EVERY = 512
+"""Replayed output can be sent in events of this many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A turn that is RUNNING under our epoch. ``resident`` holds the ledger up to
+    ``turn.output_end``, and ``output`` the journalled output, folded."""
+
+    turn: Turn
+    resident: ResidentSession
+    plan: TurnPlan
+    output: TurnOutput
+    deadline_at: float
+    """In the event loop's clock; the store judges by its own."""
+    began: bool
+    """Accepted by this call, not resumed."""
+
+
+def check_precondition(pre: types_pb2.Precondition, session: Session) -> None:
+    """Raises DataLoss if the client knows more than the ledger, StaleClient if it knows less."""
+    head = pre.head
+    if pre.turn_index > session.turn_index or head.length > session.head.length:
+        raise DataLoss(
+            f"the client knows {head.length} tokens and {pre.turn_index} turns, the ledger "
+            f"{session.head.length} and {session.turn_index}"
+        )
+    if pre.turn_index < session.turn_index or head.length < session.head.length:
+        raise StaleClient(
+            f"the ledger has {session.head.length} tokens and {session.turn_index} turns, the "
+            f"client knows {head.length} and {pre.turn_index}"
+        )
+    if head.digest and head.digest != session.head.digest:
+        raise DataLoss(f"the ledger's first {head.length} tokens are not those the client knows")
+
+
+def check_input(turn: types_pb2.RunTurnRequest, known: Turn, salt: bytes) -> None:
+    """A repeat brings the same input or none; raises TurnConflict."""
+    if turn.messages and input_digest(salt, turn) != known.spec.input_digest:
+        raise TurnConflict(f"turn {turn.turn_id} exists with other input")
+
+
+def resume_index(output: TurnOutput, journalled: int, resume_from: Position | None) -> int:
+    """Output tokens that the client has already, of ``journalled`` ones.
+
+    Raises DataLoss if it has more than the ledger or another history, InvalidRequest if the
+    position is before the turn's output.
+    """
+    if resume_from is None or resume_from == Position(0, b""):
+        return 0
+    count = resume_from.length - output.start.length
+    if count < 0:
+        raise InvalidRequest("resume_from lies before the turn's output")
+    if count > journalled:
+        raise DataLoss(
+            f"the client has the ledger up to {resume_from.length}, the ledger ends at "
+            f"{output.start.length + journalled}"
+        )
+    if resume_from.digest and resume_from.digest != output.digest_at(count):
+        raise DataLoss(f"the ledger up to {resume_from.length} is not what the client was sent")
+    return count
+
+
+def fold(ports: TurnPorts, turn: Turn, start: RollingDigest, tokens: list[int]) -> TurnOutput:
+    """The output of a stored turn, folded again from its journalled tokens."""
+    plan = _plan(ports, turn)
+    output = TurnOutput(start, plan.folder(ports.codec), plan.rules)
+    for first in range(0, len(tokens), SEAL_EVERY):
+        output.push(tokens[first : first + SEAL_EVERY])
+        output.seal()
+    return output
+
+
+async def read_output(ports: TurnPorts, session: Session, turn: Turn, salt: bytes) -> TurnOutput:
+    """An ended turn's output from the ledger, ready for replay. Needs no ownership."""
+    end = turn.output_end.length
+    tokens = await ports.store.read_tokens(session, 0, end)
+    start = turn.output_start.length
+    if len(tokens) != end:
+        raise Unavailable(f"turn {turn.spec.turn_id}: the ledger changed while it was read")
+    output = fold(ports, turn, RollingDigest.of(salt, tokens[:start]), tokens[start:])
+    if output.start.digest != turn.output_start.digest:
+        raise DataLoss(f"turn {turn.spec.turn_id}: the ledger does not match the turn's record")
+    output.end()
+    return output
+
+
+class TurnOpening:
+    """Opens one dispatched turn; used once."""
+
+    def __init__(
+        self, ports: TurnPorts, request: replica_pb2.DispatchTurnRequest, epoch: Epoch
+    ) -> None:
+        self._ports = ports
+        self._request = request
+        self._turn = request.turn
+        self._epoch = epoch
+        self._seed = ports.draw_seed()
+
+    async def open(self, session: Session, turn: Turn | None, salt: bytes) -> Opened | Turn:
+        """Begins the turn, or resumes it if it exists. An ended turn is returned as it is.
+
+        Retries while the store does not answer, until the turn's deadline. Raises SessileErrors.
+        """
+        timeout_ms = turn.spec.timeout_ms if turn else self._turn.timeout_ms
+        give_up_at = anyio.current_time() + (timeout_ms or 600_000) / 1000
+        for _ in range(MAX_RACES):
+            session = await self._restored(session, give_up_at)
+            if session.active_turn_id == self._turn.turn_id and turn is None:
+                turn = await self._get_turn(give_up_at)
+            opened: Opened | Turn | None
+            if turn is not None:
+                opened = await self._resume(session, turn, salt, give_up_at)
+            else:
+                opened = await self._begin(session, salt, give_up_at)
+            if opened is not None:
+                return opened
+            session = await self._get_session(give_up_at)
+            turn = await self._get_turn(give_up_at)
+        raise Unavailable(f"session {self._turn.session_id} keeps changing; try again")
+
+    async def _restored(self, session: Session, give_up_at: float) -> Session:
+        """Checks that we own the session; if the store has forgotten what this epoch wrote and
+        this replica still holds it, puts it back first."""
+        resident = self._ports.residency.get(session.session_id)
+        ours = resident is not None and resident.epoch == self._epoch
+        if ours and resident is not None and self._behind(session, resident):
+            outcome = await repair(
+                self._ports.store, resident, self._ports.ref, self._epoch, None, give_up_at
+            )
+            if isinstance(outcome, store.Fenced | store.Refused | store.Missing):
+                raise refusal(session.session_id, outcome)
+            return await self._get_session(give_up_at)
+        owner = session.owner
+        if owner is None or owner.replica != self._ports.ref or owner.epoch != self._epoch:
+            raise NotOwner(f"session {session.session_id} is not owned under this epoch")
+        return session
+
+    @staticmethod
+    def _behind(session: Session, resident: ResidentSession) -> bool:
+        return session.epoch <= resident.epoch and (
+            session.turn_index < resident.turn_index
+            or (
+                session.turn_index == resident.turn_index
+                and session.active_turn_id is None
+                and session.head.length < len(resident.tokens)
+            )
+        )
+
+    # -- a new turn -----------------------------------------------------------------------------
+
+    async def _begin(
+        self, session: Session, salt: bytes, give_up_at: float
+    ) -> Opened | Turn | None:
+        """None: the session changed meanwhile; look again."""
+        if session.state is not SessionState.OPEN or session.active_turn_id is not None:
+            raise refusal(session.session_id, store.Refused(session.state, session.active_turn_id))
+        if self._turn.HasField("precondition"):
+            check_precondition(self._turn.precondition, session)
+        fingerprint = self._ports.codec.token_fingerprint
+        if session.token_fingerprint and session.token_fingerprint != fingerprint:
+            raise NotOwner(f"session {session.session_id} needs another tokenizer or template")
+        resident = await self._ports.residency.load(self._ports.store, session, salt)
+        tokens = self._render(session, resident)
+        state = resident.digest.copy()
+        state.update(tokens)
+        preamble = preamble_of(session.preamble)
+        spec = resolve(
+            self._turn,
+            preamble.default_params,
+            salt=salt,
+            output_start=state.position().length,
+            info=self._ports.engine.info,
+            seed=self._seed,
+        )
+        began_at = anyio.current_time()
+        outcome = await until_answered(
+            lambda: self._ports.store.begin_turn(
+                session.session_id,
+                self._epoch,
+                session.head,
+                spec,
+                tokens,
+                state.position(),
+                token_fingerprint=fingerprint,
+            ),
+            give_up_at,
+        )
+        match outcome:
+            case store.TurnBegun(turn=turn):
+                resident.own(self._epoch, session.turn_index)
+                resident.extend(tokens)
+                if turn.output_end.length > len(resident.tokens):
+                    return None  # an earlier call of ours began it; take it up as a resume
+                self._note_leading(session, tokens)
+                output = fold(self._ports, turn, state, [])
+                plan = _plan(self._ports, turn)
+                deadline = began_at + spec.timeout_ms / 1000
+                return Opened(turn, resident, plan, output, deadline, began=True)
+            case store.TurnExists() | store.HeadMismatch():
+                return None
+            case store.TurnConflict():
+                raise TurnConflict(f"turn {spec.turn_id} exists with other input")
+            case store.TurnInProgress(active_turn_id=other):
+                raise TurnInProgress(f"turn {other} is running", metadata={"turn_id": other})
+            case store.TurnTombstoned():
+                raise TurnCancelled(f"turn {spec.turn_id} was cancelled before it began")
+            case _:
+                raise refusal(session.session_id, outcome)
+
+    def _render(self, session: Session, resident: ResidentSession) -> list[int]:
+        """The turn's input tokens. Raises InvalidRequest for what the template cannot render."""
+        messages = chat_messages(self._turn.messages)
+        preamble = preamble_of(session.preamble)
+        if not messages and (resident.tokens or not preamble.messages):
+            raise InvalidRequest("a new turn needs at least one message")
+        last = LastTurn.NONE
+        if resident.tokens:
+            closed = resident.tokens[-1] in self._ports.codec.eos_token_ids
+            last = LastTurn.CLOSED if closed else LastTurn.OPEN
+        else:
+            messages = chat_messages(preamble.messages) + messages
+        try:
+            return self._ports.codec.render(last, messages, chat_tools(preamble.tools))
+        except BadMessages as error:
+            raise InvalidRequest(str(error)) from error
+
+    def _note_leading(self, session: Session, tokens: list[int]) -> None:
+        """Learns how many of a first turn's tokens are its session's leading messages."""
+        preamble = preamble_of(session.preamble)
+        if session.head.length or not preamble.messages:
+            return
+        try:
+            alone = self._ports.codec.render(
+                LastTurn.NONE, chat_messages(preamble.messages), chat_tools(preamble.tools)
+            )
+        except BadMessages:
+            return  # leading messages that do not stand alone are no prefix to place by
+        shared = 0
+        for mine, theirs in zip(alone, tokens, strict=False):
+            if mine != theirs:
+                break
+            shared += 1
+        resident = self._ports.residency.get(session.session_id)
+        if resident is not None:
+            self._ports.residency.note_leading(
+                session.leading_digest, tokens[:shared], resident.salt
+            )
+
+    # -- a turn that exists ---------------------------------------------------------------------
+
+    async def _resume(
+        self, session: Session, turn: Turn, salt: bytes, give_up_at: float
+    ) -> Opened | Turn | None:
+        if turn.status.ended:
+            return turn
+        check_input(self._turn, turn, salt)
+        if self._turn.resume_from.length > turn.output_end.length:
+            raise DataLoss(
+                f"the client has the ledger up to {self._turn.resume_from.length}, the turn ends "
+                f"at {turn.output_end.length}"
+            )
+        outcome = await until_answered(
+            lambda: self._ports.store.resume_turn(
+                session.session_id, self._epoch, turn.spec.turn_id
+            ),
+            give_up_at,
+        )
+        match outcome:
+            case store.TurnEnded(turn=ended):
+                return ended
+            case store.TurnUnknown():
+                return None
+            case store.TurnBegun(turn=resumed):
+                pass
+            case _:
+                raise refusal(session.session_id, outcome)
+        # Read again: the ledger may have grown between our look and the take-over.
+        session = await self._get_session(give_up_at)
+        resident = await self._ports.residency.load(self._ports.store, session, salt)
+        resident.own(self._epoch, session.turn_index)
+        start = resumed.output_start.length
+        tokens = resident.tokens
+        digest = RollingDigest.of(salt, tokens[:start])
+        if digest.position() != resumed.output_start or session.head != resumed.output_end:
+            raise DataLoss(f"turn {turn.spec.turn_id}: the ledger does not match the turn's record")
+        output = fold(self._ports, resumed, digest, tokens[start:].tolist())
+        if len(output.tokens) != len(tokens) - start:
+            raise InternalError(f"turn {turn.spec.turn_id} has output after its end")
+        # The store's clock at its last write of the session is the best we know of its time now.
+        remaining_ms = min(turn.spec.timeout_ms, resumed.deadline_at_ms - session.updated_at_ms)
+        deadline = anyio.current_time() + max(0, remaining_ms) / 1000
+        plan = _plan(self._ports, resumed)
+        return Opened(resumed, resident, plan, output, deadline, began=False)
+
+    async def _get_session(self, give_up_at: float) -> Session:
+        session_id = self._turn.session_id
+        session = await until_answered(
+            lambda: self._ports.store.get_session(session_id), give_up_at
+        )
+        if session is None:
+            raise refusal(session_id, store.Missing())
+        return session
+
+    async def _get_turn(self, give_up_at: float) -> Turn | None:
+        session_id, turn_id = self._turn.session_id, self._turn.turn_id
+        return await until_answered(
+            lambda: self._ports.store.get_turn(session_id, turn_id), give_up_at
+        )
+
+
+def _plan(ports: TurnPorts, turn: Turn) -> TurnPlan:
+    return plan_of(
+        body_of(turn.spec),
+        output_start=turn.output_start.length,
+        info=ports.engine.info,
+        eos=ports.codec.eos_token_ids,
+    )

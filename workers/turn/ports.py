@@ -1,0 +1,115 @@
+"""What turns need from their replica, in one place."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from sessile.v1 import replica_pb2
+
+from gateway.core.errors import (
+    DataLoss,
+    InvalidRequest,
+    NotFound,
+    NotOwner,
+    SessileError,
+    SessionClosed,
+    SessionSuspended,
+    TurnInProgress,
+    Unavailable,
+)
+from statestore.ports import Fenced, JournalPort, LimitReached, Missing, Refused
+from statestore.records import ReplicaRef, SessionState
+from workers.engines.port import Engine
+from workers.journal import Journal
+from workers.residency import Residency, ResidentSession
+from workers.text.port import TextCodec
+from workers.turn.dispatcher import Dispatcher
+
+MAX_SALTS = 4096
+"""Tenant salts kept in memory; the least recently used goes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnLimits:
+    """Bounds of one turn's run; seconds unless named otherwise."""
+
+    max_unacked_steps: int = 4
+    """Steps generated but not yet journalled before the engine is parked for this turn."""
+    max_streams: int = 8
+    """Streams attached to one turn."""
+    detach_grace_s: float = 60.0
+    """A turn nobody listens to ends CANCELLED after this."""
+    progress_timeout_s: float = 120.0
+    """An engine without any step for this long, though it has work, is taken for hung."""
+    waiting_interval_s: float = 2.0
+    """A stream without anything to send says every so often that it is alive."""
+    open_timeout_s: float = 30.0
+    """How long an attach waits for the store before it is refused."""
+
+
+PullPrefix = Callable[[ResidentSession, replica_pb2.PrefixPlan], Awaitable[None]]
+"""Makes missing KV pages resident from a peer as far as possible; never fails the turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnPorts:
+    """The replica as its turns see it."""
+
+    ref: ReplicaRef
+    store: JournalPort
+    journal: Journal
+    engine: Engine
+    codec: TextCodec
+    dispatcher: Dispatcher
+    residency: Residency
+    salts: Salts
+    pull_prefix: PullPrefix
+    draw_seed: Callable[[], int]
+    """A seed below 2^63 for turns whose client gave none."""
+    limits: TurnLimits
+
+
+@dataclass(slots=True)
+class Salts:
+    """Tenant salts, cached: they never change."""
+
+    store: JournalPort
+    _known: OrderedDict[str, bytes] = field(default_factory=OrderedDict)
+
+    async def of(self, tenant: str) -> bytes:
+        salt = self._known.get(tenant)
+        if salt is None:
+            salt = await self.store.tenant_salt(tenant)
+            self._known[tenant] = salt
+            if len(self._known) > MAX_SALTS:
+                self._known.popitem(last=False)
+        else:
+            self._known.move_to_end(tenant)
+        return salt
+
+
+def refusal(session_id: str, outcome: Fenced | Refused | Missing | LimitReached) -> SessileError:
+    """What a store's refusal means to whoever asked for the turn."""
+    match outcome:
+        case Fenced(data_loss=True):
+            return DataLoss(f"session {session_id}: the store granted one epoch twice")
+        case Fenced():
+            return NotOwner(f"session {session_id} is owned under another epoch")
+        case Missing():
+            return NotFound(f"session {session_id} does not exist", reason="SESSION_NOT_FOUND")
+        case LimitReached(what=what):
+            return InvalidRequest(
+                f"session {session_id}: {what}", hint="Go on in a new session or a fork."
+            )
+        case Refused(state=SessionState.CLOSED):
+            return SessionClosed(f"session {session_id} is closed")
+        case Refused(state=SessionState.SUSPENDED):
+            return SessionSuspended(f"session {session_id} is suspended")
+        case Refused(active_turn_id=str(other)):
+            return TurnInProgress(
+                f"turn {other} of session {session_id} is running", metadata={"turn_id": other}
+            )
+        case Refused(state=state):
+            return Unavailable(f"session {session_id} is {state} and refuses this for now")

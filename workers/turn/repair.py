@@ -1,0 +1,104 @@
+"""Putting back what the store lost (P1, P2).
+
+A store that fails over may forget writes it had acknowledged. The owner still holds them, and its
+clients have seen them; so the owner compares what the store has now with what it holds, keeps the
+common prefix, and writes the rest again in one compare-and-set against what it observed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from gateway.core.errors import DataLoss, Unavailable
+from statestore.ports import Fenced, HeadMismatch, JournalPort, Repair, RepairOutcome
+from statestore.records import Epoch, ReplicaRef, Session, Turn
+from workers.journal import until_answered
+from workers.residency import ResidentSession
+
+MAX_TRIES = 4
+"""Times a repair starts over because the store changed between look and write."""
+
+
+async def repair(
+    store: JournalPort,
+    resident: ResidentSession,
+    owner: ReplicaRef,
+    epoch: Epoch,
+    active: Turn | None,
+    give_up_at: float,
+) -> RepairOutcome:
+    """Makes the ledger what ``resident`` holds, with ``active`` as the running turn.
+
+    ``resident`` is untouched. Raises DataLoss if it does not reach back far enough to close the
+    gap, or if the store has more than it of the same history; Unavailable if the store kept
+    changing; and what the store raises past ``give_up_at`` (the loop's clock).
+    """
+    for _ in range(MAX_TRIES):
+        session = await until_answered(lambda: store.get_session(resident.session_id), give_up_at)
+        if session is None:
+            raise DataLoss(f"session {resident.session_id} is no longer in the store")
+        if session.epoch.number > epoch.number or (
+            session.epoch.number == epoch.number and session.epoch.nonce != epoch.nonce
+        ):
+            holder = session.owner.replica if session.owner else None
+            twice = session.epoch.number == epoch.number
+            return Fenced(session.epoch, holder, data_loss=twice)
+        if session.epoch == epoch and session.head.length > len(resident.tokens):
+            raise DataLoss(
+                f"session {resident.session_id}: the store holds tokens of this replica's epoch "
+                "that it never wrote"
+            )
+        request = await _request(store, session, resident, owner, epoch, active)
+        outcome = await until_answered(partial(store.repair, request), give_up_at)
+        if not isinstance(outcome, HeadMismatch):
+            return outcome
+    raise Unavailable(f"session {resident.session_id}: its record keeps changing under a repair")
+
+
+async def _request(
+    store: JournalPort,
+    session: Session,
+    resident: ResidentSession,
+    owner: ReplicaRef,
+    epoch: Epoch,
+    active: Turn | None,
+) -> Repair:
+    keep = await _common_prefix(store, session, resident)
+    turns = [turn for turn in resident.recent if turn.index >= session.turn_index]
+    held_from = turns[0].index if turns else resident.turn_index
+    if held_from > session.turn_index:
+        raise DataLoss(
+            f"session {resident.session_id}: the store lost turns from index "
+            f"{session.turn_index}; this replica holds them from {held_from}"
+        )
+    head = resident.head
+    if active is not None:
+        turns.append(replace(active, output_end=head))
+    return Repair(
+        session_id=resident.session_id,
+        epoch=epoch,
+        owner=owner,
+        observed_epoch=session.epoch,
+        observed=session.head,
+        keep=keep,
+        tokens=resident.tokens[keep:],
+        head=head,
+        turns=tuple(turns),
+        active_turn_id=active.spec.turn_id if active else None,
+        turn_index=resident.turn_index,
+    )
+
+
+async def _common_prefix(store: JournalPort, session: Session, resident: ResidentSession) -> int:
+    """Tokens that the store's ledger and ours have in common, from the first."""
+    stored = session.head
+    ours = len(resident.tokens)
+    if stored.length <= ours and resident.digest_at(stored.length) == stored.digest:
+        return stored.length
+    end = min(stored.length, ours)
+    tokens = await store.read_tokens(session, 0, end)
+    for index, (theirs, mine) in enumerate(zip(tokens, resident.tokens, strict=False)):
+        if theirs != mine:
+            return index
+    return len(tokens)

@@ -1,0 +1,215 @@
+"""What a client asks for, checked and resolved before anything is written.
+
+A turn is stored with every parameter resolved (seed, limits), so that another replica continues it
+without the client and without this replica's defaults (P4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+from sessile.v1 import session_pb2, types_pb2
+
+from gateway.core.errors import ContextTooLong, InvalidRequest
+from statestore.digest import DIGEST_BYTES
+from statestore.ports import StoreCorrupt
+from statestore.records import TurnSpec
+from workers.engines.port import EngineInfo, Sampling
+from workers.text.port import Call, ChatMessage, Folder, Role, TextCodec, Tool
+from workers.turn.output import FinishRules
+
+MAX_MESSAGES = 1024
+MAX_INPUT_BYTES = 4 << 20
+MAX_ID_CHARS = 128
+MAX_STOPS = 16
+MAX_STOP_BYTES = 256
+DEFAULT_MAX_TOKENS = 1024
+DEFAULT_TIMEOUT_MS = 600_000
+MAX_TIMEOUT_MS = 86_400_000
+
+_ROLES = {
+    types_pb2.Message.ROLE_SYSTEM: Role.SYSTEM,
+    types_pb2.Message.ROLE_USER: Role.USER,
+    types_pb2.Message.ROLE_ASSISTANT: Role.ASSISTANT,
+    types_pb2.Message.ROLE_TOOL: Role.TOOL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TurnPlan:
+    """A stored turn's body, in the terms of the engine and the codec."""
+
+    sampling: Sampling
+    rules: FinishRules
+    stop: tuple[str, ...]
+
+    def folder(self, codec: TextCodec) -> Callable[[], Folder]:
+        return lambda: codec.folder(self.stop, self.rules.min_tokens)
+
+
+def check_ids(session_id: str, turn_id: str) -> None:
+    """Raises InvalidRequest for empty or over-long ids."""
+    for what, value in (("session_id", session_id), ("turn_id", turn_id)):
+        if not 1 <= len(value) <= MAX_ID_CHARS:
+            raise InvalidRequest(f"{what} must have 1 to {MAX_ID_CHARS} characters")
+
+
+def check_turn(turn: types_pb2.RunTurnRequest) -> None:
+    """Raises InvalidRequest for input that no state of the session could make valid."""
+    if len(turn.messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"a turn takes at most {MAX_MESSAGES} messages")
+    if sum(message.ByteSize() for message in turn.messages) > MAX_INPUT_BYTES:
+        raise InvalidRequest(f"a turn's messages may have at most {MAX_INPUT_BYTES} bytes")
+    if turn.timeout_ms > MAX_TIMEOUT_MS:
+        raise InvalidRequest(f"timeout_ms may be at most {MAX_TIMEOUT_MS}")
+    check_params(turn.params)
+
+
+def check_params(params: types_pb2.SamplingParams) -> None:
+    """Raises InvalidRequest naming the first parameter out of its range."""
+    if not (math.isfinite(params.temperature) and 0.0 <= params.temperature <= 2.0):
+        raise InvalidRequest("temperature must be within 0 and 2")
+    if params.HasField("top_p") and not 0.0 < params.top_p <= 1.0:
+        raise InvalidRequest("top_p must be over 0 and at most 1")
+    if params.HasField("max_tokens") and params.max_tokens < 1:
+        raise InvalidRequest("max_tokens must be at least 1")
+    if params.HasField("max_tokens") and params.min_tokens > params.max_tokens:
+        raise InvalidRequest("min_tokens must not be over max_tokens")
+    if len(params.stop) > MAX_STOPS or len(params.stop_token_ids) > MAX_STOPS:
+        raise InvalidRequest(f"at most {MAX_STOPS} stop strings and {MAX_STOPS} stop_token_ids")
+    for stop in params.stop:
+        if not 1 <= len(stop.encode()) <= MAX_STOP_BYTES:
+            raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_BYTES} bytes")
+
+
+def input_digest(salt: bytes, turn: types_pb2.RunTurnRequest) -> bytes:
+    """Digest of what the client asked for, as it was sent: tells a repeat from another request."""
+    canonical = types_pb2.RunTurnRequest(messages=turn.messages, params=turn.params)
+    data = canonical.SerializeToString(deterministic=True)
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES, key=salt, person=b"turn-input").digest()
+
+
+def merged_params(
+    turn: types_pb2.SamplingParams, session: types_pb2.SamplingParams
+) -> types_pb2.SamplingParams:
+    """The turn's parameters over the session's defaults. A list that the turn sets replaces the
+    session's; it is not joined to it."""
+    merged = types_pb2.SamplingParams()
+    merged.CopyFrom(session)
+    if turn.stop:
+        del merged.stop[:]
+    if turn.stop_token_ids:
+        del merged.stop_token_ids[:]
+    merged.MergeFrom(turn)
+    return merged
+
+
+def resolve(
+    turn: types_pb2.RunTurnRequest,
+    defaults: types_pb2.SamplingParams,
+    *,
+    salt: bytes,
+    output_start: int,
+    info: EngineInfo,
+    seed: int,
+) -> TurnSpec:
+    """The spec to store. ``output_start`` is the ledger's length after the turn's input; ``seed``
+    is used if the client gave none. Raises ContextTooLong if no output token fits."""
+    room = info.max_context_tokens - output_start
+    if room < 1:
+        raise ContextTooLong(
+            f"the turn's context of {output_start} tokens leaves no room in the model's "
+            f"{info.max_context_tokens}",
+            metadata={
+                "context_tokens": str(output_start),
+                "max_context_tokens": str(info.max_context_tokens),
+            },
+        )
+    params = merged_params(turn.params, defaults)
+    check_params(params)
+    if any(token >= info.vocab_size for token in params.stop_token_ids):
+        raise InvalidRequest(f"stop_token_ids must be below {info.vocab_size}")
+    wanted = params.max_tokens if params.HasField("max_tokens") else DEFAULT_MAX_TOKENS
+    params.max_tokens = min(wanted, room)
+    params.min_tokens = min(params.min_tokens, params.max_tokens)
+    if not params.HasField("seed"):
+        params.seed = seed
+    body = types_pb2.RunTurnRequest(
+        session_id=turn.session_id, turn_id=turn.turn_id, messages=turn.messages, params=params
+    )
+    return TurnSpec(
+        turn_id=turn.turn_id,
+        input_digest=input_digest(salt, turn),
+        body=body.SerializeToString(deterministic=True),
+        timeout_ms=turn.timeout_ms or DEFAULT_TIMEOUT_MS,
+    )
+
+
+def body_of(spec: TurnSpec) -> types_pb2.RunTurnRequest:
+    """The stored request; raises StoreCorrupt if it cannot be read."""
+    try:
+        return types_pb2.RunTurnRequest.FromString(spec.body)
+    except DecodeError as error:
+        raise StoreCorrupt(f"turn {spec.turn_id}: unreadable body") from error
+
+
+def preamble_of(preamble: bytes) -> session_pb2.OpenSessionRequest:
+    """The stored leading messages, tools and defaults; raises StoreCorrupt."""
+    try:
+        return session_pb2.OpenSessionRequest.FromString(preamble)
+    except DecodeError as error:
+        raise StoreCorrupt("unreadable session preamble") from error
+
+
+def plan_of(
+    body: types_pb2.RunTurnRequest, *, output_start: int, info: EngineInfo, eos: Sequence[int]
+) -> TurnPlan:
+    """What a stored turn means for an engine. ``max_tokens`` is bounded again, because the turn
+    may continue on a replica with a smaller context than the one that accepted it."""
+    params = body.params
+    stops = frozenset(params.stop_token_ids)
+    return TurnPlan(
+        sampling=Sampling(
+            temperature=params.temperature,
+            top_p=params.top_p if params.HasField("top_p") else 1.0,
+            top_k=params.top_k,
+            seed=params.seed,
+        ),
+        rules=FinishRules(
+            max_tokens=max(1, min(params.max_tokens, info.max_context_tokens - output_start)),
+            min_tokens=params.min_tokens,
+            stop_token_ids=stops if params.ignore_eos else stops | frozenset(eos),
+        ),
+        stop=tuple(params.stop),
+    )
+
+
+def chat_messages(messages: Sequence[types_pb2.Message]) -> list[ChatMessage]:
+    """Wire to codec; raises InvalidRequest for a message without a role."""
+    result: list[ChatMessage] = []
+    for message in messages:
+        role = _ROLES.get(message.role)
+        if role is None:
+            raise InvalidRequest("every message needs a role")
+        calls = tuple(Call(c.id, c.name, c.arguments_json) for c in message.tool_calls)
+        result.append(ChatMessage(role, message.content, calls, message.tool_call_id, message.name))
+    return result
+
+
+def chat_tools(tools: Sequence[types_pb2.ToolDefinition]) -> list[Tool]:
+    """Wire to codec; raises InvalidRequest for parameters that are not a JSON object."""
+    result: list[Tool] = []
+    for tool in tools:
+        try:
+            valid = isinstance(json.loads(tool.parameters_json or "{}"), dict)
+        except ValueError:
+            valid = False
+        if not valid:
+            raise InvalidRequest(f"tool {tool.name!r}: parameters_json must be a JSON object")
+        result.append(Tool(tool.name, tool.description, tool.parameters_json or "{}"))
+    return result
