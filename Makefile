@@ -1,0 +1,93 @@
+# Every target needs nothing before it but Python 3.11+ with pip and network access to a package
+# index; environments are made on demand and reused until what they were made from changes.
+#
+#   make demo           the live demonstration: three replicas, two gateways, eight agents, faults
+#   make test           everything that CI checks
+#   make lint           ruff, mypy --strict, import layers
+#   make protos         regenerate sdk/sessile/v1 from proto/
+#   make check-protos   fail if sdk/sessile/v1 is not what proto/ generates
+#   make clean          remove environments, caches and reports
+#
+# PYTHON      interpreter the environments are made from
+# TORCH_ARGS  extra arguments of the torch install, for instance to choose an index of CPU builds
+# DEMO_ARGS   extra arguments of the demo, for instance --engine sim
+# PYTEST_ARGS extra arguments of pytest, for instance -k ledger
+
+PYTHON ?= python3
+TORCH_ARGS ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PROTOS_VENV := .cache/protos-venv
+PROTOS_INSTALLED := $(PROTOS_VENV)/.installed
+PROTOS_FRESH := .cache/protos-fresh
+PROTOS := $(wildcard proto/sessile/v1/*.proto)
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# One compute thread a process: on few cores a second one is slower than none.
+export OMP_NUM_THREADS ?= 1
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint protos check-protos clean install
+
+install: $(INSTALLED)
+
+# Without ensurepip (Debian without python3-venv) the host's pip installs pip into the environment.
+define make-venv
+rm -rf $(1)
+$(PYTHON) -m venv $(1) >/dev/null 2>&1 || { \
+  rm -rf $(1) && $(PYTHON) -m venv --without-pip $(1) && \
+  $(PYTHON) -m pip --python $(1)/bin/python install --quiet pip; } || { \
+  echo "cannot make a virtual environment: install the venv module or pip for $(PYTHON)" >&2; exit 1; }
+endef
+
+$(BIN)/python:
+	$(call make-venv,$(VENV))
+
+# torch first and by its exact version, so that pip takes the build of the configured links and
+# indexes rather than a larger one that a range would also allow.
+$(INSTALLED): pyproject.toml sdk/pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --no-input --progress-bar off $(TORCH_ARGS) $(TORCH)
+	$(BIN)/python -m pip install --no-input --progress-bar off \
+	  -e ./sdk -e '.[torch,otlp,dev]' -c constraints.txt
+	touch $@
+
+$(PROTOS_INSTALLED): proto/tools.txt
+	mkdir -p .cache
+	$(call make-venv,$(PROTOS_VENV))
+	$(PROTOS_VENV)/bin/python -m pip install --no-input --quiet -r proto/tools.txt
+	touch $@
+
+define generate-protos
+PATH="$(abspath $(PROTOS_VENV))/bin:$$PATH" $(PROTOS_VENV)/bin/python -m grpc_tools.protoc -Iproto \
+  --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) $(PROTOS)
+endef
+
+protos: $(PROTOS_INSTALLED)
+	rm -f sdk/sessile/v1/*_pb2*.py sdk/sessile/v1/*_pb2*.pyi
+	$(call generate-protos,sdk)
+
+check-protos: $(PROTOS_INSTALLED)
+	rm -rf $(PROTOS_FRESH) && mkdir -p $(PROTOS_FRESH)
+	$(call generate-protos,$(PROTOS_FRESH))
+	diff -r --exclude=__init__.py --exclude=__pycache__ $(PROTOS_FRESH)/sessile/v1 sdk/sessile/v1 \
+	  || { echo "sdk/sessile/v1 is stale: run make protos" >&2; exit 1; }
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint check-protos
+	$(BIN)/python -m pytest $(PYTEST_ARGS) </dev/null
+
+demo: $(INSTALLED)
+	$(BIN)/sessile demo $(DEMO_ARGS)
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache \
+	  build dist demo-report.json
