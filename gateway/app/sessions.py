@@ -222,6 +222,8 @@ class Sessions:
             replica_pb2.ReadTurnsRequest(request=request, tenant=tenant),
             self._config.times.replica_call_s,
         )
+        # The record is ours to tell: the replica sends turns only.
+        answer.transcript.session.CopyFrom(session_to_pb(session))
         return answer.transcript
 
     # -- parts ---------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class GrpcReplicaClient:
         )
 
         def method(name: str, answer: Callable[[bytes], T]) -> Callable[..., Awaitable[T]]:
-            return channel.unary_unary(  # type: ignore[no-any-return]
+            return channel.unary_unary(
                 SERVICE + name,
                 request_serializer=lambda request: request.SerializeToString(),
                 response_deserializer=answer,

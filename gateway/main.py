@@ -1,0 +1,178 @@
+"""The gateway process: wires the application to Redis and gRPC, runs it, stops it in order."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import secrets
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import anyio
+from anyio.abc import TaskStatus
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+
+from gateway.app.admission import Gate
+from gateway.app.gateway import GatewayApp
+from gateway.config import GatewayConfig
+from gateway.core.machines import ReplicaState
+from gateway.rpc.auth import Authenticator, HeaderTenant
+from gateway.rpc.replica_client import GrpcReplicaClients
+from gateway.rpc.services import (
+    FLEET_SERVICE,
+    SESSION_SERVICE,
+    add_fleet_service,
+    add_session_service,
+)
+from gateway.rpc.serving import Serving
+from statestore.embedded import embedded_server
+from statestore.redis_executor import connect
+from statestore.redis_store import RedisStore
+from statestore.script_runner import RetryPolicy
+
+log = logging.getLogger(__name__)
+
+STORE_RETRY = RetryPolicy(total_timeout_s=2.0)
+"""Shorter than the store's default: a stream that waits tells its client so."""
+
+
+class LoopClock:
+    """The event loop's monotonic clock."""
+
+    def now(self) -> float:
+        return anyio.current_time()
+
+    async def sleep(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
+
+
+class SystemIds:
+    """Randomness from the operating system."""
+
+    def nonce(self) -> bytes:
+        return secrets.token_bytes(8)
+
+    def token(self) -> str:
+        return base64.b32encode(secrets.token_bytes(10)).decode().lower()
+
+
+@asynccontextmanager
+async def open_store(redis_url: str) -> AsyncIterator[RedisStore]:
+    """The store at a URL, or a private embedded server without one (it ends with this process and
+    its workers need its URL: for one machine)."""
+    async with AsyncExitStack() as stack:
+        url = redis_url or await stack.enter_async_context(embedded_server())
+        store = RedisStore(await connect(url), retry=STORE_RETRY)
+        try:
+            yield store
+        finally:
+            with anyio.CancelScope(shield=True):
+                await store.aclose()
+
+
+async def serve(
+    config: GatewayConfig,
+    *,
+    stop: anyio.Event,
+    authenticator: Authenticator | None = None,
+    task_status: TaskStatus[str] = anyio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves until ``stop`` is set, then lets streams end within the grace. Reports host:port as
+    soon as calls are taken. Raises StoreError if the store cannot be used at start, OSError if the
+    address cannot be bound."""
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_store(config.redis_url))
+        replicas = GrpcReplicaClients(config)
+        stack.push_async_callback(replicas.aclose)
+        app = GatewayApp(store, replicas, LoopClock(), SystemIds(), config)
+        await app.fleet.refresh()
+        server, port = _server(config, app, authenticator or HeaderTenant())
+        health_service = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(app.run, name="gateway")
+            tasks.start_soon(_keep_warm, app, replicas, name="channels")
+            await server.start()
+            try:
+                await _set_health(health_service, health_pb2.HealthCheckResponse.SERVING)
+                address = f"{config.listen.rpartition(':')[0]}:{port}"
+                log.info("gateway listens on %s", address)
+                task_status.started(address)
+                await stop.wait()
+                await health_service.enter_graceful_shutdown()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await server.stop(config.times.shutdown_grace_s if stop.is_set() else None)
+            tasks.cancel_scope.cancel()
+
+
+def run(config: GatewayConfig) -> None:
+    """Runs a gateway process until SIGTERM or SIGINT; a second signal ends it at once."""
+    anyio.run(_run, config, backend_options={"use_uvloop": True})
+
+
+async def _run(config: GatewayConfig) -> None:
+    stop = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+
+        async def watch_signals() -> None:
+            with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async for number in signals:
+                    if stop.is_set():
+                        tasks.cancel_scope.cancel()
+                        return
+                    log.info("signal %s: stopping", number.name)
+                    stop.set()
+
+        async def serve_to_the_end(*, task_status: TaskStatus[str]) -> None:
+            await serve(config, stop=stop, task_status=task_status)
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(watch_signals, name="signals")
+        address = await tasks.start(serve_to_the_end)
+        print(f"sessile gateway on {address}", flush=True)  # noqa: T201 - for whoever starts it
+
+
+def _server(
+    config: GatewayConfig, app: GatewayApp, authenticator: Authenticator
+) -> tuple[aio.Server, int]:
+    admission = config.admission
+    server = aio.server(
+        options=[
+            ("grpc.max_send_message_length", admission.max_message_bytes),
+            ("grpc.max_receive_message_length", admission.max_message_bytes),
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ]
+    )
+    serving = Serving(
+        authenticator,
+        calls=Gate("max_calls", admission.max_calls, admission.retry_after_ms),
+        watches=Gate("max_watches", admission.max_watches, admission.retry_after_ms),
+    )
+    add_session_service(server, serving, app.sessions, app.turns, app.watches)
+    add_fleet_service(server, serving, app.store, app.watches, app.migrations, app.drains)
+    if config.reflection:
+        names = (SESSION_SERVICE, FLEET_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+    port = server.add_insecure_port(config.listen)
+    return server, port
+
+
+async def _set_health(service: health.HealthServicer, status: int) -> None:
+    for name in ("", SESSION_SERVICE, FLEET_SERVICE):
+        await service.set(name, status)
+
+
+async def _keep_warm(app: GatewayApp, replicas: GrpcReplicaClients) -> None:
+    """Connects to every replica that is up: the first dispatch to it may be a fail-over."""
+    while True:
+        for replica in app.fleet.snapshot.replicas:
+            if replica.state is not ReplicaState.DOWN and not replica.stale:
+                replicas.warm(replica.details.endpoint)
+        await replicas.close_retired(app.config.times.shutdown_grace_s)
+        await app.fleet.changed()
