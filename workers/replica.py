@@ -19,7 +19,7 @@ from statestore.ports import JournalPort, StoreUnavailable
 from statestore.records import ReplicaRef, ReplicaRegistration
 from statestore.replica_info import ReplicaDetails
 from workers.engines.port import Engine, EngineFailed
-from workers.heartbeat import heartbeat
+from workers.heartbeat import ReplicaReplaced, heartbeat
 from workers.journal import Journal, until_answered
 from workers.kv.transfer import KvTransfer, PeerClient, Puller, TicketIssuer
 from workers.residency import Residency
@@ -79,16 +79,22 @@ async def run_replica(
     Raises EngineFailed if the engine fails, ReplicaReplaced if another process took the id; the
     process should then exit with a failure.
     """
-    failures: list[EngineFailed] = []
+    failures: list[EngineFailed | ReplicaReplaced] = []
 
-    def on_failure(error: EngineFailed) -> None:
+    def fail(error: EngineFailed | ReplicaReplaced) -> None:
         failures.append(error)
         stop.set()
+
+    async def beat(ref: ReplicaRef, app: ReplicaApp) -> None:
+        try:
+            await heartbeat(store, ref, app.load, settings.heartbeat_period_s)
+        except ReplicaReplaced as error:
+            fail(error)
 
     dispatcher = Dispatcher()
     engine, store = adapters.engine, adapters.store
     try:
-        await engine.start(dispatcher.on_step, on_failure)
+        await engine.start(dispatcher.on_step, fail)
         registration = ReplicaRegistration(
             settings.replica_id, _details(adapters, settings, endpoint).to_json()
         )
@@ -102,7 +108,7 @@ async def run_replica(
             await tasks.start(journal.run)
             app = ReplicaApp(ports, transfer, tasks, on_empty=stop.set)
             await serve(app, ref)
-            tasks.start_soon(heartbeat, store, ref, app.load, settings.heartbeat_period_s)
+            tasks.start_soon(beat, ref, app)
             await stop.wait()
             tasks.cancel_scope.cancel()
         await _say_goodbye(store, ref)

@@ -103,10 +103,10 @@ class ReplicaApp:
             if run is None or run.turn_id != turn.turn_id:
                 session, stored = await self._read(request, give_up_at)
                 if stored is not None and stored.status.ended:
-                    return await self._replay(request, session, stored)
+                    return await self._replay(request, session, stored, give_up_at)
                 if stored is None and turn.attach_only:
                     raise NotFound(f"turn {turn.turn_id} does not exist", reason="TURN_NOT_FOUND")
-                salt = await self._ports.salts.of(session.tenant)
+                salt = await self._ports.salts.of(session.tenant, give_up_at)
                 run = self._runs.get(turn.session_id)
                 if run is None:
                     run, created = self._start(request, epoch, session, stored, salt), True
@@ -182,12 +182,16 @@ class ReplicaApp:
         return run, accepted, first
 
     async def _replay(
-        self, request: pb.DispatchTurnRequest, session: Session, stored: Turn
+        self,
+        request: pb.DispatchTurnRequest,
+        session: Session,
+        stored: Turn,
+        give_up_at: float,
     ) -> tuple[TurnView, types_pb2.TurnAccepted, int]:
         """An ended turn from the ledger; needs the token fingerprint but not the session."""
         if session.token_fingerprint != self._ports.codec.token_fingerprint:
             raise NotOwner(f"session {session.session_id} needs another tokenizer or template")
-        salt = await self._ports.salts.of(session.tenant)
+        salt = await self._ports.salts.of(session.tenant, give_up_at)
         check_input(request.turn, stored, salt)
         output = await read_output(self._ports, session, stored, salt)
         first = resume_index(output, len(output.tokens), _position(request.turn))
@@ -277,7 +281,7 @@ class ReplicaApp:
             session = await self._session(session_id, request.tenant, give_up_at)
             if up_to.length > session.head.length:
                 raise MigrationRefused(f"the ledger ends at {session.head.length}")
-            salt = await self._ports.salts.of(session.tenant)
+            salt = await self._ports.salts.of(session.tenant, give_up_at)
             resident = await self._ports.residency.load(
                 self._ports.store, replace(session, head=up_to), salt
             )

@@ -167,8 +167,10 @@ class TurnOpening:
         raise Unavailable(f"session {self._turn.session_id} keeps changing; try again")
 
     async def _restored(self, session: Session, give_up_at: float) -> Session:
-        """Checks that we own the session; if the store has forgotten what this epoch wrote and
-        this replica still holds it, puts it back first."""
+        """Checks that the session is open and ours; if the store has forgotten what this epoch
+        wrote and this replica still holds it, puts it back first."""
+        if session.state is not SessionState.OPEN:
+            raise refusal(session.session_id, store.Refused(session.state))
         resident = self._ports.residency.get(session.session_id)
         ours = resident is not None and resident.epoch == self._epoch
         if ours and resident is not None and self._behind(session, resident):
@@ -200,7 +202,7 @@ class TurnOpening:
         self, session: Session, salt: bytes, give_up_at: float
     ) -> Opened | Turn | None:
         """None: the session changed meanwhile; look again."""
-        if session.state is not SessionState.OPEN or session.active_turn_id is not None:
+        if session.active_turn_id is not None:
             raise refusal(session.session_id, store.Refused(session.state, session.active_turn_id))
         if self._turn.HasField("precondition"):
             check_precondition(self._turn.precondition, session)

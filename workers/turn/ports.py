@@ -22,7 +22,7 @@ from gateway.core.errors import (
 from statestore.ports import Fenced, JournalPort, LimitReached, Missing, Refused
 from statestore.records import ReplicaRef, SessionState
 from workers.engines.port import Engine
-from workers.journal import Journal
+from workers.journal import Journal, until_answered
 from workers.residency import Residency, ResidentSession
 from workers.text.port import TextCodec
 from workers.turn.dispatcher import Dispatcher
@@ -78,10 +78,11 @@ class Salts:
     store: JournalPort
     _known: OrderedDict[str, bytes] = field(default_factory=OrderedDict)
 
-    async def of(self, tenant: str) -> bytes:
+    async def of(self, tenant: str, give_up_at: float) -> bytes:
+        """Raises StoreUnavailable past ``give_up_at`` (the loop's clock)."""
         salt = self._known.get(tenant)
         if salt is None:
-            salt = await self.store.tenant_salt(tenant)
+            salt = await until_answered(lambda: self.store.tenant_salt(tenant), give_up_at)
             self._known[tenant] = salt
             if len(self._known) > MAX_SALTS:
                 self._known.popitem(last=False)

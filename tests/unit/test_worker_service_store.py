@@ -1,0 +1,300 @@
+"""Turns against a store that is slow, loses answers, goes away, or forgets."""
+
+from __future__ import annotations
+
+import random
+
+import anyio
+import pytest
+from sessile.v1 import types_pb2
+
+from gateway.core import errors
+from loadtest.simulation.redis import Fault
+from statestore.executor import ScriptCall
+from tests.support.replica_world import SESSION, Heard, in_virtual_time, listen, message, world
+from workers.engines.port import Sampling
+from workers.engines.sim.config import SimConfig, SimTiming
+from workers.engines.sim.model import expected_output
+from workers.turn.ports import TurnLimits
+
+
+def expected(ledger: list[int], start: int, count: int) -> list[int]:
+    return expected_output(ledger[:start], count, Sampling(), 0.0)
+
+
+@in_virtual_time
+async def test_tokens_are_delivered_only_after_they_are_journalled() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        heard = Heard()
+
+        async def compare() -> None:
+            if heard.tokens:
+                stored = await w.session()
+                assert heard.end.length <= stored.head.length
+
+        await listen(replica, await w.request(replica), heard, between=compare)
+        assert len(heard.tokens) == 20
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_lost_requests_and_lost_answers_lose_and_repeat_nothing(seed: int) -> None:
+    @in_virtual_time
+    async def turn() -> None:
+        async with world() as w:
+            replica = await w.start()
+            await w.open()
+            await w.give(replica)
+            draw = random.Random(seed)
+            kinds = [Fault.REQUEST_LOST, Fault.REPLY_LOST, Fault.NONE]
+            request = await w.request(replica)
+            w.executor.fault = lambda call: draw.choice(kinds)
+            heard = await listen(replica, request)
+            w.executor.fault = lambda call: Fault.NONE
+            ledger = await w.ledger()
+            start = heard.accepted.output_start.length
+            assert heard.tokens == ledger[start:] == expected(ledger, start, 20)
+            assert (await w.turn()).result is not None
+
+    turn()
+
+
+@in_virtual_time
+async def test_an_outage_parks_the_turn_and_the_stream_says_so() -> None:
+    limits = TurnLimits(waiting_interval_s=1.0)
+    async with world(limits=limits) as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        heard = Heard()
+        down: list[float] = []
+
+        def fault(call: ScriptCall) -> Fault:
+            if down and anyio.current_time() < down[0] + 30:
+                return Fault.REQUEST_LOST
+            return Fault.NONE
+
+        async def cut() -> None:
+            if len(heard.tokens) > 5 and not down:
+                down.append(anyio.current_time())
+                w.executor.fault = fault
+
+        await listen(replica, await w.request(replica), heard, between=cut)
+        waits = [e.waiting.reason for e in heard.events if e.HasField("waiting")]
+        assert waits
+        assert set(waits) == {types_pb2.TurnWaiting.REASON_STORE}
+        start = heard.accepted.output_start.length
+        assert heard.tokens == (await w.ledger())[start:]
+        assert anyio.current_time() > 30
+
+
+@in_virtual_time
+async def test_an_engine_runs_only_so_far_ahead_of_the_journal() -> None:
+    limits = TurnLimits(max_unacked_steps=3)
+    config = SimConfig(timing=SimTiming(step_ms=10), eos_probability=0)
+    async with world(config, limits) as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        request = await w.request(replica, params={"max_tokens": 1000})
+        await listen(replica, request, until=lambda h: len(h.tokens) > 5)
+        w.executor.fault = lambda call: Fault.REQUEST_LOST
+        await anyio.sleep(0.5)
+        run = replica.app._runs[SESSION]
+        ahead = len(run.output.tokens)
+        await anyio.sleep(5)
+        assert len(run.output.tokens) == ahead
+        # The bound, and one for the step that was under way when the engine was told.
+        assert ahead - run.released <= 3 + 1
+        w.executor.fault = lambda call: Fault.NONE
+
+
+@in_virtual_time
+async def test_an_outage_past_the_deadline_is_reported_as_unavailable() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        heard = Heard()
+
+        async def cut() -> None:
+            w.executor.fault = lambda call: Fault.REQUEST_LOST
+
+        request = await w.request(replica, timeout_ms=5000)
+        with pytest.raises(errors.Unavailable):
+            await listen(replica, request, heard, between=cut)
+        assert 5 <= anyio.current_time() < 12
+        assert replica.app.session_ids() == [SESSION]
+
+
+@in_virtual_time
+async def test_the_owner_puts_back_what_the_store_lost_in_mid_turn() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        heard = Heard()
+        kept = w.executor.snapshot()
+        lost = False
+
+        async def fail_over() -> None:
+            nonlocal kept, lost
+            if 3 <= len(heard.tokens) < 5:
+                kept = w.executor.snapshot()
+            elif len(heard.tokens) > 10 and not lost:
+                lost = True
+                w.executor.restore(kept)
+
+        await listen(replica, await w.request(replica), heard, between=fail_over)
+        assert lost
+        ledger = await w.ledger()
+        start = heard.accepted.output_start.length
+        assert heard.tokens == ledger[start:] == expected(ledger, start, 20)
+
+
+@in_virtual_time
+async def test_a_turn_whose_very_begin_was_lost_is_put_back() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        first = await listen(replica, await w.request(replica))
+        kept = w.executor.snapshot()
+        heard = Heard()
+        lost = False
+
+        async def fail_over() -> None:
+            nonlocal lost
+            if len(heard.tokens) > 10 and not lost:
+                lost = True
+                w.executor.restore(kept)
+
+        await listen(replica, await w.request(replica, "More", "t2"), heard, between=fail_over)
+        ledger = await w.ledger()
+        start = heard.accepted.output_start.length
+        assert start > first.finished.end.length
+        assert heard.tokens == ledger[start:] == expected(ledger, start, 20)
+        assert (await w.turn("t2")).index == 1
+
+
+@in_virtual_time
+async def test_lost_turns_are_put_back_before_the_next_one_begins() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        kept = w.executor.snapshot()
+        first = await listen(replica, await w.request(replica))
+        second = await listen(replica, await w.request(replica, "More", "t2"))
+        w.executor.restore(kept)
+        known = types_pb2.Precondition(head=second.finished.end, turn_index=2)
+        third = await listen(replica, await w.request(replica, "x", "t3", precondition=known))
+        ledger = await w.ledger()
+        for heard in (first, second, third):
+            start = heard.accepted.output_start.length
+            assert heard.tokens == ledger[start : start + 20]
+        assert [t.spec.turn_id for t in await w.store.get_turns(SESSION, 0, 9)] == [
+            "t1", "t2", "t3",
+        ]  # fmt: skip
+
+
+@in_virtual_time
+async def test_a_client_that_knows_more_than_the_ledger_gets_data_loss_from_a_new_owner() -> None:
+    async with world() as w:
+        first, second = await w.start("r1"), await w.start("r2")
+        await w.open()
+        await w.give(first)
+        heard = Heard()
+        kept = w.executor.snapshot()
+
+        async def remember() -> None:
+            nonlocal kept
+            if 3 <= len(heard.tokens) < 5:
+                kept = w.executor.snapshot()
+
+        request = await w.request(first)
+        await listen(first, request, heard, between=remember, until=lambda h: len(h.tokens) > 10)
+        await first.kill()
+        w.executor.restore(kept)
+        await w.give(second)
+        request = await w.request(second)
+        request.turn.resume_from.CopyFrom(heard.end)
+        with pytest.raises(errors.DataLoss):
+            await listen(second, request)
+
+
+@in_virtual_time
+async def test_a_turn_whose_caller_goes_away_during_its_begin_runs_on() -> None:
+    async with world(delay_s=0.05) as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        request = await w.request(replica)
+        # The caller goes away while the begin is on its way: the turn runs, detached.
+        with anyio.move_on_after(0.32):
+            await listen(replica, request)
+        await anyio.sleep(5)
+        turn = await w.turn()
+        assert turn.result is not None
+        heard = await listen(replica, request)
+        assert len(heard.tokens) == 20
+        assert heard.accepted.attached
+
+
+@in_virtual_time
+async def test_two_dispatches_of_one_new_turn_share_one_run() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        request = await w.request(replica)
+        one, two = Heard(), Heard()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(listen, replica, request, one)
+            tasks.start_soon(listen, replica, request, two)
+        assert one.tokens == two.tokens
+        assert sorted([one.accepted.attached, two.accepted.attached]) == [False, True]
+        assert (await w.turn()).attempt == 1
+
+
+@in_virtual_time
+async def test_a_replaced_process_stops() -> None:
+    async with world() as w:
+        await w.start("r1")
+        old = w.replicas["r1"]
+        await w.start("r1")
+        await anyio.sleep(2)
+        assert [type(e).__name__ for e in w.failures] == ["ReplicaReplaced"]
+        assert w.replicas["r1"].ref.incarnation > old.ref.incarnation
+
+
+@in_virtual_time
+async def test_a_stopped_replica_says_good_bye_and_a_killed_one_does_not() -> None:
+    async with world() as w:
+        stopped, killed = await w.start("r1"), await w.start("r2")
+        stopped.stop.set()
+        await killed.kill()
+        await anyio.sleep(1)
+        assert [(r.ref.replica_id, r.gone) for r in await w.store.fleet()] == [
+            ("r1", True),
+            ("r2", False),
+        ]
+
+
+@in_virtual_time
+async def test_messages_must_have_roles_and_fit() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        request = await w.request(replica)
+        request.turn.messages.append(types_pb2.Message(content="who?"))
+        with pytest.raises(errors.InvalidRequest):
+            await listen(replica, request)
+        request = await w.request(replica)
+        request.turn.messages.extend([message("x")] * 1025)
+        with pytest.raises(errors.InvalidRequest):
+            await listen(replica, request)
+        assert (await w.session()).head.length == 0
