@@ -20,6 +20,12 @@ class SimTiming:
     max_prefill_tokens: int = 2048
     """Prompt tokens of one step at most."""
 
+    def __post_init__(self) -> None:
+        if self.step_ms <= 0 or self.decode_token_ms < 0 or self.prefill_token_ms < 0:
+            raise ValueError("a step must take time, and tokens cannot give time back")
+        if self.max_prefill_tokens < 1:
+            raise ValueError("max_prefill_tokens must be at least 1")
+
     def step_s(self, decode_tokens: int, prefill_tokens: int) -> float:
         decode_ms = decode_tokens * self.decode_token_ms
         return (self.step_ms + decode_ms + prefill_tokens * self.prefill_token_ms) / 1000
