@@ -26,6 +26,9 @@ from workers.engines.port import (
 from workers.kv.blocks import block_hashes, next_hash, root_hash
 from workers.kv.prefix_cache import PrefixCache
 
+GROWTH_PAGES = 4
+"""Pages that a growing generation takes at once, at most, beyond those it needs."""
+
 
 @dataclass(slots=True, eq=False)
 class Generation:
@@ -262,7 +265,7 @@ class Scheduler:
             self._cache.release(pages)
             return False
         try:
-            generation.pages = pages + self._cache.allocate(missing)
+            generation.pages = pages + self._cache.allocate(missing, pages[-1] if pages else None)
         except PagesExhausted:
             self._cache.release(pages)
             return False
@@ -273,15 +276,23 @@ class Scheduler:
         return True
 
     def _grow(self, generation: Generation, needed: int) -> bool:
-        while len(generation.pages) < needed:
+        while (missing := needed - len(generation.pages)) > 0:
+            wanted = max(missing, self._pages_ahead(generation))
             try:
-                generation.pages += self._cache.allocate(needed - len(generation.pages))
+                generation.pages += self._cache.allocate(wanted, generation.pages[-1])
             except PagesExhausted:
                 victim = max(self._running)
                 self._preempt(victim)
                 if victim is generation:
                     return False
         return True
+
+    def _pages_ahead(self, generation: Generation) -> int:
+        """Pages to take at once while there are plenty, so that more of them are neighbours."""
+        if self._cache.free_pages < self._info.capacity_pages // 2:
+            return 0
+        limit = len(generation.request.tokens) + generation.request.max_new_tokens
+        return min(GROWTH_PAGES, self._pages_for(limit) - len(generation.pages))
 
     def _preempt(self, generation: Generation) -> None:
         """Back to the queue; what it computed stays cached as long as there is room."""

@@ -110,7 +110,8 @@ class PrefixCache:
     capacity: int
     clock: Callable[[], float]
     max_pins: int = MAX_PINS
-    _free: list[int] = field(init=False)
+    _free: dict[int, None] = field(init=False)
+    """An ordered set: the page freed last is taken first."""
     _open: set[int] = field(init=False, default_factory=set)
     _reservations: dict[Reservation, None] = field(init=False, default_factory=dict)
     _index: dict[bytes, _Block] = field(init=False, default_factory=dict)
@@ -129,7 +130,7 @@ class PrefixCache:
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise ValueError("a pool needs at least one page")
-        self._free = list(range(self.capacity - 1, -1, -1))
+        self._free = dict.fromkeys(range(self.capacity - 1, -1, -1))
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -174,10 +175,11 @@ class PrefixCache:
             block.refs += 1
         return [block.page for block in run]
 
-    def allocate(self, count: int) -> list[int]:
-        """``count`` open pages, evicting cache if needed. Raises PagesExhausted, and then has
-        changed nothing."""
-        pages = self._take(count)
+    def allocate(self, count: int, after: int | None = None) -> list[int]:
+        """``count`` open pages, evicting cache if needed; neighbours, beginning behind the page
+        ``after``, as far as these are free (runs of pages are read faster). Raises PagesExhausted,
+        and then has changed nothing."""
+        pages = self._take(count, after)
         self._open.update(pages)
         return pages
 
@@ -201,7 +203,7 @@ class PrefixCache:
         for page in pages:
             if page in self._open:
                 self._open.remove(page)
-                self._free.append(page)
+                self._free[page] = None
                 continue
             block = self._by_page.get(page)
             if block is None or block.refs == 0:
@@ -296,7 +298,7 @@ class PrefixCache:
             block.last_used = tick
             self._push(block)
             parent = meta.block_hash
-        self._free.extend(pages[len(sealed) :])
+        self._free.update(dict.fromkeys(pages[len(sealed) :]))
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -315,7 +317,7 @@ class PrefixCache:
         """Caches ``page`` without a reference, or frees it and returns the resident block."""
         present = self._index.get(block_hash)
         if present is not None:
-            self._free.append(page)
+            self._free[page] = None
             return present
         parent = None if parent_hash is None else self._index[parent_hash]
         block = _Block(page, block_hash, checksum, parent)
@@ -325,7 +327,7 @@ class PrefixCache:
         self._unreferenced += 1
         return block
 
-    def _take(self, count: int) -> list[int]:
+    def _take(self, count: int, after: int | None = None) -> list[int]:
         if count > self.free_pages:
             raise PagesExhausted(
                 f"{count} KV pages asked for, {self.free_pages} of {self.capacity} can be freed"
@@ -333,7 +335,15 @@ class PrefixCache:
         self._expire_pins()
         while len(self._free) < count:
             self._evict(self._pop_leaf())
-        return [self._free.pop() for _ in range(count)]
+        pages: list[int] = []
+        for _ in range(count):
+            page = next(reversed(self._free)) if after is None else after + 1
+            if page not in self._free:
+                page = next(reversed(self._free))
+            del self._free[page]
+            pages.append(page)
+            after = page
+        return pages
 
     def _push(self, block: _Block) -> None:
         if not block.evictable:
@@ -365,7 +375,7 @@ class PrefixCache:
         self._unreferenced -= 1
         if block.pins:
             self._pinned -= 1
-        self._free.append(block.page)
+        self._free[block.page] = None
         if block.parent is not None:
             block.parent.children -= 1
             self._push(block.parent)
