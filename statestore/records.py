@@ -259,6 +259,8 @@ class StoreLimits:
     max_tombstones: int = 64
     max_attempts_without_progress: int = 2
     replica_record_ttl_ms: int = 3_600_000
+    index_grace_ms: int = 10_000
+    """Index entries are written before the records they point to; younger ones are not dropped."""
 
 
 @dataclass(frozen=True, slots=True)

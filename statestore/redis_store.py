@@ -34,8 +34,6 @@ from statestore.records import (
 from statestore.replies import Arg
 from statestore.script_runner import script_call
 
-INDEX_GRACE_US = 10_000_000
-"""Index entries are written before the records they point to: younger ones are never dropped."""
 MAX_PAGE = 1000
 
 _Written = SessionWritten | EpochLost | Refused | Missing
@@ -126,7 +124,7 @@ class RedisStore(RedisJournal):
         (reply,) = await self._scripts.run(call)
         if isinstance(replies.outcome(reply), Refused):
             return False
-        await self._unindex(keys.tenant_index_key(session.tenant), session_id, min_age_us=0)
+        await self._unindex(keys.tenant_index_key(session.tenant), session_id, min_age_ms=0)
         await self._unindex_previous(session)
         return True
 
@@ -331,8 +329,9 @@ class RedisStore(RedisJournal):
             key = keys.replica_index_key(session.previous_owner)
             await self._unindex(key, session.session_id)
 
-    async def _unindex(self, key: str, session_id: str, min_age_us: int = INDEX_GRACE_US) -> None:
-        await self._best_effort(script_call("index_drop", [key], [session_id, min_age_us]))
+    async def _unindex(self, key: str, session_id: str, min_age_ms: int | None = None) -> None:
+        age_ms = self._limits.index_grace_ms if min_age_ms is None else min_age_ms
+        await self._best_effort(script_call("index_drop", [key], [session_id, 1000 * age_ms]))
 
     async def _best_effort(self, call: ScriptCall) -> None:
         """One attempt: what is left in an index is dropped when it is next read."""

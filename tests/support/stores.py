@@ -1,0 +1,103 @@
+"""Stores to run tests against: real servers, and the simulated one. All can lose their last writes
+on demand, as a server does that fails over."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
+
+from loadtest.simulation.redis import LuaExecutor
+from statestore.executor import ScriptExecutor
+from statestore.records import StoreLimits
+from statestore.redis_executor import connect
+from statestore.redis_store import RedisStore
+
+
+class Backend(Protocol):
+    """A server that forgets on demand."""
+
+    @property
+    def executor(self) -> ScriptExecutor: ...
+
+    async def save(self) -> Any:
+        """Everything it holds now."""
+        ...
+
+    async def roll_back(self, saved: Any) -> None:
+        """Loses all writes since ``save``."""
+        ...
+
+    async def keys(self) -> set[str]: ...
+
+
+def store_on(backend: Backend, limits: StoreLimits | None = None) -> RedisStore:
+    return RedisStore(backend.executor, limits=limits)
+
+
+class SimulatedBackend:
+    """The scripts in process; time passes by a microsecond whenever it is asked for."""
+
+    def __init__(self) -> None:
+        clock = itertools.count(1_763_888_000_000_000)
+        self.executor = LuaExecutor(lambda: next(clock))
+
+    async def save(self) -> Any:
+        return self.executor.snapshot()
+
+    async def roll_back(self, saved: Any) -> None:
+        self.executor.restore(saved)
+
+    async def keys(self) -> set[str]:
+        return {key.decode() for key in self.executor.snapshot()}
+
+
+class ServerBackend:
+    """A real server or Cluster, with a connection of its own for raw commands."""
+
+    def __init__(self, executor: ScriptExecutor, raw: Any) -> None:
+        self.executor = executor
+        self.raw = raw
+        self._on_all = (
+            {"target_nodes": RedisCluster.PRIMARIES} if isinstance(raw, RedisCluster) else {}
+        )
+
+    async def clear(self) -> None:
+        await self.raw.flushall(**self._on_all)
+
+    async def save(self) -> Any:
+        return [(key, await self.raw.dump(key)) for key in sorted(await self._raw_keys())]
+
+    async def roll_back(self, saved: Any) -> None:
+        await self.clear()
+        for key, value in saved:
+            await self.raw.restore(key, 0, value)
+
+    async def keys(self) -> set[str]:
+        return {key.decode() for key in await self._raw_keys()}
+
+    async def _raw_keys(self) -> list[bytes]:
+        return [key async for key in self.raw.scan_iter()]
+
+
+@asynccontextmanager
+async def server_backend(url: str) -> AsyncIterator[ServerBackend]:
+    """Connects to a server of the test session and clears it."""
+    raw: Any
+    if url.startswith("redis+cluster://"):
+        host, _, port = url.removeprefix("redis+cluster://").split(",")[0].rpartition(":")
+        raw = RedisCluster(startup_nodes=[ClusterNode(host, int(port))])
+    else:
+        raw = Redis.from_url(url)
+    executor = await connect(url)
+    backend = ServerBackend(executor, raw)
+    try:
+        await backend.clear()
+        yield backend
+    finally:
+        await executor.aclose()
+        await raw.aclose()
