@@ -25,7 +25,7 @@ ToolCallParser = Callable[[str, str], tuple[Call, ...]]
 def parser_for(template: str) -> ToolCallParser | None:
     """The parser of the format that a chat template teaches; None if it is not a known one."""
     if "<tool_call>" in template and "<function=" not in template and "<arg_key>" not in template:
-        return parse_hermes
+        return _after_reasoning(parse_hermes) if "</think>" in template else parse_hermes
     if "<|start_header_id|>" in template and "parameters" in template:
         return parse_llama3
     return None
@@ -59,6 +59,18 @@ def parse_llama3(text: str, turn_id: str) -> tuple[Call, ...]:
             return ()
         calls.append(call)
     return _numbered(calls, turn_id)
+
+
+def _after_reasoning(parse: ToolCallParser) -> ToolCallParser:
+    """A call that a model only thinks about is no call."""
+
+    def parse_answer(text: str, turn_id: str) -> tuple[Call, ...]:
+        reasoning, end, answer = text.partition("</think>")
+        if not end:
+            answer = "" if reasoning.lstrip().startswith("<think>") else reasoning
+        return parse(answer, turn_id)
+
+    return parse_answer
 
 
 def _numbered(calls: list[tuple[str, str]], turn_id: str) -> tuple[Call, ...]:
