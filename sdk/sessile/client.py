@@ -1,0 +1,148 @@
+"""The client: connections to one or more gateways, for one tenant.
+
+async with Sessile(["gw-1:8470", "gw-2:8470"], tenant="acme") as client:
+    session = await client.open(system="You are brief.")
+    print((await session.run("What is 6 * 7?").result()).text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from sessile.fleet import Fleet
+from sessile.messages import Message, Sampling, Tool, messages_to_pb, sampling_to_pb
+from sessile.records import SessionInfo, SessionState
+from sessile.session import Session
+from sessile.transport import TENANT_KEY, RetryPolicy, Runtime, Transport
+from sessile.v1 import session_pb2
+
+LIST_PAGE = 100
+
+
+class Sessile:
+    """Use it as ``async with``. ``target`` is one ``host:port`` or a list of gateways of the same
+    fleet: any of them serves any session, and calls go to the next one when one fails.
+
+    ``timeout_s`` limits calls other than turns. ``metadata`` is sent with every call (for example
+    the authorisation that a proxy wants). Bound to the event loop on which it is entered."""
+
+    def __init__(
+        self,
+        target: str | Sequence[str],
+        *,
+        tenant: str = "default",
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+        timeout_s: float = 30.0,
+        retry: RetryPolicy | None = None,
+        runtime: Runtime | None = None,
+    ) -> None:
+        self._targets = [target] if isinstance(target, str) else list(target)
+        if not self._targets:
+            raise ValueError("at least one gateway is needed")
+        self._metadata = ((TENANT_KEY, tenant), *metadata)
+        self._credentials = credentials
+        self._timeout_s = timeout_s
+        self._retry = retry or RetryPolicy()
+        self._runtime = runtime or Runtime()
+        self._opened: Transport | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._opened is not None:
+            raise RuntimeError("the client is open already")
+        self._opened = Transport(
+            self._targets,
+            self._metadata,
+            self._credentials,
+            self._retry,
+            self._runtime,
+            self._timeout_s,
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        transport, self._opened = self._transport, None
+        await transport.close()
+
+    @property
+    def fleet(self) -> Fleet:
+        """The operator's calls."""
+        return Fleet(self._transport)
+
+    async def open(
+        self,
+        *,
+        model: str = "",
+        system: str = "",
+        messages: Sequence[Message] = (),
+        tools: Sequence[Tool] = (),
+        labels: Mapping[str, str] | None = None,
+        request_id: str | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Session:
+        """A new session. ``system`` goes before ``messages``; both are rendered with the first
+        turn. ``sampling`` sets the session's defaults. ``request_id`` makes it idempotent over
+        process restarts too: the same id gives the same session."""
+        leading = [Message.system(system), *messages] if system else list(messages)
+        response = await self._transport.call(
+            lambda gateway: gateway.sessions.OpenSession,
+            session_pb2.OpenSessionRequest(
+                request_id=request_id or self._runtime.new_id(),
+                model=model,
+                messages=messages_to_pb(leading),
+                tools=[tool.to_pb() for tool in tools],
+                default_params=sampling_to_pb(sampling),
+                labels=labels,
+            ),
+        )
+        info = SessionInfo.from_pb(response.session)
+        return Session(self._transport, info.session_id, info)
+
+    def session(self, session_id: str) -> Session:
+        """A handle to an existing session; asks nobody."""
+        return Session(self._transport, session_id)
+
+    async def list(
+        self,
+        *,
+        labels: Mapping[str, str] | None = None,
+        states: Sequence[SessionState] = (),
+        limit: int | None = None,
+    ) -> AsyncGenerator[SessionInfo, None]:
+        """The tenant's sessions, newest first, page by page: those with all of ``labels``, in one
+        of ``states`` (default: open and suspended), ``limit`` at most."""
+        wanted = [session_pb2.SessionState.Value(f"SESSION_STATE_{state.name}") for state in states]
+        left = limit
+        token = ""
+        while left is None or left > 0:
+            response = await self._transport.call(
+                lambda gateway: gateway.sessions.ListSessions,
+                session_pb2.ListSessionsRequest(
+                    page_size=LIST_PAGE if left is None else min(left, LIST_PAGE),
+                    page_token=token,
+                    labels=labels,
+                    states=wanted,
+                ),
+            )
+            for session in response.sessions:
+                yield SessionInfo.from_pb(session)
+            token = response.next_page_token
+            if not token:
+                return
+            if left is not None:
+                left -= len(response.sessions)
+
+    @property
+    def _transport(self) -> Transport:
+        if self._opened is None:
+            raise RuntimeError("use the client inside `async with`")
+        return self._opened

@@ -1,0 +1,234 @@
+"""A session: a conversation that the server keeps, with its KV cache, between turns.
+
+session = await client.open(system="You are brief.")
+result = await session.run("What is 6 * 7?", max_tokens=16).result()
+fork = await session.fork()
+await session.close()
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Unpack
+
+from grpc import aio
+
+from sessile import errors
+from sessile.events import Finished
+from sessile.messages import Input, Sampling, messages_to_pb, sampling_to_pb
+from sessile.records import Position, SessionInfo, TranscriptTurn, TurnStatus
+from sessile.transport import Transport
+from sessile.turn import OnAbandon, Turn
+from sessile.v1 import session_pb2
+from sessile.v1 import types_pb2 as pb
+
+TRANSCRIPT_PAGE = 100
+WATCH_S = 3600.0
+"""A watch is opened anew after this time at the latest."""
+
+
+class Session:
+    """A handle. It remembers where the ledger ended when it last saw it and sends that with each
+    turn: if the ledger is another one now, the turn is refused (StaleClient, DataLoss) instead of
+    silently continuing a history that this client does not know. A handle made from an id alone
+    knows nothing until its first turn or :meth:`refresh`."""
+
+    def __init__(
+        self, transport: Transport, session_id: str, info: SessionInfo | None = None
+    ) -> None:
+        self._transport = transport
+        self.session_id = session_id
+        self._info: SessionInfo | None = None
+        self._head: Position | None = None
+        self._turn_index = 0
+        if info is not None:
+            self._learn(info)
+
+    def __repr__(self) -> str:
+        return f"Session({self.session_id!r})"
+
+    @property
+    def info(self) -> SessionInfo | None:
+        """The record as last read; not updated by turns. None before the first read."""
+        return self._info
+
+    @property
+    def head(self) -> Position | None:
+        """End of the ledger as far as this handle knows."""
+        return self._head
+
+    def run(
+        self,
+        messages: Input,
+        *,
+        turn_id: str | None = None,
+        timeout_s: float | None = None,
+        on_abandon: OnAbandon = "cancel",
+        check_head: bool = True,
+        **sampling: Unpack[Sampling],
+    ) -> Turn:
+        """A turn, to be iterated or awaited by ``result()``; see :class:`sessile.Turn`.
+
+        ``turn_id`` makes it idempotent over process restarts too: a repeat attaches to the running
+        turn or replays the ended one. The server ends the turn as FAILED after ``timeout_s``
+        (default 600). ``check_head=False`` accepts whatever the ledger holds."""
+        request = pb.RunTurnRequest(
+            session_id=self.session_id,
+            turn_id=turn_id or self._transport.runtime.new_id(),
+            messages=messages_to_pb(messages),
+            params=sampling_to_pb(sampling),
+            timeout_ms=0 if timeout_s is None else max(1, round(timeout_s * 1000)),
+        )
+        if check_head and self._head is not None:
+            request.precondition.CopyFrom(
+                pb.Precondition(head=self._head.to_pb(), turn_index=self._turn_index)
+            )
+        return self._turn(request, timeout_s, on_abandon)
+
+    def attach(
+        self,
+        turn_id: str,
+        *,
+        resume_from: Position | None = None,
+        timeout_s: float | None = None,
+        on_abandon: OnAbandon = "detach",
+    ) -> Turn:
+        """Reads a turn that exists, running or ended, from ``resume_from`` (a ``Tokens.end`` or
+        ``turn.position``) or from its first output. NotFound if there is no such turn. Abandoning
+        detaches by default: the turn may be somebody else's."""
+        request = pb.RunTurnRequest(session_id=self.session_id, turn_id=turn_id, attach_only=True)
+        if resume_from is not None:
+            request.resume_from.CopyFrom(resume_from.to_pb())
+        return self._turn(request, timeout_s, on_abandon)
+
+    async def cancel(self, turn_id: str) -> TurnStatus:
+        """Ends a turn by its id. Idempotent; an unknown id is remembered for a short time."""
+        response = await self._transport.call(
+            lambda gateway: gateway.sessions.CancelTurn,
+            session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=turn_id),
+        )
+        return TurnStatus.from_pb(response.status)
+
+    async def refresh(self) -> SessionInfo:
+        """Reads the record; from here on the handle trusts what it says about the ledger."""
+        response = await self._transport.call(
+            lambda gateway: gateway.sessions.GetSession,
+            session_pb2.GetSessionRequest(session_id=self.session_id),
+        )
+        return self._learn(SessionInfo.from_pb(response.session))
+
+    async def fork(
+        self,
+        *,
+        at_turn: int | None = None,
+        labels: Mapping[str, str] | None = None,
+        request_id: str | None = None,
+    ) -> Session:
+        """A session with this one's history up to ``at_turn`` turns (default: the last turn
+        boundary). Copies nothing. ``request_id`` makes it idempotent."""
+        response = await self._transport.call(
+            lambda gateway: gateway.sessions.ForkSession,
+            session_pb2.ForkSessionRequest(
+                request_id=request_id or self._transport.runtime.new_id(),
+                session_id=self.session_id,
+                at_turn_index=at_turn,
+                labels=labels,
+            ),
+        )
+        info = SessionInfo.from_pb(response.session)
+        return Session(self._transport, info.session_id, info)
+
+    async def suspend(self) -> SessionInfo:
+        """Frees what the session holds on replicas and keeps its ledger. WrongState while a turn
+        runs."""
+        response = await self._transport.call(
+            lambda gateway: gateway.sessions.SuspendSession,
+            session_pb2.SuspendSessionRequest(session_id=self.session_id),
+        )
+        return self._learn(SessionInfo.from_pb(response.session))
+
+    async def resume(self) -> SessionInfo:
+        """Opens a suspended session again."""
+        response = await self._transport.call(
+            lambda gateway: gateway.sessions.ResumeSession,
+            session_pb2.ResumeSessionRequest(session_id=self.session_id),
+        )
+        return self._learn(SessionInfo.from_pb(response.session))
+
+    async def close(self, *, retention_s: float | None = None, purge: bool = False) -> None:
+        """Ends the session; a running turn ends CANCELLED. Its transcript stays readable for
+        ``retention_s`` (default: the server's), or is removed at once with ``purge``."""
+        await self._transport.call(
+            lambda gateway: gateway.sessions.CloseSession,
+            session_pb2.CloseSessionRequest(
+                session_id=self.session_id,
+                retention_ms=0 if retention_s is None else round(retention_s * 1000),
+                purge=purge,
+            ),
+        )
+
+    async def transcript(
+        self, *, from_turn: int = 0, token_ids: bool = False
+    ) -> list[TranscriptTurn]:
+        """Every turn from ``from_turn`` on, read page by page."""
+        turns: list[TranscriptTurn] = []
+        while True:
+            response = await self._transport.call(
+                lambda gateway: gateway.sessions.GetTranscript,
+                session_pb2.GetTranscriptRequest(
+                    session_id=self.session_id,
+                    from_turn_index=from_turn,
+                    max_turns=TRANSCRIPT_PAGE,
+                    include_token_ids=token_ids,
+                ),
+            )
+            turns.extend(TranscriptTurn.from_pb(turn) for turn in response.turns)
+            if response.next_turn_index <= from_turn:
+                return turns
+            from_turn = response.next_turn_index
+
+    async def watch(self) -> AsyncGenerator[SessionInfo, None]:
+        """The record now and after each change (changes in quick succession are merged), until the
+        generator is closed. Connects again as often as the retry policy allows."""
+        attempts = self._transport.attempts(float("inf"))
+        request = session_pb2.WatchSessionRequest(session_id=self.session_id)
+        while True:
+            gateway = self._transport.gateway
+            call = gateway.sessions.WatchSession(
+                request, timeout=WATCH_S, metadata=self._transport.metadata
+            )
+            try:
+                async for response in call:
+                    attempts.progressed()
+                    yield SessionInfo.from_pb(response.session)
+            except aio.AioRpcError as rpc_error:
+                error = errors.from_rpc(rpc_error)
+                if not isinstance(error, errors.DeadlineExceeded):
+                    await attempts.failed(error, gateway)
+            finally:
+                call.cancel()
+
+    def _turn(
+        self, request: pb.RunTurnRequest, timeout_s: float | None, on_abandon: OnAbandon
+    ) -> Turn:
+        return Turn(
+            self._transport,
+            request,
+            timeout_s=timeout_s,
+            on_abandon=on_abandon,
+            on_end=self._turn_ended,
+        )
+
+    def _turn_ended(self, turn_index: int, finished: Finished | None) -> None:
+        """A turn of this handle ended, or its end was not seen (None): then nothing is certain."""
+        if finished is None:
+            self._head = None
+        elif self._head is None or turn_index >= self._turn_index:
+            self._head, self._turn_index = finished.end, turn_index + 1
+
+    def _learn(self, info: SessionInfo) -> SessionInfo:
+        self._info = info
+        # While a turn runs, the ledger's end moves: no ground for a precondition.
+        self._head = None if info.active_turn_id else info.head
+        self._turn_index = info.turn_index
+        return info

@@ -1,0 +1,219 @@
+"""Connections to the gateways: which one is used, and how a failed call is repeated.
+
+A client keeps to one gateway and goes to the next when that one fails. Only calls whose repeat has
+no second effect are repeated; the wait between tries is drawn at random under a doubling ceiling
+("full jitter"), never shorter than the server's RetryInfo asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import grpc
+from grpc import aio
+
+from sessile import errors
+from sessile.v1 import fleet_pb2_grpc, session_pb2_grpc
+
+log = logging.getLogger("sessile")
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+TENANT_KEY = "x-sessile-tenant"
+MAX_MESSAGE_BYTES = 64 << 20
+CLEANUP_S = 2.0
+"""How long an abandoned turn's cancel may take, and how long ``close()`` waits for such calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often an operation is tried without progress, and how long is waited in between."""
+
+    max_attempts: int = 10
+    initial_s: float = 0.05
+    max_s: float = 2.0
+
+    def delay_s(self, failures: int, floor_s: float, rng: random.Random) -> float:
+        """Before the next try, after ``failures`` (>= 1) in a row."""
+        ceiling = min(self.max_s, self.initial_s * 2.0 ** (failures - 1))
+        return floor_s + rng.uniform(0.0, ceiling)
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Time, randomness and ids; tests replace them."""
+
+    now: Callable[[], float] = time.monotonic
+    """Monotonic seconds."""
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    rng: random.Random = field(default_factory=random.Random)
+    new_id: Callable[[], str] = lambda: uuid.uuid4().hex
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """One gateway's services. Connects when first used."""
+
+    target: str
+    channel: aio.Channel
+    sessions: session_pb2_grpc.SessionServiceAsyncStub
+    fleet: fleet_pb2_grpc.FleetServiceAsyncStub
+
+
+Method = Callable[[Gateway], aio.UnaryUnaryMultiCallable[Request, Response]]
+
+
+def _connect(target: str, credentials: grpc.ChannelCredentials | None) -> Gateway:
+    options = [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.enable_retries", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+    ]
+    channel = (
+        aio.insecure_channel(target, options=options)
+        if credentials is None
+        else aio.secure_channel(target, credentials, options=options)
+    )
+    return Gateway(
+        target,
+        channel,
+        session_pb2_grpc.SessionServiceStub(channel),
+        fleet_pb2_grpc.FleetServiceStub(channel),
+    )
+
+
+class Transport:
+    """The gateways in the order given; ``gateway`` is the one in use."""
+
+    def __init__(
+        self,
+        targets: Sequence[str],
+        metadata: Sequence[tuple[str, str]],
+        credentials: grpc.ChannelCredentials | None,
+        retry: RetryPolicy,
+        runtime: Runtime,
+        timeout_s: float,
+    ) -> None:
+        if not targets:
+            raise ValueError("at least one gateway is needed")
+        self.metadata = tuple(metadata)
+        self.retry = retry
+        self.runtime = runtime
+        self.timeout_s = timeout_s
+        self._gateways = [_connect(target, credentials) for target in targets]
+        # Clients with the same list start at different gateways.
+        self._current = runtime.rng.randrange(len(self._gateways))
+        self._cleanups: set[asyncio.Task[None]] = set()
+
+    @property
+    def gateway(self) -> Gateway:
+        return self._gateways[self._current]
+
+    @property
+    def targets(self) -> int:
+        return len(self._gateways)
+
+    def leave(self, failed: Gateway) -> None:
+        """Goes to the next gateway, unless another call already did."""
+        if self.gateway is failed:
+            self._current = (self._current + 1) % len(self._gateways)
+
+    def attempts(self, timeout_s: float, *, idempotent: bool = True) -> Attempts:
+        """The tries of one operation that has ``timeout_s`` seconds from now."""
+        return Attempts(self, self.runtime.now() + timeout_s, idempotent)
+
+    async def call(
+        self,
+        method: Method[Request, Response],
+        request: Request,
+        *,
+        timeout_s: float | None = None,
+        idempotent: bool = True,
+    ) -> Response:
+        """One unary call within ``timeout_s`` (default: the client's), repeated as allowed."""
+        attempts = self.attempts(
+            self.timeout_s if timeout_s is None else timeout_s, idempotent=idempotent
+        )
+        while True:
+            gateway = self.gateway
+            try:
+                return await method(gateway)(
+                    request, timeout=attempts.time_left_s(), metadata=self.metadata
+                )
+            except aio.AioRpcError as error:
+                await attempts.failed(errors.from_rpc(error), gateway)
+
+    async def clean_up(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Runs a short last step even if the caller is being cancelled: the task belongs to this
+        transport, and :meth:`close` waits for it. Errors are logged: nobody is left to tell."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._cleanups.add(task)
+        task.add_done_callback(self._cleaned_up)
+        await asyncio.wait([task])
+
+    def _cleaned_up(self, task: asyncio.Task[None]) -> None:
+        self._cleanups.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.info("clean-up failed: %s", error)
+
+    async def close(self) -> None:
+        """Waits up to CLEANUP_S for last steps, then closes every connection."""
+        if self._cleanups:
+            _, late = await asyncio.wait(self._cleanups, timeout=CLEANUP_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        for gateway in self._gateways:
+            await gateway.channel.close()
+
+
+class Attempts:
+    """Counts the failures in a row of one operation and waits between its tries."""
+
+    def __init__(self, transport: Transport, deadline: float, idempotent: bool) -> None:
+        self._transport = transport
+        self._deadline = deadline
+        self._idempotent = idempotent
+        self._failures = 0
+
+    def time_left_s(self) -> float:
+        return max(self._deadline - self._transport.runtime.now(), 0.001)
+
+    def progressed(self) -> None:
+        """The operation got further: failures count from zero again."""
+        self._failures = 0
+
+    async def failed(self, error: errors.SessileError, gateway: Gateway) -> None:
+        """Returns when the operation may be tried again; otherwise raises ``error``."""
+        transport = self._transport
+        unavailable = isinstance(error, errors.Unavailable)
+        # A refusal for overload happens before any effect, so everything may be repeated after it.
+        repeatable = error.retryable and (self._idempotent or not unavailable)
+        if unavailable:
+            transport.leave(gateway)
+        self._failures += 1
+        if not repeatable or self._failures >= transport.retry.max_attempts:
+            raise error
+        floor_s = error.retry_after_s or 0.0
+        untried = unavailable and self._failures < transport.targets
+        delay_s = (
+            floor_s
+            if untried
+            else transport.retry.delay_s(self._failures, floor_s, transport.runtime.rng)
+        )
+        if delay_s >= self.time_left_s():
+            raise error
+        log.debug("%s: %s; again in %.3f s", gateway.target, error.message, delay_s)
+        if delay_s > 0:
+            await transport.runtime.sleep(delay_s)
