@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import anyio
@@ -18,6 +18,7 @@ import anyio
 from statestore.ports import JournalPort, StoreUnavailable
 from statestore.records import ReplicaRef, ReplicaRegistration
 from statestore.replica_info import ReplicaDetails
+from workers.config import ReplicaSettings
 from workers.engines.port import Engine, EngineFailed
 from workers.heartbeat import ReplicaReplaced, heartbeat
 from workers.journal import Journal, until_answered
@@ -26,31 +27,13 @@ from workers.residency import Residency
 from workers.service import ReplicaApp, pull_by_plan
 from workers.text.port import TextCodec
 from workers.turn.dispatcher import Dispatcher
-from workers.turn.ports import Salts, TurnLimits, TurnPorts
+from workers.turn.ports import Salts, TurnPorts
 
 log = logging.getLogger(__name__)
 
 REGISTER_TIMEOUT_S = 60.0
 GOODBYE_TIMEOUT_S = 2.0
 SEED_BITS = 63
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaSettings:
-    """What can be set of a replica apart from its adapters; seconds unless named otherwise."""
-
-    replica_id: str
-    site: str = ""
-    hardware: str = ""
-    heartbeat_period_s: float = 0.5
-    journal_lanes: int = 1
-    max_resident_sessions: int = 4096
-    max_resident_tokens: int = 1 << 26
-    """About 0.3 GB of token ids."""
-    pin_ttl_s: float = 120.0
-    """How long a session's KV is preferred over other cache after a turn."""
-    pull_timeout_s: float = 30.0
-    turn: TurnLimits = field(default_factory=TurnLimits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,3 @@ def new_server(host: str, port: int) -> tuple[aio.Server, int]:
     except RuntimeError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error}") from error
     return server, bound
-
-
-SERVICE_NAMES: tuple[str, ...] = ("", pb.DESCRIPTOR.services_by_name["ReplicaService"].full_name)
-"""Names under which health is reported."""

@@ -20,13 +20,13 @@ from statestore.digest import RollingDigest
 from statestore.ports import SessionWritten
 from statestore.records import NewSession, ReplicaRef, Session, Turn
 from statestore.redis_store import RedisStore
+from workers.config import ReplicaSettings, TurnLimits
 from workers.engines.port import PageExport, PageImport
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.engine import SimEngine
-from workers.replica import ReplicaAdapters, ReplicaSettings, run_replica
+from workers.replica import ReplicaAdapters, run_replica
 from workers.service import ReplicaApp
 from workers.text.bytes_codec import BytesCodec
-from workers.turn.ports import TurnLimits
 
 EPOCH_US = 1_763_888_000_000_000
 TENANT = "acme"

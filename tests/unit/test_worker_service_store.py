@@ -12,10 +12,10 @@ from gateway.core import errors
 from loadtest.simulation.redis import Fault
 from statestore.executor import ScriptCall
 from tests.support.replica_world import SESSION, Heard, in_virtual_time, listen, message, world
+from workers.config import TurnLimits
 from workers.engines.port import Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.model import expected_output
-from workers.turn.ports import TurnLimits
 
 
 def expected(ledger: list[int], start: int, count: int) -> list[int]:

@@ -11,11 +11,11 @@ from statestore.digest import RollingDigest
 from statestore.ports import Append, Appended, TurnEnded
 from statestore.records import TurnStatus
 from tests.support.replica_world import SESSION, TENANT, Heard, in_virtual_time, listen, world
+from workers.config import TurnLimits
 from workers.engines.port import Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.model import expected_output
 from workers.text.byte_vocabulary import END_OF_TURN
-from workers.turn.ports import TurnLimits
 
 
 def expected(ledger: list[int], start: int, count: int) -> list[int]:

@@ -147,32 +147,31 @@ class KvTransfer:
     ) -> Pulled:
         """Makes the session's pages resident as far as the source has them, and pins them for
         ``lease_s``. Never raises for a transfer that fails; takes at most the pull timeout."""
-        hashes = resident.block_hashes(self._engine)
+        # Nobody has the KV of a context's last token: it is computed with the next one.
+        whole = max(0, len(resident.tokens) - 1) // self._engine.info.page_size
+        hashes = resident.block_hashes(self._engine)[:whole]
         pin_id = resident.session_id
-        copied, detail = 0, ""
+        copied, detail, again = 0, "", True
         self.stats.pulls += 1
         with anyio.move_on_after(self._pull_timeout_s) as scope:
             async with self._limiter:
                 for _ in range(ATTEMPTS):
                     # Pinned first, so that what the pull adds to is not evicted meanwhile.
-                    if self._engine.pin(pin_id, hashes, lease_s) >= len(hashes):
-                        detail = ""
+                    if not again or self._engine.pin(pin_id, hashes, lease_s) >= len(hashes):
                         break
+                    received = 0
                     try:
-                        taken, detail = await self._attempt(
+                        received, detail, again = await self._attempt(
                             resident, hashes, source_endpoint, source
                         )
                     except PagesExhausted as error:
-                        detail = str(error)
-                        break
+                        detail, again = str(error), False
                     except (SessileError, OSError, TimeoutError) as error:
                         detail = f"{type(error).__name__}: {error}"
-                        taken = 0
-                    copied += taken
-                    if not detail:
-                        break
-                    self.stats.failed_attempts += 1
-                    log.warning("pull of %s from %s: %s", pin_id, source, detail)
+                    copied += received
+                    if detail:
+                        self.stats.failed_attempts += 1
+                        log.warning("pull of %s from %s: %s", pin_id, source, detail)
         if scope.cancelled_caught:
             detail = f"not complete within {self._pull_timeout_s} s"
         self.stats.pulled_bytes += copied
@@ -180,8 +179,9 @@ class KvTransfer:
 
     async def _attempt(
         self, resident: ResidentSession, hashes: list[bytes], endpoint: str, source: ReplicaRef
-    ) -> tuple[int, str]:
-        """One pull of what is missing; bytes received, and what is wrong if pages were refused."""
+    ) -> tuple[int, str, bool]:
+        """One pull of what is missing: bytes received, what was amiss, and whether another try can
+        help."""
         info = self._engine.info
         have = self._engine.resident_pages(hashes)
         wanted = hashes[have:]
@@ -201,7 +201,7 @@ class KvTransfer:
             if pages > len(wanted) or len(offer.checksums) != pages:
                 raise NotOwner(f"{source} offers {pages} pages of {len(wanted)}")
             if pages == 0:
-                return 0, ""
+                return 0, f"{source} holds none of the {len(wanted)} missing pages", False
             if offer.page_bytes != info.page_bytes:
                 raise MigrationRefused(f"{source} has pages of {offer.page_bytes} bytes")
             received = await self._pull_pages(
@@ -220,8 +220,11 @@ class KvTransfer:
         finally:
             reservation.release()
         self.stats.pulled_pages += taken
-        detail = f"{taken} of {pages} pages could be verified" if taken < pages else ""
-        return received, detail
+        if taken < pages:
+            return received, f"{taken} of {pages} pages could be verified", True
+        if pages < len(wanted):
+            return received, f"{source} holds {pages} of the {len(wanted)} missing pages", False
+        return received, "", False
 
     def verified(self, resident: ResidentSession, pages: int) -> Position:
         """The ledger position that ``pages`` resident pages cover."""

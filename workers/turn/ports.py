@@ -21,6 +21,7 @@ from gateway.core.errors import (
 )
 from statestore.ports import Fenced, JournalPort, LimitReached, Missing, Refused
 from statestore.records import ReplicaRef, SessionState
+from workers.config import TurnLimits
 from workers.engines.port import Engine
 from workers.journal import Journal, until_answered
 from workers.residency import Residency, ResidentSession
@@ -29,24 +30,6 @@ from workers.turn.dispatcher import Dispatcher
 
 MAX_SALTS = 4096
 """Tenant salts kept in memory; the least recently used goes first."""
-
-
-@dataclass(frozen=True, slots=True)
-class TurnLimits:
-    """Bounds of one turn's run; seconds unless named otherwise."""
-
-    max_unacked_steps: int = 4
-    """Steps generated but not yet journalled before the engine is parked for this turn."""
-    max_streams: int = 8
-    """Streams attached to one turn."""
-    detach_grace_s: float = 60.0
-    """A turn nobody listens to ends CANCELLED after this."""
-    progress_timeout_s: float = 120.0
-    """An engine without any step for this long, though it has work, is taken for hung."""
-    waiting_interval_s: float = 2.0
-    """A stream without anything to send says every so often that it is alive."""
-    open_timeout_s: float = 30.0
-    """How long an attach waits for the store before it is refused."""
 
 
 PullPrefix = Callable[[ResidentSession, replica_pb2.PrefixPlan], Awaitable[None]]

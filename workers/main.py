@@ -1,0 +1,124 @@
+"""The worker process: one engine behind the replica API, registered in the store."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import random
+import signal
+from contextlib import AsyncExitStack
+
+import anyio
+from anyio.abc import TaskStatus
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from sessile.v1 import replica_pb2, replica_pb2_grpc
+
+from statestore.journal import RedisJournal
+from statestore.records import ReplicaRef
+from statestore.redis_executor import connect
+from workers.config import WorkerConfig, split_address
+from workers.engines.port import EngineFailed
+from workers.engines.registry import create_backend
+from workers.heartbeat import ReplicaReplaced
+from workers.kv.channel import KvServer, pull_pages
+from workers.replica import ReplicaAdapters, run_replica
+from workers.rpc import GrpcPeers, ReplicaServicer, new_server
+from workers.service import ReplicaApp
+
+log = logging.getLogger(__name__)
+
+SERVICE = replica_pb2.DESCRIPTOR.services_by_name["ReplicaService"].full_name
+
+
+async def serve(
+    config: WorkerConfig,
+    *,
+    stop: anyio.Event,
+    task_status: TaskStatus[str] = anyio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves until ``stop`` is set (also by the end of a drain); reports host:port once it does.
+
+    Raises ValueError or ImportError for an engine that cannot be made, OSError if an address
+    cannot be bound, StoreError if the store cannot be used, EngineFailed, ReplicaReplaced.
+    """
+    backend = create_backend(config.engine, dict(config.engine_options), anyio.current_time)
+    async with AsyncExitStack() as stack:
+        store = RedisJournal(await connect(config.redis_url))
+        stack.push_async_callback(_shielded, store)
+        peers = GrpcPeers()
+        stack.push_async_callback(peers.aclose)
+        host, port = split_address("listen", config.listen)
+        kv_host, kv_port = split_address("kv_listen", config.kv_listen)
+        channel = KvServer(kv_host, kv_port, advertised_host=config.advertise_host)
+        stack.callback(channel.close)
+        server, port = new_server(host, port)
+        endpoint = f"{config.advertise_host or host}:{port}"
+        health_service = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+        adapters = ReplicaAdapters(
+            store=store,
+            engine=backend.engine,
+            codec=backend.codec,
+            tickets=channel,
+            peers=peers,
+            pull_pages=pull_pages,
+            random=random.SystemRandom(),
+        )
+
+        async def reachable(app: ReplicaApp, ref: ReplicaRef) -> None:
+            replica_pb2_grpc.add_ReplicaServiceServicer_to_server(ReplicaServicer(app), server)
+            await server.start()
+            for name in ("", SERVICE):
+                await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
+            log.info("%s serves %s on %s", ref, backend.engine.info.model, endpoint)
+            task_status.started(endpoint)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(channel.serve)
+            try:
+                await run_replica(adapters, config.replica, endpoint, reachable, stop)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await health_service.enter_graceful_shutdown()
+                    await server.stop(config.shutdown_grace_s)
+            tasks.cancel_scope.cancel()
+
+
+async def _shielded(store: RedisJournal) -> None:
+    with anyio.CancelScope(shield=True):
+        await store.aclose()
+
+
+def run(config: WorkerConfig) -> None:
+    """Runs a worker process until SIGTERM, SIGINT or the end of a drain; a second signal ends it at
+    once. Exits with 1 if the engine fails or another process takes the replica's id."""
+    options = {"use_uvloop": importlib.util.find_spec("uvloop") is not None}
+    try:
+        anyio.run(_run, config, backend_options=options)
+    except* (EngineFailed, ReplicaReplaced) as group:
+        for error in group.exceptions:
+            log.critical("the worker must stop: %s", error)
+        raise SystemExit(1) from group
+
+
+async def _run(config: WorkerConfig) -> None:
+    stop = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+
+        async def watch_signals() -> None:
+            with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async for number in signals:
+                    if stop.is_set():
+                        tasks.cancel_scope.cancel()
+                        return
+                    log.info("signal %s: stopping", number.name)
+                    stop.set()
+
+        async def serve_to_the_end(*, task_status: TaskStatus[str]) -> None:
+            await serve(config, stop=stop, task_status=task_status)
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(watch_signals, name="signals")
+        endpoint = await tasks.start(serve_to_the_end)
+        print(f"sessile worker {config.replica.replica_id} on {endpoint}", flush=True)  # noqa: T201
