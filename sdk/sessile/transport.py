@@ -29,6 +29,7 @@ Response = TypeVar("Response")
 
 TENANT_KEY = "x-sessile-tenant"
 MAX_MESSAGE_BYTES = 64 << 20
+KEEPALIVE_MS = 20_000
 CLEANUP_S = 2.0
 """How long an abandoned turn's cancel may take, and how long ``close()`` waits for such calls."""
 
@@ -79,6 +80,10 @@ def _connect(target: str, credentials: grpc.ChannelCredentials | None) -> Gatewa
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2000),
+        # Notices a gateway that vanished without closing its connections.
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
+        ("grpc.http2.max_pings_without_data", 0),
     ]
     channel = (
         aio.insecure_channel(target, options=options)
