@@ -138,8 +138,25 @@ def _sim(size: EngineSize, clock: Callable[[], float]) -> Engine:
     return SimEngine(config, clock)
 
 
-ENGINES: dict[str, MakeEngine] = {"sim": _sim}
-PARAMS = [pytest.param("sim")]
+def _torch(size: EngineSize, clock: Callable[[], float]) -> Engine:
+    from tests.support.tiny_llama import tiny_llama
+    from workers.engines.torch.config import TorchEngineConfig
+    from workers.engines.torch.engine import TorchEngine
+
+    config = TorchEngineConfig(
+        model=str(tiny_llama()),
+        device="cpu",
+        kv_pages=size.capacity_pages,
+        max_context_tokens=size.max_context_tokens,
+        max_running=size.max_running,
+        max_queued=size.max_queued,
+        max_prefill_tokens_per_step=64,
+    )
+    return TorchEngine(config, clock)
+
+
+ENGINES: dict[str, MakeEngine] = {"sim": _sim, "torch": _torch}
+PARAMS = [pytest.param("sim"), pytest.param("torch", marks=pytest.mark.model)]
 
 
 @asynccontextmanager

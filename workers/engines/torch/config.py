@@ -34,7 +34,7 @@ class TorchEngineConfig:
     max_prefill_tokens_per_step: int = 256
     """Bounds how long a prefill holds up the tokens of running generations."""
     max_context_tokens: int | None = None
-    """At most this much of what the model and the pool allow."""
+    """At most this much of what the model allows."""
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):

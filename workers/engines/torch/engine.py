@@ -23,6 +23,7 @@ from workers.engines.port import (
     OnStep,
     PageExport,
     PageImport,
+    StepOutput,
 )
 from workers.engines.scheduling import Scheduler, Work
 from workers.engines.torch.config import CHUNK_ALIGNMENT, PAGE_SIZE, TorchEngineConfig
@@ -78,19 +79,25 @@ class TorchEngine:
             raise self._failure
 
     async def aclose(self) -> None:
-        self._closed = True
-        thread, self._thread = self._thread, None
+        thread, self._thread, self._closed = self._thread, None, True
         if thread is None:
             return
         self._steps.put(None)
         with anyio.CancelScope(shield=True):  # at most one step long
             await anyio.to_thread.run_sync(thread.join)
+        if self._loaded.is_set() and self._failure is None:
+            self._works = []
+            self._scheduler.end_step()
+            for generation_id in self._scheduler.generation_ids():
+                self._scheduler.cancel(generation_id)
 
     # -- generations --------------------------------------------------------------------------
 
     def submit(self, request: GenerateRequest) -> None:
         if self._failure is not None:
             raise self._failure
+        if self._closed:
+            raise EngineFailed("the engine is closed")
         self._scheduler.submit(request, self._retry_after_ms())
         self._pump_soon()
 
@@ -171,18 +178,44 @@ class TorchEngine:
 
     def _pump(self) -> None:
         self._pump_due = False
+        self._deliver(self._begin_step())
+
+    def _begin_step(self) -> list[StepOutput]:
+        """Hands the next step to the thread, if none is under way. Returns the ends of generations
+        that can never fit."""
         if self._works or self._closed or self._failure is not None:
-            return
-        self._works, failures = self._scheduler.plan()
-        if self._works:
-            self._steps.put([_part(work) for work in self._works])
-        if failures:
-            self._on_step(failures)
+            return []
+        try:
+            self._works, failures = self._scheduler.plan()
+            parts = [_part(work) for work in self._works]
+        except Exception as error:  # noqa: BLE001 - the books are broken, whatever it is
+            self._fail(error)
+            return []
+        if parts:
+            self._steps.put(parts)
+        elif failures:
+            self._pump_soon()  # what they held is free now
+        return failures
 
     def _finish_step(self, result: StepResult) -> None:
         if self._closed:
             return
         works, self._works = self._works, []
+        try:
+            outputs = self._enter(works, result)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fail(error)
+            return
+        # Begun first, so that the next step computes while these outputs are handled.
+        failures = self._begin_step()
+        self._deliver(outputs)
+        self._deliver(failures)
+
+    def _deliver(self, outputs: Sequence[StepOutput]) -> None:
+        if outputs and not self._closed:
+            self._on_step(outputs)
+
+    def _enter(self, works: Sequence[Work], result: StepResult) -> list[StepOutput]:
         outputs = []
         for work, part in zip(works, result.parts, strict=True):
             self._scheduler.advance(work, part.checksums.__getitem__)
@@ -190,10 +223,9 @@ class TorchEngine:
                 outputs.append(self._scheduler.add_token(work.generation, part.token))
         self._scheduler.end_step()
         prefill = sum(work.count for work in works if work.count > 1)
-        self._rates.record(prefill, sum(work.count == 1 for work in works), result.seconds)
-        self._pump()  # first, so that the next step computes while these outputs are handled
-        if outputs:
-            self._on_step(outputs)
+        decoding = any(work.count == 1 for work in works)
+        self._rates.record(prefill, decoding, result.seconds)
+        return outputs
 
     def _finish_loading(self, runner: ModelRunner) -> None:
         self._runner = runner
@@ -249,14 +281,12 @@ def _part(work: Work) -> Part:
 
 
 def _engine_info(config: TorchEngineConfig, runner: ModelRunner) -> EngineInfo:
-    limits = [runner.max_context_tokens, runner.capacity_pages * PAGE_SIZE]
-    if config.max_context_tokens is not None:
-        limits.append(config.max_context_tokens)
+    limit = runner.max_context_tokens
     return EngineInfo(
         engine="torch",
         model=Path(config.model).name,
         vocab_size=runner.vocab_size,
-        max_context_tokens=min(limits),
+        max_context_tokens=min(limit, config.max_context_tokens or limit),
         page_size=PAGE_SIZE,
         capacity_pages=runner.capacity_pages,
         page_bytes=runner.pool.page_bytes,

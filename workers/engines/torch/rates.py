@@ -12,20 +12,20 @@ LEAST_SHARE = 0.1
 
 @dataclass(slots=True)
 class StepRates:
-    """Tokens/s, 0.0 until measured: of prefill alone, and of decoding, all generations together
-    (so it grows with the batch)."""
+    """Tokens/s, 0.0 until measured: of prefill alone, and of one generation's decoding in the
+    batches of late."""
 
     prefill: float = 0.0
     decode: float = 0.0
 
-    def record(self, prefill_tokens: int, decode_tokens: int, seconds: float) -> None:
+    def record(self, prefill_tokens: int, decoding: bool, seconds: float) -> None:
         """Enters a step. In a mixed one, decoding is taken to have cost what it does alone."""
         if seconds <= 0.0:
             return
         if not prefill_tokens:
-            self.decode = _smoothed(self.decode, decode_tokens / seconds)
+            self.decode = _smoothed(self.decode, 1.0 / seconds)
             return
-        expected = decode_tokens / self.decode if self.decode else 0.0
+        expected = 1.0 / self.decode if decoding and self.decode else 0.0
         prefilling = max(seconds - expected, LEAST_SHARE * seconds)
         self.prefill = _smoothed(self.prefill, prefill_tokens / prefilling)
 
