@@ -9,6 +9,10 @@ tasks, so the order in which tasks become ready varies with memory addresses. He
 first sorted by spawn number and then shuffled; plain callbacks run before them, in FIFO order. The
 cyclic garbage collector is off during a run, because what it finalises it finalises at arbitrary
 moments.
+
+A :class:`Process` is a group of tasks and timers that can be stopped and continued together, as by
+SIGSTOP and SIGCONT: a stopped one executes nothing whatever, and a process that is never continued
+has been killed, for no clean-up code of it has run.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import heapq
 import itertools
 import random
 import weakref
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar, TypeVarTuple, Unpack
@@ -59,6 +63,45 @@ class Step:
 TraceHook = Callable[[Step], None]
 
 
+class Process:
+    """Everything that descends from calls made through :meth:`run` belongs to the process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stopped = False
+        self._held: list[asyncio.Handle] = []
+        self._context = contextvars.copy_context()
+        self._context.run(_PROCESS.set, self)
+
+    def run(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+        """Calls a function within the process: tasks and timers it makes are the process's."""
+        return self._context.copy().run(function, *args)
+
+    def stop(self) -> None:
+        """Nothing of the process runs until :meth:`resume`."""
+        self.stopped = True
+
+    def resume(self) -> None:
+        """What would have run meanwhile becomes ready, in order."""
+        self.stopped = False
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        held, self._held = self._held, []
+        loop.make_ready(held)
+
+    def hold(self, handle: asyncio.Handle) -> None:
+        """Keeps what a stopped process would run now."""
+        self._held.append(handle)
+
+
+_PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
+
+
+def current_process() -> Process | None:
+    """The process that is running; None outside of all."""
+    return _PROCESS.get()
+
+
 class VirtualLoop(asyncio.BaseEventLoop):
     """See the module's docstring. ``seed`` None keeps ready tasks in spawn order."""
 
@@ -90,6 +133,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         if number is None:
             number = self._task_numbers[task] = next(self._task_count)
         return number
+
+    def make_ready(self, handles: Iterable[asyncio.Handle]) -> None:
+        """Runs handles in the next round."""
+        self._ready.extend(handles)
 
     # -- what BaseEventLoop asks of a loop, or does with sockets and threads ------------------
 
@@ -127,6 +174,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._ready.clear()
         for handle, task in self._ordered(batch):
             if handle.cancelled():
+                continue
+            process = _process_of(handle)
+            if process is not None and process.stopped:
+                process.hold(handle)
                 continue
             if task is not None and self._trace is not None:
                 self._trace(Step(self._now, self.number_of(task), task.get_name()))
@@ -196,6 +247,11 @@ def _innermost_frame(task: asyncio.Task[Any]) -> str:
             where = f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})"
         awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "ag_await", None)
     return where
+
+
+def _process_of(handle: asyncio.Handle) -> Process | None:
+    context: contextvars.Context = handle._context  # type: ignore[attr-defined]
+    return context.get(_PROCESS)
 
 
 class VirtualClock:

@@ -11,7 +11,16 @@ import anyio
 import pytest
 from anyio.streams.memory import MemoryObjectSendStream
 
-from loadtest.simulation.loop import Deadlock, Livelock, SimulationError, Step, VirtualClock, run
+from loadtest.simulation.loop import (
+    Deadlock,
+    Livelock,
+    Process,
+    SimulationError,
+    Step,
+    VirtualClock,
+    current_process,
+    run,
+)
 
 
 async def busy_program() -> list[str]:
@@ -169,3 +178,46 @@ def test_a_failing_callback_ends_the_run() -> None:
     with pytest.raises(SimulationError, match="callback") as caught:
         run(main, 1)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_stopped_process_executes_nothing_until_it_goes_on() -> None:
+    async def main() -> list[str]:
+        log: list[str] = []
+        process = Process("p")
+        asked = anyio.Event()
+
+        async def ticker() -> None:
+            assert current_process() is process
+            try:
+                while True:
+                    await anyio.sleep(1)
+                    log.append(f"{anyio.current_time():.1f} tick")
+            finally:
+                log.append("cleaned up")
+
+        async def waiter() -> None:
+            await asked.wait()
+            log.append(f"{anyio.current_time():.1f} heard")
+
+        async with anyio.create_task_group() as group:
+            process.run(group.start_soon, ticker)
+            process.run(group.start_soon, waiter)
+            await anyio.sleep(2.5)
+            process.stop()
+            asked.set()
+            group.cancel_scope.deadline = 12
+            await anyio.sleep(3)
+            process.resume()
+            await anyio.sleep(1.2)
+            process.stop()
+            await anyio.sleep(5)
+            assert current_process() is None
+            log.append("woken")
+            process.resume()
+            await anyio.sleep_forever()
+        return log
+
+    assert run(main, 1) == [
+        "1.0 tick", "2.0 tick", "5.5 heard", "5.5 tick", "6.5 tick", "woken", "11.7 tick",
+        "cleaned up",
+    ]  # fmt: skip
