@@ -1,0 +1,349 @@
+"""The data channel of KV transfer: pages go from the source's memory to the target's over TCP.
+
+gRPC copies a message several times and tops out at a fraction of what loopback carries, so pages
+travel beside it, on a port of their own. The control call (ExportKv) hands the target a one-time
+ticket; whoever presents it gets exactly the pages it stands for, once, before its lease ends.
+
+    target → source   hello   magic, version, ticket                      24 bytes
+    source → target   offer   magic, version, status, pages, page_bytes   20 bytes
+                      pages, back to back, then end of stream
+
+Both ends work on plain non-blocking sockets: the source sends from the export's own memory, the
+target receives into the engine's reserved pages, nothing is copied in between. (A transport with
+a ``BufferedProtocol`` would receive as directly, but may still write to a page that was released
+when its pull was cancelled.) What arrives is not trusted: the engine's ``commit`` verifies each
+page's checksum. The channel's own check is that exactly the announced bytes came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import hmac
+import logging
+import secrets
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+
+from gateway.core.errors import Overloaded
+from workers.engines.port import PageExport, PageImport
+
+log = logging.getLogger(__name__)
+
+MAGIC = b"SeKV"
+VERSION = 1
+TICKET_BYTES = 16
+HELLO = struct.Struct("!4sHH16s")
+OFFER = struct.Struct("!4sHHIQ")
+LISTEN_BACKLOG = 16
+ACCEPT_RETRY_S = 0.1
+YIELD_BYTES = 1 << 20
+"""A socket that never blocks would keep the event loop to itself; others run after this much."""
+
+
+class TransferFailed(ConnectionError):
+    """The peer refused, broke off, or sent something else than announced."""
+
+
+class Status(enum.IntEnum):
+    """The source's answer to a ticket."""
+
+    OK = 0
+    REFUSED = 1
+    """Unknown, used or expired; the source does not say which."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelLimits:
+    """Bounds of one server. At ``max_tickets`` a ticket is refused as Overloaded, at
+    ``max_connections`` a new connection is closed unheard; a peer that keeps the channel waiting
+    for longer than a timeout is cut off."""
+
+    max_tickets: int = 64
+    max_connections: int = 16
+    hello_timeout_s: float = 5.0
+    stall_timeout_s: float = 5.0
+    """Limit for each page to leave."""
+
+
+@dataclass(slots=True)
+class ChannelStats:
+    """Counters since start."""
+
+    completed: int = 0
+    refused: int = 0
+    broken: int = 0
+    expired: int = 0
+    bytes_sent: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Issued:
+    """An outstanding ticket."""
+
+    ticket: bytes
+    export: PageExport
+    deadline: float
+    """On the event loop's clock."""
+    expiry: asyncio.TimerHandle
+
+
+class KvServer:
+    """The source's end. Binds at once (port 0: any free one), serves while :meth:`serve` runs.
+
+    Every export given to :meth:`issue_ticket` is released here: after its transfer, whether that
+    succeeded or not, at its lease's end, or when the server closes.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        advertised_host: str = "",
+        limits: ChannelLimits | None = None,
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
+        self._listener.setblocking(False)
+        self._host = advertised_host or host
+        self._port: int = self._listener.getsockname()[1]
+        self._limits = limits or ChannelLimits()
+        self._random_bytes = random_bytes
+        self._issued: list[_Issued] = []
+        self._connections: set[socket.socket] = set()
+        self._closed = False
+        self.stats = ChannelStats()
+
+    @property
+    def endpoint(self) -> str:
+        """host:port for peers."""
+        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+
+    @property
+    def outstanding(self) -> int:
+        """Tickets that were neither presented nor expired."""
+        return len(self._issued)
+
+    @property
+    def connections(self) -> int:
+        """Peers connected now."""
+        return len(self._connections)
+
+    def issue_ticket(self, export: PageExport, lease_s: float) -> bytes:
+        """A one-time secret for these pages; from here on the server owns the export. Raises
+        Overloaded at the bound of outstanding tickets (the export then stays the caller's)."""
+        if self._closed or len(self._issued) >= self._limits.max_tickets:
+            raise Overloaded(
+                f"{len(self._issued)} KV exports wait for their peers",
+                retry_after_ms=round(self._limits.hello_timeout_s * 1000),
+            )
+        loop = asyncio.get_running_loop()
+        ticket = self._random_bytes(TICKET_BYTES)
+        deadline = loop.time() + lease_s
+        expiry = loop.call_at(deadline, self._expire, ticket)
+        self._issued.append(_Issued(ticket, export, deadline, expiry))
+        return ticket
+
+    async def serve(
+        self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serves until cancelled, then closes."""
+        try:
+            async with anyio.create_task_group() as connections:
+                task_status.started()
+                while True:
+                    connection = await self._accept()
+                    if len(self._connections) >= self._limits.max_connections:
+                        self.stats.refused += 1
+                        connection.close()
+                        continue
+                    self._connections.add(connection)
+                    connections.start_soon(self._serve_connection, connection)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stops listening, cuts connections, releases every outstanding export. Idempotent."""
+        self._closed = True
+        self._listener.close()
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+        for issued in self._issued:
+            issued.expiry.cancel()
+            issued.export.release()
+        self._issued.clear()
+
+    async def _accept(self) -> socket.socket:
+        while True:
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+            except OSError as error:  # out of descriptors, or the peer has already gone
+                log.warning("kv channel: cannot accept: %s", error)
+                await anyio.sleep(ACCEPT_RETRY_S)
+            else:
+                connection.setblocking(False)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return connection
+
+    async def _serve_connection(self, connection: socket.socket) -> None:
+        try:
+            with anyio.fail_after(self._limits.hello_timeout_s):
+                hello = memoryview(bytearray(HELLO.size))
+                await _receive_into(connection, hello)
+            issued = self._redeem(hello)
+            if issued is None:
+                self.stats.refused += 1
+                await self._send(connection, OFFER.pack(MAGIC, VERSION, Status.REFUSED, 0, 0))
+            else:
+                await self._send_pages(connection, issued)
+        except OSError as error:  # TimeoutError is one
+            self.stats.broken += 1
+            log.info("kv channel: transfer broke: %s: %s", type(error).__name__, error)
+        finally:
+            self._connections.discard(connection)
+            connection.close()
+
+    def _redeem(self, hello: memoryview) -> _Issued | None:
+        """The export that a hello is entitled to; its ticket is used up."""
+        magic, version, _, presented = HELLO.unpack(hello)
+        found: _Issued | None = None
+        for issued in self._issued:  # all of them: the time tells nothing about a near miss
+            if hmac.compare_digest(issued.ticket, presented):
+                found = issued
+        if magic != MAGIC or version != VERSION or found is None:
+            return None
+        self._issued.remove(found)
+        found.expiry.cancel()
+        return found
+
+    async def _send_pages(self, connection: socket.socket, issued: _Issued) -> None:
+        export = issued.export
+        try:
+            with anyio.CancelScope(deadline=issued.deadline) as lease:
+                count = len(export.pages)
+                page_bytes = export.view(0).nbytes if count else 0
+                await self._send(
+                    connection, OFFER.pack(MAGIC, VERSION, Status.OK, count, page_bytes)
+                )
+                unyielded = 0
+                for index in range(count):
+                    await self._send(connection, export.view(index))
+                    self.stats.bytes_sent += page_bytes
+                    unyielded += page_bytes
+                    if unyielded >= YIELD_BYTES:
+                        unyielded = 0
+                        await anyio.lowlevel.checkpoint()
+                connection.shutdown(socket.SHUT_WR)
+                self.stats.completed += 1
+            if lease.cancelled_caught:
+                raise TimeoutError("the export's lease ended")
+        finally:
+            export.release()
+
+    async def _send(self, connection: socket.socket, data: bytes | memoryview) -> None:
+        with anyio.fail_after(self._limits.stall_timeout_s):
+            await asyncio.get_running_loop().sock_sendall(connection, data)
+
+    def _expire(self, ticket: bytes) -> None:
+        for issued in self._issued:
+            if issued.ticket == ticket:
+                self._issued.remove(issued)
+                self.stats.expired += 1
+                issued.export.release()
+                return
+
+
+async def pull_pages(
+    endpoint: str,
+    ticket: bytes,
+    reservation: PageImport,
+    pages: int,
+    page_bytes: int,
+    timeout_s: float,
+) -> int:
+    """Receives ``pages`` pages into the reservation's buffers, from index 0; returns the bytes.
+
+    Neither commits nor releases the reservation. Raises TransferFailed or another OSError if the
+    source refuses, breaks off or announces other sizes, and TimeoutError after ``timeout_s``.
+    """
+    with anyio.fail_after(timeout_s):
+        connection = await _connect(endpoint)
+        try:
+            await asyncio.get_running_loop().sock_sendall(
+                connection, HELLO.pack(MAGIC, VERSION, 0, ticket)
+            )
+            offer = memoryview(bytearray(OFFER.size))
+            await _receive_into(connection, offer)
+            _check_offer(offer, pages, page_bytes)
+            unyielded = 0
+            for index in range(pages):
+                buffer = reservation.buffer(index)
+                if buffer.nbytes != page_bytes:
+                    raise ValueError(f"page {index} has {buffer.nbytes} bytes, not {page_bytes}")
+                await _receive_into(connection, buffer)
+                unyielded += page_bytes
+                if unyielded >= YIELD_BYTES:
+                    unyielded = 0
+                    await anyio.lowlevel.checkpoint()
+            if await asyncio.get_running_loop().sock_recv(connection, 1):
+                raise TransferFailed(f"{endpoint} sent more than the {pages} pages it announced")
+        finally:
+            connection.close()
+    return pages * page_bytes
+
+
+def _check_offer(offer: memoryview, pages: int, page_bytes: int) -> None:
+    magic, version, status, offered_pages, offered_bytes = OFFER.unpack(offer)
+    if magic != MAGIC or version != VERSION:
+        raise TransferFailed(f"not a KV channel of version {VERSION}")
+    if status != Status.OK:
+        raise TransferFailed("the ticket was refused (unknown, used or expired)")
+    if (offered_pages, offered_bytes) != (pages, page_bytes):
+        raise TransferFailed(
+            f"announced {offered_pages} pages of {offered_bytes} bytes, "
+            f"expected {pages} of {page_bytes}"
+        )
+
+
+async def _connect(endpoint: str) -> socket.socket:
+    """A connected non-blocking socket; the first address that answers."""
+    host, _, port = endpoint.rpartition(":")
+    loop = asyncio.get_running_loop()
+    addresses = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    failure: OSError = TransferFailed(f"{endpoint} has no address")
+    for family, kind, protocol, _, address in addresses:
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.setblocking(False)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await loop.sock_connect(connection, address)
+        except OSError as error:
+            connection.close()
+            failure = error
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            return connection
+    raise failure
+
+
+async def _receive_into(connection: socket.socket, buffer: memoryview) -> None:
+    """Fills the buffer. Raises TransferFailed at an early end of stream."""
+    loop = asyncio.get_running_loop()
+    view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
+    done = 0
+    while done < view.nbytes:
+        count = await loop.sock_recv_into(connection, view[done:])
+        if count == 0:
+            raise TransferFailed(f"the peer closed after {done} of {view.nbytes} bytes")
+        done += count
