@@ -75,7 +75,8 @@ class Fenced:
     owner_epoch: Epoch
     owner: ReplicaRef | None
     data_loss: bool = False
-    """Equal epoch number with another nonce: the store lost writes and granted it twice."""
+    """The store lost writes and the two histories cannot be joined: it granted the epoch's number
+    twice (with another nonce), or a repair would rewrite tokens that a fork refers to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class TurnTombstoned:
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """The tokens are in the ledger; ``ended`` is set when the turn was committed by this write."""
+    """The tokens are in the ledger, and the turn has ended if the write asked for it."""
 
     head: Position
 
@@ -260,7 +261,8 @@ class JournalPort(Protocol):
     async def resume_turn(self, session_id: str, epoch: Epoch, turn_id: str) -> ResumeOutcome:
         """The new owner goes on with an INTERRUPTED (or its own RUNNING) turn: attempt + 1. Ends
         it FAILED after ``max_attempts_without_progress`` attempts that added no token (a planned
-        hand-over does not count), and as due if its deadline passed."""
+        hand-over, or an owner's repeat of its own attempt, does not count), and as due if its
+        deadline passed."""
         ...
 
     async def append_many(self, appends: Sequence[Append]) -> list[AppendOutcome | StoreError]:
@@ -310,13 +312,17 @@ class SessionStore(JournalPort, Protocol):
         tombstone. An ended turn is returned as it ended."""
         ...
 
-    async def suspend(self, session_id: str) -> SessionWritten | Refused | Missing: ...
+    async def suspend(self, session_id: str) -> SessionWritten | Refused | Missing:
+        """Ends ownership of an idle session until ``unsuspend`` and the next ``place``; the epoch
+        stays, and its owner is fenced."""
+        ...
 
     async def unsuspend(self, session_id: str) -> SessionWritten | Refused | Missing: ...
 
     async def close(self, session_id: str, retention_ms: int | None) -> SessionWritten | Missing:
         """CLOSED for good; a running turn ends CANCELLED; 0 purges at once (the returned record is
-        then the last one). Idempotent. Ledgers live on while a fork refers to them."""
+        then the last one). Idempotent. Ownership ends; ``previous_owner`` may still hold KV.
+        Ledgers live on while a fork refers to them."""
         ...
 
     async def fork(

@@ -38,10 +38,11 @@ end
 
 -- Neither the tokens of an ancestor nor tokens that a fork refers to can be replaced.
 local keep, length = tonumber(ARGV[9]), tonumber(s.length)
-if keep < s.own_base or keep > length then return refused(s) end
+local diverged = {'fenced', s.epoch, s.nonce, s.owner, s.owner_inc, 1}
+if keep < s.own_base or keep > length then return diverged end
 if keep < length then
   local furthest = tonumber(call('HGET', KEYS[3], 'e:' .. ARGV[15]) or '0')
-  if keep < furthest then return refused(s) end
+  if keep < furthest then return diverged end
   local kept = ''
   if keep > s.own_base then
     kept = call('GETRANGE', KEYS[2], '0', int(4 * (keep - s.own_base) - 1))

@@ -20,7 +20,8 @@ if v[1] == ARGV[4] then return {'begun', turn(s, id)} end
 local stalled = tonumber(v[4])
 if tonumber(s.length) > tonumber(v[3]) then
   stalled = 0
-elseif v[5] == '' then
+elseif v[5] == '' and s.turn_status == 'INTERRUPTED' then
+  -- Neither a planned hand-over nor an owner that starts its own run again counts.
   stalled = stalled + 1
 end
 if stalled >= tonumber(ARGV[5]) then
