@@ -86,6 +86,15 @@ def sentencepiece_tokenizer() -> str:
 
 
 @cache
+def stripping_tokenizer() -> str:
+    """One whose special tokens swallow the white space after them, as Phi-3's do."""
+    value: dict[str, Any] = json.loads(byte_level_tokenizer())
+    for token in value["added_tokens"]:
+        token["rstrip"] = token["special"]
+    return json.dumps(value)
+
+
+@cache
 def normalising_tokenizer() -> str:
     """One that normalises full-width characters before it looks for special tokens."""
     value: dict[str, Any] = json.loads(byte_level_tokenizer())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +32,7 @@ from tests.support.tokenizers import (
     byte_level_tokenizer,
     normalising_tokenizer,
     sentencepiece_tokenizer,
+    stripping_tokenizer,
     template,
     write_model_folder,
 )
@@ -46,7 +48,8 @@ from workers.text.port import (
     Tool,
 )
 
-ACCEPTED = ("alternating", "chatml", "llama3", "qwen25", "reasoning", "smollm2")
+ACCEPTED = ("alternating", "chatml", "instruct", "llama3", "qwen25", "reasoning", "smollm2")
+ALTERNATING = ("alternating", "instruct")
 
 
 def load(name: str, tokenizer: str = "") -> HfCodec:
@@ -72,7 +75,8 @@ def check_against_full_render(
         history += exchange.new
         text, full = it.render_everything(history, tools)
         assert full[-len(new) :] == new
-        if not it.codec.shape.prompt_opening and all(
+        shape = it.codec.shape
+        if not (shape.prompt_opening or shape.reply_opening or shape.before_end) and all(
             message.content == message.content.strip()
             for message in history
             if message.role is Role.ASSISTANT
@@ -86,7 +90,7 @@ def check_against_full_render(
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_a_turn_appends_what_the_full_render_adds(name: str, conversation: str) -> None:
     exchanges = CONVERSATIONS[conversation]
-    if name == "alternating":
+    if name in ALTERNATING:
         exchanges = without_tools(exchanges)
     check_against_full_render(model(name), exchanges)
 
@@ -122,21 +126,24 @@ _EXCHANGES = st.lists(st.builds(Exchange, _NEW, _REPLY, st.booleans()), min_size
 def test_any_conversation_is_appended_as_it_is_rendered(
     name: str, exchanges: tuple[Exchange, ...]
 ) -> None:
-    if name == "alternating":
+    if name in ALTERNATING:
         exchanges = without_tools(exchanges)
     check_against_full_render(model(name), exchanges)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "chatml"])
-def test_a_tokenizer_that_treats_the_beginning_of_a_text_apart_appends_the_same(name: str) -> None:
-    it = model(name, sentencepiece_tokenizer())
-    for exchanges in CONVERSATIONS.values():
-        check_text = [new for _, new in it.ledger(exchanges)]
-        history: list[ChatMessage] = []
-        for exchange, new in zip(exchanges, check_text, strict=True):
-            history += exchange.new
-            assert it.render_everything(history)[1][-len(new) :] == new
-            history.append(assistant(exchange.reply))
+@pytest.mark.parametrize("tokenizer", [sentencepiece_tokenizer, stripping_tokenizer])
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_tokens_that_depend_on_what_stands_before_are_the_same(
+    conversation: str, tokenizer: Callable[[], str]
+) -> None:
+    """At the beginning of a text, or after an end-of-turn token that swallows white space."""
+    it = model("smollm2", tokenizer())
+    exchanges = CONVERSATIONS[conversation]
+    history: list[ChatMessage] = []
+    for exchange, (_, new) in zip(exchanges, it.ledger(exchanges), strict=True):
+        history += exchange.new
+        assert it.render_everything(history)[1][-len(new) :] == new
+        history.append(assistant(exchange.reply))
 
 
 def test_a_given_history_is_rendered_with_the_first_turn() -> None:
@@ -165,6 +172,15 @@ def test_an_open_reply_is_ended_before_the_new_messages() -> None:
     codec = model("smollm2").codec
     closed = codec.render(LastTurn.CLOSED, [user("Hi")], ())
     assert codec.render(LastTurn.OPEN, [user("Hi")], ()) == [*codec.eos_token_ids, *closed]
+
+
+def test_white_space_that_a_template_writes_round_replies_is_found() -> None:
+    it = model("instruct")
+    assert (it.codec.shape.reply_opening, it.codec.shape.before_end) == (" ", " ")
+    closed = it.codec.render(LastTurn.CLOSED, [user("Hi")], ())
+    assert it.tokenizer.decode(closed, skip_special_tokens=False) == "<s>[INST] Hi [/INST]"
+    opened = it.codec.render(LastTurn.OPEN, [user("Hi")], ())
+    assert it.tokenizer.decode(opened, skip_special_tokens=False) == " </s><s>[INST] Hi [/INST]"
 
 
 def test_the_date_is_the_injected_one() -> None:
@@ -272,6 +288,7 @@ def test_what_a_template_does_with_tools_is_found_out() -> None:
     assert found == {
         "alternating": (False, False, False),
         "chatml": (False, True, False),
+        "instruct": (False, False, False),
         "llama3": (True, True, True),
         "qwen25": (True, True, True),
         "reasoning": (False, True, False),

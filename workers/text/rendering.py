@@ -43,6 +43,9 @@ class TemplateShape:
     """The special token that ends a reply."""
     prompt_opening: str = ""
     """What the generation prompt has beyond a past reply's header (such as ``<think>``)."""
+    reply_opening: str = ""
+    """White space that a past reply's header has beyond the generation prompt: models whose
+    template has it generate it themselves."""
     tools: bool = False
     """Definitions of tools are rendered (with the first turn)."""
     tool_messages: bool = False
@@ -196,13 +199,18 @@ def _shape_with(stub: tuple[Json, ...], render: Render, specials: SpecialText) -
             "the chat template does not end an assistant's message with a special token"
         )
     header = text[: begin - len(_REPLY)]
-    if not prompt.startswith(header):
+    reply_opening = header.removeprefix(prompt) if header.startswith(prompt) else ""
+    if not prompt.startswith(header) and not reply_opening.isspace():
         raise TemplateRefused(
             "what the chat template writes before a reply is not what it wrote when it asked for "
             f"that reply: {_difference(prompt, header)}. {_ADVICE}"
         )
     return TemplateShape(
-        stub, text[begin : ending.start()], ending[0], prompt_opening=prompt[len(header) :]
+        stub=stub,
+        before_end=text[begin : ending.start()],
+        end_of_turn=ending[0],
+        prompt_opening=prompt[len(header) :],
+        reply_opening=reply_opening,
     )
 
 
@@ -225,7 +233,7 @@ def _require(
                 f"ledger and a full render differ: {_difference(past + text, full)}. {_ADVICE}"
             )
         past += text.removesuffix(shape.prompt_opening)
-        past += f"reply {index}{shape.before_end}{shape.end_of_turn}"
+        past += f"{shape.reply_opening}reply {index}{shape.before_end}{shape.end_of_turn}"
         history.append(_reply(f"reply {index}"))
 
 
