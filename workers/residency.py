@@ -141,9 +141,11 @@ class Residency:
         self._busy.add(session_id)
 
     def rest(self, session_id: str) -> None:
-        """The turn ended: its KV is pinned softly for the gap until the next one."""
+        """The turn ended: its KV is pinned softly for the gap until the next one, if there will be
+        one here."""
         self._busy.discard(session_id)
-        if session_id in self._sessions:
+        resident = self._sessions.get(session_id)
+        if resident is not None and resident.epoch != NO_EPOCH:
             self.pin(session_id, self._pin_ttl_s)
             self._sessions.move_to_end(session_id)
         self._shrink()
@@ -153,6 +155,7 @@ class Residency:
         resident = self._sessions.get(session_id)
         if resident is not None:
             resident.own(NO_EPOCH, resident.turn_index)
+            self._engine.unpin(session_id)
 
     def pin(self, session_id: str, ttl_s: float) -> None:
         """Pins what is resident of the session's pages."""

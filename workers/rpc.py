@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import anyio
 from grpc import aio
+from opentelemetry import context as otel_context
+from opentelemetry import propagate
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1 import replica_pb2_grpc, types_pb2
 
@@ -44,6 +46,10 @@ class ReplicaServicer(replica_pb2_grpc.ReplicaServiceServicer):
     async def DispatchTurn(
         self, request: pb.DispatchTurnRequest, context: Context
     ) -> AsyncGenerator[types_pb2.TurnStream, None]:
+        # The call has a task of its own, whose context the turn's run inherits: its span becomes a
+        # child of the caller's. The context goes with the task and needs no detach.
+        headers = dict(context.invocation_metadata() or ())
+        otel_context.attach(propagate.extract(headers))
         try:
             async with aclosing(self._app.dispatch_turn(request)) as stream:
                 async for message in stream:

@@ -45,6 +45,8 @@ MAX_RACES = 4
 """Times a dispatch looks again because the session's run changed under it."""
 RETRY_MS = 1000
 """Retry delay when the replica has as many turns as it takes."""
+LOOK_PERIOD_S = 0.5
+"""Between looks at what is left in a drain that ends the process."""
 END_WAIT_S = 5.0
 """How long a fenced or released run is waited for; it ends at its next store answer."""
 
@@ -66,8 +68,7 @@ class ReplicaApp:
         self._tasks = tasks
         self._on_empty = on_empty
         self._runs: dict[str, TurnRun] = {}
-        self._exit_when_empty = False
-        self.draining = False
+        self._leaving = False
 
     # -- turns ----------------------------------------------------------------------------------
 
@@ -262,7 +263,6 @@ class ReplicaApp:
                 run.look()
             await _until_ended(run)
         self._ports.residency.release(session_id, drop_kv=request.drop_kv)
-        self.check_empty()
         return pb.ReleaseSessionResponse(released=True)
 
     async def export_kv(self, request: pb.ExportKvRequest) -> pb.ExportKvResponse:
@@ -316,21 +316,36 @@ class ReplicaApp:
                 lambda: self._ports.store.set_draining(self._ports.ref, request.draining),
                 give_up_at,
             )
-        self.draining = request.draining
-        self._exit_when_empty = request.draining and request.shutdown_when_empty
-        held = self.session_ids()
-        self.check_empty()
-        return pb.SetDrainingResponse(session_ids=held)
+        leaving, self._leaving = self._leaving, request.draining and request.shutdown_when_empty
+        if self._leaving and not leaving:
+            self._tasks.start_soon(self._leave_when_empty, name="leave when empty")
+        return pb.SetDrainingResponse(session_ids=self.session_ids())
 
     def session_ids(self) -> list[str]:
         """Sessions held here as their owner, sorted."""
         return sorted({*self._runs, *self._ports.residency.session_ids()})
 
-    def check_empty(self) -> None:
-        """Reports the end of a drain that asked for it."""
-        if self._exit_when_empty and not self.session_ids():
-            self._exit_when_empty = False
-            self._on_empty()
+    async def _leave_when_empty(self) -> None:
+        """Waits until nothing is left, then asks for the end. Idle sessions that were taken by
+        others leave no word here, so the store is asked about what seems left."""
+        while self._leaving:
+            for session_id in self.session_ids():
+                if session_id not in self._runs:
+                    await self._forget_if_taken(session_id)
+            if not self.session_ids():
+                self._on_empty()
+                return
+            await anyio.sleep(LOOK_PERIOD_S)
+
+    async def _forget_if_taken(self, session_id: str) -> None:
+        try:
+            session = await self._ports.store.get_session(session_id)
+        except StoreError as error:
+            log.warning("drain: the store cannot tell who owns %s: %s", session_id, error)
+            return
+        owner = session.owner if session is not None else None
+        if (owner is None or owner.replica != self._ports.ref) and session_id not in self._runs:
+            self._ports.residency.release(session_id, drop_kv=False)
 
     def load(self) -> ReplicaLoad:
         """For the heartbeat."""

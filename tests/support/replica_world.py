@@ -44,6 +44,7 @@ class DirectChannel:
         self.failures = 0
         """So many pulls break off."""
         self.pulls = 0
+        self.latency_s = 0.001
 
     def issue_ticket(self, export: PageExport, lease_s: float) -> bytes:
         del lease_s
@@ -64,7 +65,7 @@ class DirectChannel:
         self.pulls += 1
         export = self.exports.pop(ticket)
         try:
-            await anyio.sleep(0.001)
+            await anyio.sleep(self.latency_s)
             if self.failures:
                 self.failures -= 1
                 raise ConnectionResetError("the stream broke")

@@ -321,7 +321,40 @@ async def test_a_draining_replica_ends_when_it_is_empty() -> None:
         await first.app.release_session(
             pb.ReleaseSessionRequest(session_id=SESSION, epoch=epoch(await w.session()))
         )
+        await anyio.sleep(1)
         assert first.stop.is_set()
+
+
+@in_virtual_time
+async def test_a_session_taken_in_silence_does_not_keep_a_drained_replica_up() -> None:
+    async with world() as w:
+        first, second = await two_replicas(w)
+        await w.give(second)
+        assert first.app.session_ids() == [SESSION]
+        await first.app.set_draining(pb.SetDrainingRequest(draining=True, shutdown_when_empty=True))
+        await anyio.sleep(1)
+        assert first.stop.is_set()
+
+
+@in_virtual_time
+async def test_a_cancel_does_not_wait_for_a_pull_of_pages() -> None:
+    async with world() as w:
+        first, second = await two_replicas(w)
+        w.channel.latency_s = 20.0
+        await w.give(second)
+        request = await w.request(second, "More", "t2")
+        request.prefix.source_endpoint = "r1:1"
+        request.prefix.source.CopyFrom(ref(first))
+        heard = Heard()
+
+        async def cancel() -> None:
+            await w.store.cancel_turn(SESSION, "t2")
+            await second.app.stop_turn(pb.StopTurnRequest(session_id=SESSION, turn_id="t2"))
+
+        began = anyio.current_time()
+        await listen(second, request, heard, between=cancel)
+        assert heard.finished.status == types_pb2.TURN_STATUS_CANCELLED
+        assert anyio.current_time() - began < 1
 
 
 @in_virtual_time

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import anyio
+from opentelemetry import trace
 from sessile.v1 import types_pb2 as pb
 
 from gateway.core.errors import (
@@ -44,6 +45,7 @@ from workers.turn.ports import TurnPorts
 from workers.turn.repair import repair
 
 log = logging.getLogger(__name__)
+tracer = trace.get_tracer("sessile.worker")
 
 MAX_REPAIRS = 8
 """Repairs of one run without an append in between; then its streams end and may be resumed."""
@@ -128,6 +130,7 @@ class TurnRun:
         self._hold: _Hold | None = None
         self._look = False
         self._told: Ending | None = None
+        self._pulling = anyio.CancelScope()
 
     # -- what streams and the service use -------------------------------------------------------
 
@@ -160,12 +163,12 @@ class TurnRun:
     def look(self) -> None:
         """Something happened to the turn in the store (a cancel, a close): look there now."""
         self._look = True
-        self._wake.set()
+        self._disturb()
 
     def leave(self, ending: Broken | Redirected) -> None:
         """Ends the run without touching the ledger: it was fenced or handed over."""
         self._told = self._told or ending
-        self._wake.set()
+        self._disturb()
 
     async def hold(self, migration_id: str, lease_s: float) -> Position | None:
         """Stops at a step boundary with everything journalled, and stays there until
@@ -176,7 +179,7 @@ class TurnRun:
         # The generation is ended rather than parked: after a park, outputs of a step already under
         # way could still arrive. Its KV stays cached, so going on here costs one partial page.
         self._retract()
-        self._wake.set()
+        self._disturb()
         while self.ending is None and self._hold is hold and not hold.standing:
             if not await self.changed(max(0.0, hold.until - anyio.current_time())):
                 break
@@ -190,6 +193,11 @@ class TurnRun:
         self._wake.set()
         return True
 
+    def _disturb(self) -> None:
+        """Gets the task's attention; a pull of KV pages is given up for it."""
+        self._pulling.cancel()
+        self._wake.set()
+
     # -- the run --------------------------------------------------------------------------------
 
     async def run(
@@ -200,6 +208,20 @@ class TurnRun:
         """Opens the turn, makes its prefix resident, generates until it ends. Never raises: what
         goes wrong becomes the ending that streams report."""
         self._ports.residency.hold(self.session_id)
+        with tracer.start_as_current_span("run turn") as span:
+            span.set_attribute("sessile.session_id", self.session_id)
+            span.set_attribute("sessile.turn_id", self.turn_id)
+            span.set_attribute("sessile.replica", str(self._ports.ref))
+            try:
+                await self._run(open_turn, pull)
+            finally:
+                span.set_attribute("sessile.ending", type(self.ending).__name__)
+                if self.opened is not None:
+                    span.set_attribute("sessile.attempt", self.opened.turn.attempt)
+                    span.set_attribute("sessile.cached_tokens", self.cached_tokens)
+                    span.set_attribute("sessile.output_tokens", self.released)
+
+    async def _run(self, open_turn: OpenTurn, pull: PullTurn) -> None:
         try:
             ending = await self._drive(open_turn, pull)
         except SessileError as error:
@@ -251,7 +273,9 @@ class TurnRun:
         self._notify()
         if opened.output.reason is None:
             self.waiting = pb.TurnWaiting.REASON_KV_TRANSFER
-            await pull(opened)
+            self._pulling.deadline = opened.deadline_at
+            with self._pulling:
+                await pull(opened)
             self.cached_tokens = self._resident_prefix(opened)
             self.waiting = pb.TurnWaiting.REASON_QUEUED
         while True:
