@@ -241,7 +241,7 @@ def test_a_template_in_the_tokenizer_config_is_found(tmp_path: Path) -> None:
         ("smollm2", LastTurn.NONE, [], "at least one message"),
         ("smollm2", LastTurn.NONE, [user("a"), system("b")], "must be the first"),
         ("smollm2", LastTurn.CLOSED, [system("b"), user("a")], "must be the first"),
-        ("alternating", LastTurn.NONE, [system("a"), user("b")], "System role not supported"),
+        ("alternating", LastTurn.NONE, [system("a"), user("b")], "no system messages"),
         ("alternating", LastTurn.CLOSED, [user("a"), user("b")], "must alternate"),
         ("alternating", LastTurn.CLOSED, [result("a")], "cannot render tool messages"),
     ],
@@ -259,6 +259,7 @@ def test_messages_that_the_template_cannot_render_are_bad(
         ("smollm2", "{}", "drops tool calls"),
         ("qwen25", "{", "not JSON"),
         ("qwen25", "[1]", "must be a JSON object"),
+        ("qwen25", '{"a": "\\ud800"}', "not JSON"),
     ],
 )
 def test_calls_are_never_dropped_or_repaired(name: str, arguments: str, complaint: str) -> None:

@@ -31,11 +31,11 @@ from workers.text.rendering import (
     Json,
     TemplateShape,
     later_turn,
-    probe,
     template_messages,
     template_tool,
 )
 from workers.text.special_text import SpecialText, unused_mark
+from workers.text.template_probe import probe
 from workers.text.token_bytes import byte_table
 from workers.text.tool_calls import parser_for
 
@@ -142,12 +142,13 @@ class HfCodec:
     ) -> list[int]:
         _refuse_misplaced(last_turn, messages)
         rendered = template_messages(messages, self._shape)
-        definitions = [template_tool(tool) for tool in tools]
+        offered = last_turn is LastTurn.NONE and self._shape.tools
+        definitions = [template_tool(tool) for tool in tools] if offered else []
         mark = unused_mark([rendered, definitions])
         marked = [self._mark(message, mark) for message in rendered]
         if last_turn is LastTurn.NONE:
-            offered = self._guarded.mark(definitions, mark) if self._shape.tools else None
-            return self._encode(self._template.render(marked, offered or None), mark)
+            marked_tools = self._guarded.mark(definitions, mark) or None
+            return self._encode(self._template.render(marked, marked_tools), mark)
         text = later_turn(self._template.render, self._shape, marked)
         new = self._encode(text, mark, after_end_of_turn=True)
         return new if last_turn is LastTurn.CLOSED else [*self._closing, *new]
