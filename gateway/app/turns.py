@@ -368,8 +368,10 @@ class _TurnStream:
                     self._lost = assignment.owner
                 case AskAgain():
                     self._s.directory.forget_owner(self._request.session_id, assignment.owner)
-            await self._wait(pb.TurnWaiting.REASON_FAILOVER, force=True)
-            await self._pause(decision.delay_ms / 1000)
+            if decision.delay_ms:
+                # An immediate take-over is heard of as TurnMoved.
+                await self._wait(pb.TurnWaiting.REASON_FAILOVER, force=True)
+                await self._pause(decision.delay_ms / 1000)
 
     async def _after_no_candidate(self, found: NoCandidate) -> None:
         fresh = not self._cursor.accepted and self._lost is None

@@ -49,7 +49,7 @@ async def test_a_killed_owner_costs_no_token_and_repeats_none() -> None:
         killed_at = anyio.current_time()
         await w.finish(client)
         assert client.error is None
-        assert client.kinds == ["accepted", "tokens", "waiting", "moved", "tokens", "finished"]
+        assert client.kinds == ["accepted", "tokens", "moved", "tokens", "finished"]
         moved = client.only("moved")[0].moved
         assert moved.reason == types_pb2.TurnMoved.REASON_FAILOVER
         assert getattr(moved, "from").replica_id == owner.replica.replica_id

@@ -1,0 +1,5 @@
+"""``python -m gateway.cli``: the same as ``sessile``."""
+
+from gateway.cli.main import main
+
+main()

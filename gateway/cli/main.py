@@ -1,0 +1,51 @@
+"""The ``sessile`` command."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gateway.cli import chat, fleet, serve, sessions
+from gateway.cli.output import fail
+from gateway.cli.serve import Engine
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Stateful sessions for LLM inference. Start with: sessile up",
+)
+app.command()(serve.up)
+app.command()(chat.chat)
+app.add_typer(sessions.app, name="sessions")
+app.add_typer(fleet.app, name="replicas")
+app.command()(fleet.migrate)
+app.command()(serve.gateway)
+app.command()(serve.worker)
+
+
+@app.command()
+def demo(
+    engine: Annotated[
+        Engine | None, typer.Option(help="Default: torch if it is installed, else sim.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the report is written.")] = Path(
+        "demo-report.json"
+    ),
+) -> None:
+    """Run agents on a small fleet, break things, and report what happened to them."""
+    try:
+        from loadtest.demo.main import run_demo
+    except ImportError as error:
+        fail(f"the demo is not installed ({error})")
+        return
+    if engine is None:
+        engine = Engine.TORCH if importlib.util.find_spec("torch") else Engine.SIM
+    raise typer.Exit(run_demo(str(engine), out))
+
+
+def main() -> None:
+    """Entry point."""
+    app()

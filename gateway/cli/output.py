@@ -1,0 +1,110 @@
+"""How commands speak: tables for people, JSON for programs, one line for errors.
+
+Exit codes: 0 done, 1 failed, 2 used wrongly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from sessile import SessileError, sync
+
+from gateway.cli.launch import LaunchFailed
+from statestore.ports import StoreError
+
+DEFAULT_GATEWAY = "127.0.0.1:8470"
+
+GatewayOption = Annotated[
+    list[str],
+    typer.Option(
+        "--gateway", "-g", envvar="SESSILE_GATEWAY", help="host:port; give several to fail over."
+    ),
+]
+TenantOption = Annotated[
+    str, typer.Option(envvar="SESSILE_TENANT", help="The tenant whose sessions these are.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def console() -> Console:
+    """Standard output as it is now (tests replace it)."""
+    return Console(highlight=False)
+
+
+@contextmanager
+def client_of(gateways: Sequence[str], tenant: str) -> Iterator[sync.Sessile]:
+    """A client; its errors end the command."""
+    with reported_errors(), sync.Sessile(gateways, tenant=tenant) as client:
+        yield client
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Turns what can go wrong into one line on standard error and exit code 1. Bugs keep their
+    traceback."""
+    try:
+        yield
+    except SessileError as error:
+        fail(error.message, error.hint)
+    except (LaunchFailed, StoreError, OSError) as error:
+        fail(str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def fail(message: str, hint: str = "") -> None:
+    """Ends the command."""
+    text = f"error: {message}"
+    if hint:
+        text += f"\n  {hint}"
+    typer.echo(text, err=True)
+    raise typer.Exit(1)
+
+
+def show(value: Any, table: Table, as_json: bool) -> None:
+    """One answer: ``value`` as JSON, or the table."""
+    if as_json:
+        print_json(value)
+    else:
+        console().print(table)
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON. Dataclasses become objects, bytes hex."""
+    typer.echo(json.dumps(value, default=_plain, ensure_ascii=False))
+
+
+def table_of(columns: Iterable[str], rows: Iterable[Sequence[object]], title: str = "") -> Table:
+    """Columns whose name ends in ``>`` are numbers, set to the right."""
+    table = Table(title=title or None, title_justify="left", header_style="bold", box=None)
+    for name in columns:
+        right = name.endswith(">")
+        table.add_column(name.removesuffix(">"), justify="right" if right else "left")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def instant(unix_ms: int) -> str:
+    """Local time of an instant of the store's clock."""
+    moment = datetime.fromtimestamp(unix_ms / 1000, UTC).astimezone()
+    return moment.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, enum.Enum):
+        return value.value
+    raise TypeError(f"{type(value).__name__} has no JSON form")

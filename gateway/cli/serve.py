@@ -1,0 +1,226 @@
+"""``sessile up``, ``gateway``, ``worker``: the processes, and a whole fleet in one command."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import signal
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+import typer
+from rich.panel import Panel
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+from gateway.cli.launch import Child, Cluster
+from gateway.cli.output import DEFAULT_GATEWAY, JsonOption, console, print_json, reported_errors
+
+WATCH_INTERVAL_S = 0.2
+
+
+class Engine(enum.StrEnum):
+    """Engines a worker can host."""
+
+    SIM = "sim"
+    TORCH = "torch"
+
+
+RedisOption = Annotated[
+    str,
+    typer.Option(
+        envvar="SESSILE_REDIS", help="Store: redis://, rediss://, redis+cluster://, unix://."
+    ),
+]
+EngineOption = Annotated[Engine, typer.Option(help="The embedded engine, or a simulated one.")]
+ModelOption = Annotated[str, typer.Option(help="The engine's model; default: its own.")]
+EngineOptions = Annotated[
+    list[str] | None,
+    typer.Option("--engine-option", metavar="NAME=VALUE", help="May be repeated."),
+]
+LogLevel = Annotated[str, typer.Option(envvar="SESSILE_LOG_LEVEL")]
+
+
+def up(
+    engine: EngineOption = Engine.SIM,
+    model: ModelOption = "",
+    replicas: Annotated[int, typer.Option(min=1)] = 2,
+    gateways: Annotated[int, typer.Option(min=1)] = 1,
+    listen: Annotated[
+        str, typer.Option(help="host:port of the first gateway; the others take free ports.")
+    ] = DEFAULT_GATEWAY,
+    redis: RedisOption = "",
+    engine_option: EngineOptions = None,
+    log_directory: Annotated[
+        Path | None, typer.Option(help="Default: a new temporary one.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a fleet on this machine until Ctrl-C: a private store, gateways and workers."""
+    cluster = Cluster(
+        engine=engine,
+        engine_options=dict(parse_options(engine_option, model)),
+        redis_url=redis,
+        log_directory=log_directory,
+    )
+    with reported_errors():
+        anyio.run(_up, cluster, listen, gateways, replicas, as_json)
+
+
+def gateway(
+    redis: RedisOption = "",
+    listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = (
+        DEFAULT_GATEWAY
+    ),
+    gateway_id: Annotated[str, typer.Option("--id", help="Default: random.")] = "",
+    reflection: Annotated[bool, typer.Option(help="Serve gRPC reflection.")] = True,
+    log_level: LogLevel = "INFO",
+) -> None:
+    """Run one gateway in this process."""
+    from gateway.config import GatewayConfig
+    from gateway.main import run
+
+    with reported_errors():
+        config = _checked(
+            GatewayConfig,
+            listen=listen,
+            gateway_id=gateway_id,
+            redis_url=redis,
+            reflection=reflection,
+        )
+        _log_to_stderr(log_level)
+        run(config)
+
+
+def worker(
+    redis: RedisOption,
+    replica_id: Annotated[str, typer.Option("--id", help="Default: host name and port.")] = "",
+    engine: EngineOption = Engine.SIM,
+    model: ModelOption = "",
+    engine_option: EngineOptions = None,
+    listen: Annotated[str, typer.Option(help="host:port of the replica service.")] = "127.0.0.1:0",
+    kv_listen: Annotated[str, typer.Option(help="host:port of the KV channel.")] = "127.0.0.1:0",
+    advertise_host: Annotated[
+        str, typer.Option(help="Host under which gateways and peers reach this worker.")
+    ] = "",
+    site: Annotated[str, typer.Option(help="Free text, for operators.")] = "",
+    hardware: Annotated[str, typer.Option(help="Free text, for operators.")] = "",
+    log_level: LogLevel = "INFO",
+) -> None:
+    """Run one worker (a replica with its engine) in this process."""
+    from workers.config import ReplicaSettings, WorkerConfig
+    from workers.main import run
+
+    with reported_errors():
+        settings = _checked(
+            ReplicaSettings,
+            replica_id=replica_id or socket.gethostname(),
+            site=site,
+            hardware=hardware,
+        )
+        config = _checked(
+            WorkerConfig,
+            redis_url=redis,
+            replica=settings,
+            engine=str(engine),
+            engine_options=parse_options(engine_option, model),
+            listen=listen,
+            kv_listen=kv_listen,
+            advertise_host=advertise_host,
+        )
+        _log_to_stderr(log_level)
+        try:
+            run(config)
+        except (ValueError, ImportError) as error:  # the engine's own options, its packages
+            raise typer.BadParameter(str(error)) from error
+
+
+def parse_options(options: list[str] | None, model: str) -> tuple[tuple[str, str], ...]:
+    """``NAME=VALUE`` pairs, with the model among them; a usage error for anything else."""
+    pairs = [("model", model)] if model else []
+    for option in options or ():
+        name, equals, value = option.partition("=")
+        if not name or not equals:
+            raise typer.BadParameter(f"an engine option is NAME=VALUE, not {option!r}")
+        pairs.append((name, value))
+    return tuple(pairs)
+
+
+def _checked(cls: type[Any], **settings: Any) -> Any:
+    """A config value; what it refuses is a usage error."""
+    try:
+        return cls(**settings)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _log_to_stderr(level: str) -> None:
+    try:
+        logging.basicConfig(
+            level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+async def _up(cluster: Cluster, listen: str, gateways: int, replicas: int, as_json: bool) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_run_fleet, cluster, listen, gateways, replicas, as_json)
+            async for _ in signals:
+                tasks.cancel_scope.cancel()
+                return
+
+
+async def _run_fleet(
+    cluster: Cluster, listen: str, gateways: int, replicas: int, as_json: bool
+) -> None:
+    async with cluster:
+        with Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), console=console(), transient=True
+        ) as progress:
+            progress.add_task(
+                f"starting {gateways} gateways, {replicas} {cluster.engine} replicas",
+                visible=not as_json,
+            )
+            await cluster.start_gateway(listen)
+            await cluster.start(gateways=gateways - 1, workers=replicas)
+        _announce(cluster, as_json)
+        await _report_deaths(cluster)
+
+
+def _announce(cluster: Cluster, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "gateways": cluster.targets,
+                "replicas": {child.name: child.address for child in cluster.workers},
+                "pids": {child.name: child.pid for child in cluster.children},
+                "redis": cluster.redis_url,
+                "logs": str(cluster.log_directory),
+            }
+        )
+        return
+    target = cluster.targets[0]
+    lines = [
+        f"gateways  {' '.join(cluster.targets)}",
+        f"replicas  {' '.join(f'{child.name}={child.address}' for child in cluster.workers)}",
+        f"store     {cluster.redis_url}",
+        f"logs      {cluster.log_directory}",
+        "",
+        f"sessile chat -g {target}",
+        f"sessile replicas ls -w -g {target}",
+    ]
+    console().print(Panel("\n".join(lines), title="sessile", subtitle="Ctrl-C stops it all"))
+
+
+async def _report_deaths(cluster: Cluster) -> None:
+    """Says which children end, and returns when none is left."""
+    told: set[Child] = set()
+    while any(child.running for child in cluster.children):
+        for child in cluster.children:
+            if not child.running and child not in told:
+                told.add(child)
+                typer.echo(f"{child.name} ended with {child.exit_code}: {child.log}", err=True)
+        await anyio.sleep(WATCH_INTERVAL_S)
