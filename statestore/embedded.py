@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,25 +34,27 @@ READY_TIMEOUT_S = 10.0
 POLL_INTERVAL_S = 0.005
 STOP_TIMEOUT_S = 5.0
 
-# The kernel sends SIGTERM (upon which the server syncs its file and exits) when the thread that
-# started the process ends. It is asked for between fork and exec, in a process of its own: code run
-# there in a copy of a threaded process could deadlock. The parent may have died before that.
+# The kernel sends a signal when the thread that started the process ends. It is asked for between
+# fork and exec, in a process of its own: code run there in a copy of a threaded process could
+# deadlock. The parent may have died before that.
 _LAUNCHER = """
 import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
-if os.getppid() != int(sys.argv[1]):
+ctypes.CDLL(None).prctl(1, int(sys.argv[1]), 0, 0, 0)
+if os.getppid() != int(sys.argv[2]):
     sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
+os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
-def dies_with_parent(command: Sequence[str]) -> list[str]:
-    """The command, wrapped so that its process gets SIGTERM when the calling thread ends. Call it
-    from a thread that lives as long as the process should. On systems other than Linux the command
-    is returned as it is, and an orphan has to be stopped by hand."""
+def dies_with_parent(command: Sequence[str], number: int = signal.SIGTERM) -> list[str]:
+    """The command, wrapped so that its process gets this signal (upon SIGTERM a store server syncs
+    its file and exits) when the calling thread ends. Call it from a thread that lives as long as
+    the process should. On systems other than Linux the command is returned as it is, and an orphan
+    has to be stopped by hand."""
     if sys.platform != "linux":
         return list(command)
-    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
+    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER]
+    return [*launcher, str(int(number)), str(os.getpid()), *command]
 
 
 def find_server() -> str:

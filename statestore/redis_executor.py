@@ -47,8 +47,9 @@ class _Pipeline(Protocol):
 class ServerExecutor:
     """One server, or the present primary of a Sentinel service. Owns the client."""
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: Redis, sentinels: Sequence[Redis] = ()) -> None:
         self._client = client
+        self._sentinels = sentinels
 
     async def execute(
         self, calls: Sequence[ScriptCall], timeout_s: float
@@ -70,7 +71,8 @@ class ServerExecutor:
         check_info(await self._client.info())
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        for client in (self._client, *self._sentinels):
+            await client.aclose()
 
 
 class ClusterExecutor:
@@ -155,7 +157,7 @@ async def connect(url: str, *, timeout_s: float = 5.0) -> ScriptExecutor:
     if kind == "cluster":
         executor = ClusterExecutor(_cluster_client(url))
     else:
-        executor = ServerExecutor(_sentinel_client(url) if kind else _server_client(url))
+        executor = _sentinel_executor(url) if kind else ServerExecutor(_server_client(url))
     try:
         with anyio.fail_after(timeout_s):
             await executor.check()
@@ -185,16 +187,16 @@ def _server_client(url: str) -> Redis:
     return Redis.from_pool(pool)
 
 
-def _sentinel_client(url: str) -> Redis:
+def _sentinel_executor(url: str) -> ServerExecutor:
     options, hosts, path = _parse(url, default_port=26379)
     service, _, db = path.partition("/")
     if not service:
         raise ValueError("a Sentinel URL names its service: redis+sentinel://host:port/service")
     sentinel: Any = cast(Any, Sentinel)(hosts, sentinel_kwargs=_options(), **_options())
-    return cast(
-        Redis,
-        sentinel.master_for(service, db=int(db or 0), max_connections=MAX_CONNECTIONS, **options),
+    primary = sentinel.master_for(
+        service, db=int(db or 0), max_connections=MAX_CONNECTIONS, **options
     )
+    return ServerExecutor(primary, sentinel.sentinels)
 
 
 def _cluster_client(url: str) -> RedisCluster:
@@ -260,6 +262,8 @@ def _no_answer(timeout_s: float) -> StoreUnavailable:
 
 def _failure(error: BaseException, script: str = "") -> StoreError:
     """What a failure of the client or an error of the server means to the store's users."""
+    if isinstance(error.__cause__, errors.AuthenticationError):
+        error = error.__cause__  # the client says ConnectionError
     match error:
         case errors.NoScriptError():
             return _ScriptUnknown("the store does not know a script")

@@ -16,10 +16,13 @@ from typing import Any
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from statestore.embedded import dies_with_parent
 
 START_TIMEOUT_S = 30.0
+NO_RETRY = Retry(NoBackoff(), 0)
 SLOTS = 16384
 
 
@@ -42,13 +45,16 @@ def redis_binary() -> str:
 
 
 @contextmanager
-def running_server(binary: str, *options: str) -> Iterator[str]:
-    """A server on a unix socket; gives its URL."""
+def running_server(
+    binary: str, *options: str, port: int = 0, config: Path | None = None
+) -> Iterator[str]:
+    """A server on a unix socket, and on a port if one is given; gives its URL."""
     with _directory() as directory:
         path = directory / "s"
-        command = [binary, "--port", "0", "--unixsocket", str(path), *options]
+        command = [binary, *([str(config)] if config else [])]
+        command += ["--port", str(port), "--unixsocket", str(path), *options]
         with _process(command, directory):
-            client = redis.Redis(unix_socket_path=str(path))
+            client = redis.Redis(unix_socket_path=str(path), retry=NO_RETRY)
             _wait_for(client.ping)
             client.close()
             yield f"unix://{path}"
@@ -75,7 +81,7 @@ def running_cluster(nodes: int = 3) -> Iterator[str]:
             for name, value in options.items():
                 command += [f"--{name}", str(value)]
             stack.enter_context(_process(command, directory))
-            client: Any = redis.Redis(port=port)
+            client: Any = redis.Redis(port=port, retry=NO_RETRY)
             stack.callback(client.close)
             _wait_for(client.ping)
             clients.append(client)
@@ -142,6 +148,8 @@ def _wait_for(condition: Callable[[], object]) -> None:
         try:
             if condition():
                 return
+        except redis.AuthenticationError:
+            return
         except redis.RedisError:
             pass
         if time.monotonic() > give_up_at:
