@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tests.support.codecs import load_tiny_codec
 from tests.support.conversations import (
     CONVERSATIONS,
     GET_FLIGHT,
@@ -36,7 +36,7 @@ from tests.support.tokenizers import (
     template,
     write_model_folder,
 )
-from workers.text.hf_codec import HfCodec, load_hf_codec
+from workers.text.hf_codec import load_hf_codec
 from workers.text.hf_template import ChatTemplate
 from workers.text.port import (
     BadMessages,
@@ -52,14 +52,9 @@ ACCEPTED = ("alternating", "chatml", "instruct", "llama3", "qwen25", "reasoning"
 ALTERNATING = ("alternating", "instruct")
 
 
-def load(name: str, tokenizer: str = "") -> HfCodec:
-    with TemporaryDirectory() as folder:
-        return load_hf_codec(write_model_folder(Path(folder), template(name), tokenizer), now)
-
-
 @cache
 def model(name: str, tokenizer: str = "") -> Model:
-    codec = load(name, tokenizer)
+    codec = load_tiny_codec(name, tokenizer)
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
     plain = Tokenizer.from_str(tokenizer or byte_level_tokenizer())
     return Model(codec, ChatTemplate(template(name), names, now), plain)
@@ -203,7 +198,7 @@ def test_the_date_is_the_injected_one() -> None:
 )
 def test_a_template_that_is_not_incremental_is_refused(name: str, complaint: str) -> None:
     with pytest.raises(TemplateRefused, match=complaint):
-        load(name)
+        load_tiny_codec(name)
 
 
 def test_a_broken_template_is_refused(tmp_path: Path) -> None:
