@@ -62,10 +62,14 @@ def drain(
     last: DrainProgress | None = None
     with client_of(gateway, OPERATOR) as client:
         bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console()
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=console(),
+            disable=as_json,
         )
         with bar:
-            task = bar.add_task(f"draining {replica}", total=None, visible=not as_json)
+            task = bar.add_task(f"draining {replica}", total=None)
             for last in client.fleet.drain(replica, timeout_s=timeout, shutdown=shutdown):
                 moved = last.moved_with_kv + last.moved_without_kv
                 bar.update(task, completed=moved, total=moved + last.remaining + last.failed)
@@ -115,7 +119,7 @@ def migrate(
 def _table(replicas: Sequence[Replica]) -> Table:
     rows = [
         (
-            f"{replica.ref.replica_id}#{replica.ref.incarnation}",
+            replica.ref,
             replica.state,
             f"{replica.engine}/{replica.model}",
             replica.endpoint,

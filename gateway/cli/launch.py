@@ -231,5 +231,5 @@ async def _ready_replicas(client: Sessile) -> set[str]:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    while not condition():
+    while not condition():  # noqa: ASYNC110 - nobody tells when a child ends
         await anyio.sleep(POLL_INTERVAL_S)

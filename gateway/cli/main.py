@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from gateway.cli.serve import Engine
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     help="Stateful sessions for LLM inference. Start with: sessile up",
 )
@@ -37,7 +39,7 @@ def demo(
 ) -> None:
     """Run agents on a small fleet, break things, and report what happened to them."""
     try:
-        from loadtest.demo.main import run_demo
+        run_demo = importlib.import_module("loadtest.demo.main").run_demo
     except ImportError as error:
         fail(f"the demo is not installed ({error})")
         return

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,6 +22,7 @@ from sessile import SessileError, sync
 from gateway.cli.launch import LaunchFailed
 from statestore.ports import StoreError
 
+PIPED_WIDTH = 200
 DEFAULT_GATEWAY = "127.0.0.1:8470"
 
 GatewayOption = Annotated[
@@ -36,8 +38,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable outpu
 
 
 def console() -> Console:
-    """Standard output as it is now (tests replace it)."""
-    return Console(highlight=False)
+    """Standard output as it is now (tests replace it). What is not a terminal gets long lines:
+    nothing is cut off for ``grep``."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 @contextmanager
@@ -53,15 +56,20 @@ def reported_errors() -> Iterator[None]:
     traceback."""
     try:
         yield
-    except SessileError as error:
-        fail(error.message, error.hint)
-    except (LaunchFailed, StoreError, OSError) as error:
-        fail(str(error) or type(error).__name__)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except (SessileError, LaunchFailed, StoreError, OSError, ExceptionGroup) as error:
+        cause: Exception = error
+        while isinstance(cause, ExceptionGroup):
+            cause = cause.exceptions[0]
+        if isinstance(cause, SessileError):
+            fail(cause.message, cause.hint)
+        if isinstance(cause, LaunchFailed | StoreError | OSError):
+            fail(str(cause) or type(cause).__name__)
+        raise
 
 
-def fail(message: str, hint: str = "") -> None:
+def fail(message: str, hint: str = "") -> NoReturn:
     """Ends the command."""
     text = f"error: {message}"
     if hint:
@@ -88,7 +96,9 @@ def table_of(columns: Iterable[str], rows: Iterable[Sequence[object]], title: st
     table = Table(title=title or None, title_justify="left", header_style="bold", box=None)
     for name in columns:
         right = name.endswith(">")
-        table.add_column(name.removesuffix(">"), justify="right" if right else "left")
+        table.add_column(
+            name.removesuffix(">"), justify="right" if right else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     return table

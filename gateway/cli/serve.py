@@ -95,7 +95,7 @@ def gateway(
 
 def worker(
     redis: RedisOption,
-    replica_id: Annotated[str, typer.Option("--id", help="Default: host name and port.")] = "",
+    replica_id: Annotated[str, typer.Option("--id", help="Default: the host's name.")] = "",
     engine: EngineOption = Engine.SIM,
     model: ModelOption = "",
     engine_option: EngineOptions = None,
@@ -178,11 +178,14 @@ async def _run_fleet(
 ) -> None:
     async with cluster:
         with Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), console=console(), transient=True
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            console=console(),
+            transient=True,
+            disable=as_json,
         ) as progress:
             progress.add_task(
-                f"starting {gateways} gateways, {replicas} {cluster.engine} replicas",
-                visible=not as_json,
+                f"starting gateways ({gateways}) and {cluster.engine} replicas ({replicas})"
             )
             await cluster.start_gateway(listen)
             await cluster.start(gateways=gateways - 1, workers=replicas)
