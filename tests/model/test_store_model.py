@@ -1,0 +1,334 @@
+"""The store against a plain model of it, under random use by present and former owners."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+
+from statestore.ports import (
+    Append,
+    Appended,
+    EpochLost,
+    Fenced,
+    HeadMismatch,
+    SessionWritten,
+    TurnBegun,
+    TurnEnded,
+    TurnExists,
+    TurnInProgress,
+    TurnTombstoned,
+    TurnUnknown,
+)
+from statestore.records import Epoch, ReplicaRef, StoreLimits, TurnStatus
+from statestore.redis_store import RedisStore
+from tests.support.owners import FINGERPRINT, STOP, new_session, position_of, spec
+from tests.support.stores import Backend, SimulatedBackend, server_backend, store_on
+
+T = TypeVar("T")
+TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=4)
+LIMITS = StoreLimits(max_segments=2, max_attempts_without_progress=2)
+
+
+@dataclass
+class TurnModel:
+    turn_id: str
+    start: int
+    status: TurnStatus = TurnStatus.RUNNING
+    end: int = 0
+    attempt_from: int = 0
+    stalled: int = 0
+
+
+@dataclass
+class SessionModel:
+    session_id: str
+    epoch: Epoch
+    tokens: list[int] = field(default_factory=list)
+    turns: list[TurnModel] = field(default_factory=list)
+    owned: bool = False
+    former: list[Epoch] = field(default_factory=list)
+    tombstones: set[str] = field(default_factory=set)
+    last_append: Append | None = None
+
+    @property
+    def active(self) -> TurnModel | None:
+        return self.turns[-1] if self.turns and not self.turns[-1].status.ended else None
+
+    @property
+    def boundaries(self) -> list[int]:
+        return [0] + [turn.end for turn in self.turns if turn.status.ended]
+
+    def end(self, status: TurnStatus) -> None:
+        self.turns[-1].status, self.turns[-1].end = status, len(self.tokens)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    backend: ClassVar[Callable[[], AbstractAsyncContextManager[Backend]]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.Runner()
+        self.resources = AsyncExitStack()
+        backend = self.run(self.resources.enter_async_context(type(self).backend()))
+        self.store: RedisStore = store_on(backend, LIMITS)
+        self.sessions: list[SessionModel] = []
+        self.numbers = itertools.count()
+        self.open()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run(work)
+
+    def pick(self, data: st.DataObject) -> SessionModel:
+        return data.draw(st.sampled_from(self.sessions))
+
+    def nonce(self) -> bytes:
+        return next(self.numbers).to_bytes(8, "big")
+
+    # -- sessions and owners ------------------------------------------------------------------
+
+    @rule()
+    @precondition(lambda self: len(self.sessions) < 6)
+    def open(self) -> None:
+        session_id = f"ses_f{next(self.numbers)}"
+        outcome = self.run(self.store.open_session(new_session(session_id)))
+        assert isinstance(outcome, SessionWritten)
+        self.sessions.append(SessionModel(session_id, outcome.session.epoch))
+
+    @rule(data=st.data())
+    @precondition(lambda self: len(self.sessions) < 12)
+    def fork(self, data: st.DataObject) -> None:
+        parent = self.pick(data)
+        at = data.draw(st.none() | st.integers(0, len(parent.boundaries)))
+        child_id = f"{parent.session_id.partition('.')[0]}.{next(self.numbers)}"
+        outcome = self.run(self.store.fork(parent.session_id, child_id, at, ()))
+        count = len(parent.boundaries) - 1 if at is None else at
+        if count >= len(parent.boundaries):
+            assert isinstance(outcome, HeadMismatch)
+            return
+        assert isinstance(outcome, SessionWritten)
+        child = SessionModel(child_id, outcome.session.epoch)
+        child.tokens = parent.tokens[: parent.boundaries[count]]
+        child.turns = [
+            TurnModel(turn.turn_id, turn.start, turn.status, turn.end)
+            for turn in parent.turns[:count]
+        ]
+        assert len(outcome.session.segments) <= LIMITS.max_segments
+        self.sessions.append(child)
+
+    @rule(data=st.data())
+    @precondition(lambda self: len(self.sessions) > 3)
+    def purge(self, data: st.DataObject) -> None:
+        session = self.pick(data)
+        assert isinstance(self.run(self.store.close(session.session_id, 0)), SessionWritten)
+        assert self.run(self.store.get_session(session.session_id)) is None
+        self.sessions.remove(session)
+
+    @rule(data=st.data(), take=st.booleans(), to_nobody=st.booleans())
+    def change_owner(self, data: st.DataObject, take: bool, to_nobody: bool) -> None:
+        session = self.pick(data)
+        expected = data.draw(st.sampled_from([session.epoch, *session.former]))
+        owner = ReplicaRef("r", next(self.numbers))
+        if take:
+            to = None if to_nobody else owner
+            outcome = self.run(self.store.take(session.session_id, expected, to, self.nonce()))
+        else:
+            outcome = self.run(self.store.place(session.session_id, expected, owner, self.nonce()))
+        if expected != session.epoch or (session.owned and not take):
+            assert isinstance(outcome, EpochLost)
+            assert outcome.session.epoch == session.epoch
+            return
+        assert isinstance(outcome, SessionWritten)
+        assert outcome.session.epoch > session.epoch
+        session.former.append(session.epoch)
+        session.epoch = outcome.session.epoch
+        session.owned = not (take and to_nobody)
+        if take and session.active:
+            session.active.status = TurnStatus.INTERRUPTED
+
+    # -- turns --------------------------------------------------------------------------------
+
+    @rule(data=st.data(), tokens=TOKENS, number=st.integers(0, 5), stale=st.booleans())
+    def begin(self, data: st.DataObject, tokens: list[int], number: int, stale: bool) -> None:
+        session = self.pick(data)
+        turn_id = f"t{number}"
+        epoch = session.former[-1] if stale and session.former else session.epoch
+        head = data.draw(st.sampled_from([session.tokens, session.tokens[:-1]]))
+        outcome = self.run(
+            self.store.begin_turn(
+                session.session_id,
+                epoch,
+                position_of(head),
+                spec(turn_id),
+                tokens,
+                position_of([*head, *tokens]),
+                token_fingerprint=FINGERPRINT,
+            )
+        )
+        known = next((turn for turn in session.turns if turn.turn_id == turn_id), None)
+        if known is not None and known.status.ended:
+            assert isinstance(outcome, TurnExists)
+        elif epoch != session.epoch or not session.owned:
+            assert isinstance(outcome, Fenced)
+        elif known is not None:
+            assert isinstance(outcome, TurnExists)
+        elif turn_id in session.tombstones:
+            assert isinstance(outcome, TurnTombstoned)
+        elif session.active is not None:
+            assert outcome == TurnInProgress(session.active.turn_id)
+        elif head != session.tokens:
+            assert isinstance(outcome, HeadMismatch)
+        else:
+            assert isinstance(outcome, TurnBegun)
+            session.tokens = session.tokens + tokens
+            length = len(session.tokens)
+            session.turns.append(TurnModel(turn_id, length, attempt_from=length))
+        self.check(session)
+
+    @rule(data=st.data(), tokens=TOKENS, stale=st.booleans(), commit=st.booleans())
+    def append(self, data: st.DataObject, tokens: list[int], stale: bool, commit: bool) -> None:
+        session = self.pick(data)
+        turn = session.turns[-1] if session.turns else None
+        head = data.draw(st.sampled_from([session.tokens, [*session.tokens, 1]]))
+        append = Append(
+            session.session_id,
+            session.former[-1] if stale and session.former else session.epoch,
+            turn.turn_id if turn else "t0",
+            position_of(head),
+            tokens,
+            position_of([*head, *tokens]),
+            STOP if commit else None,
+        )
+        (outcome,) = self.run(self.store.append_many([append]))
+        if append.epoch != session.epoch:
+            assert isinstance(outcome, Fenced)
+        elif turn is None:
+            assert isinstance(outcome, TurnUnknown | HeadMismatch)
+        elif turn.status.ended:
+            done = (
+                commit
+                and turn.status is TurnStatus.COMMITTED
+                and append.head == position_of(session.tokens[: turn.end])
+            )
+            assert isinstance(outcome, Appended if done else TurnEnded)
+        elif head != session.tokens:
+            assert isinstance(outcome, HeadMismatch)
+        else:
+            assert outcome == Appended(append.head)
+            session.tokens = session.tokens + tokens
+            turn.status = TurnStatus.RUNNING if tokens or commit else turn.status
+            session.last_append = append
+            if commit:
+                session.end(TurnStatus.COMMITTED)
+        self.check(session)
+
+    @rule(data=st.data())
+    def repeat_append(self, data: st.DataObject) -> None:
+        session = self.pick(data)
+        append = session.last_append
+        if (
+            append is None
+            or append.epoch != session.epoch
+            or append.turn_id != session.turns[-1].turn_id
+            or append.head.length != len(session.tokens)
+            or (session.turns[-1].status.ended and append.commit is None)
+        ):
+            return
+        assert self.run(self.store.append_many([append])) == [Appended(append.head)]
+        self.check(session)
+
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        session = self.pick(data)
+        turn = session.active
+        if turn is None or not session.owned:
+            return
+        if len(session.tokens) > turn.attempt_from:
+            turn.stalled = 0
+        elif turn.status is TurnStatus.INTERRUPTED:
+            turn.stalled += 1
+        outcome = self.run(self.store.resume_turn(session.session_id, session.epoch, turn.turn_id))
+        if turn.stalled >= LIMITS.max_attempts_without_progress:
+            assert isinstance(outcome, TurnEnded)
+            session.end(TurnStatus.FAILED)
+        else:
+            assert isinstance(outcome, TurnBegun)
+            turn.status, turn.attempt_from = TurnStatus.RUNNING, len(session.tokens)
+        self.check(session)
+
+    @rule(data=st.data(), number=st.integers(0, 5))
+    def cancel(self, data: st.DataObject, number: int) -> None:
+        session = self.pick(data)
+        turn_id = f"t{number}"
+        outcome = self.run(self.store.cancel_turn(session.session_id, turn_id))
+        if turn_id in {turn.turn_id for turn in session.turns}:
+            assert isinstance(outcome, TurnEnded)
+            if session.active and session.active.turn_id == turn_id:
+                session.end(TurnStatus.CANCELLED)
+        else:
+            assert outcome == TurnUnknown()
+            session.tombstones.add(turn_id)
+        self.check(session)
+
+    # -- what must hold -----------------------------------------------------------------------
+
+    def check(self, model: SessionModel) -> None:
+        session = self.run(self.store.get_session(model.session_id))
+        assert session is not None
+        assert session.head == position_of(model.tokens)
+        assert session.epoch == model.epoch
+        assert (session.owner is not None) == model.owned
+        assert session.active_turn_id == (model.active.turn_id if model.active else None)
+        assert session.turn_index == len(model.boundaries) - 1
+        tokens = self.run(self.store.read_tokens(session, 0, len(model.tokens) + 1))
+        assert tokens == model.tokens
+        turns = self.run(self.store.get_turns(model.session_id, 0, 100))
+        assert [(turn.spec.turn_id, turn.status, turn.output_start.length) for turn in turns] == [
+            (turn.turn_id, turn.status, turn.start) for turn in model.turns
+        ]
+        for turn, known in zip(turns, model.turns, strict=True):
+            end = known.end if known.status.ended else len(model.tokens)
+            assert turn.output_end == position_of(model.tokens[:end])
+
+    def teardown(self) -> None:
+        try:
+            for session in self.sessions:
+                self.check(session)
+        finally:
+            self.run(self.resources.aclose())
+            self.loop.close()
+
+
+def run_machine(
+    backend: Callable[[], AbstractAsyncContextManager[Backend]], max_examples: int
+) -> None:
+    class Machine(StoreMachine):
+        pass
+
+    Machine.backend = staticmethod(backend)
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=max_examples,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
+    )
+
+
+def test_the_simulated_store_agrees_with_its_model() -> None:
+    run_machine(lambda: nullcontext(SimulatedBackend()), max_examples=40)
+
+
+@pytest.mark.slow
+def test_the_real_store_agrees_with_its_model(valkey_url: str) -> None:
+    run_machine(lambda: server_backend(valkey_url), max_examples=20)
