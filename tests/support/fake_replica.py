@@ -115,7 +115,7 @@ class FakeReplica:
         """Raised by these calls."""
         self.verified_tokens: int | None = None
         """Imports verify only this far."""
-        self.on_import: Callable[[], None] | None = None
+        self.on_import: Callable[[], object] | None = None
         self._tasks = tasks
         self._beat = 0
 
