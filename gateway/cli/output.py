@@ -17,12 +17,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
-from sessile import SessileError, sync
+from sessile import RetryPolicy, SessileError, sync
 
 from gateway.cli.launch import LaunchFailed
 from statestore.ports import StoreError
 
 PIPED_WIDTH = 200
+RETRY = RetryPolicy(max_attempts=6)
+"""Somebody waits at a terminal: given up after about a second."""
 DEFAULT_GATEWAY = "127.0.0.1:8470"
 
 GatewayOption = Annotated[
@@ -46,7 +48,7 @@ def console() -> Console:
 @contextmanager
 def client_of(gateways: Sequence[str], tenant: str) -> Iterator[sync.Sessile]:
     """A client; its errors end the command."""
-    with reported_errors(), sync.Sessile(gateways, tenant=tenant) as client:
+    with reported_errors(), sync.Sessile(gateways, tenant=tenant, retry=RETRY) as client:
         yield client
 
 

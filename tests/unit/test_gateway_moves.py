@@ -248,23 +248,26 @@ async def test_a_drain_empties_the_replica_and_ends_done() -> None:
             await w.finish(w.turn(session_id))
         clients = {s: w.turn(s) for s in sessions[4:]}
         await anyio.sleep(0.5)
-        progress = [p async for p in w.gateway.drains.drain("a", 60.0, shutdown=True)]
+        full = (await owner_and_other(w, sessions[0]))[0].name
+        progress = [p async for p in w.gateway.drains.drain(full, 60.0, shutdown=True)]
         assert progress[-1].done
         assert progress[-1].remaining == 0
         assert progress[-1].failed == 0
         assert progress[-1].moved_with_kv > 0
-        assert w.gateway.fleet.snapshot.named("a").state is ReplicaState.DRAINING  # type: ignore[union-attr]
+        drained = w.gateway.fleet.snapshot.named(full)
+        assert drained is not None
+        assert drained.state is ReplicaState.DRAINING
         for session_id in sessions:
             owner = (await w.session(session_id)).owner
             assert owner is not None
-            assert owner.replica.replica_id != "a"
+            assert owner.replica.replica_id != full
         for session_id, client in clients.items():
             await w.finish(client)
             assert client.error is None
             await w.check_gapless(client, session_id)
         new = await w.open("later")
         await w.finish(w.turn(new))
-        assert new not in w.fleet.replicas["a"].runs
+        assert new not in w.fleet.replicas[full].runs
 
 
 @simulated

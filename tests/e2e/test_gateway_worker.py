@@ -1,0 +1,374 @@
+"""Gateways and workers as real processes on real sockets over a real Valkey."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import grpc
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from sessile.v1 import (
+    fleet_pb2,
+    fleet_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+    types_pb2,
+)
+
+from gateway.core.errors import NotFound, SessileError
+from gateway.rpc.status import error_from_rpc
+from loadtest.bench.processes import Cluster, Process, cluster
+from tests.support.servers import running_server, valkey_binary
+
+pytestmark = pytest.mark.anyio
+
+STEP_MS = 10
+READY_TIMEOUT_S = 60
+WORKERS = ("a", "b")
+
+
+@dataclass
+class Fleet:
+    processes: Cluster
+    gateways: list[Process]
+    workers: dict[str, Process]
+
+    def start(self, name: str) -> None:
+        self.workers[name] = self.processes.worker(
+            name, step_ms=STEP_MS, decode_token_ms=0, eos_probability=0
+        )
+        self.workers[name].wait_ready()
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    logs: Path = tmp_path_factory.mktemp("logs")
+    with running_server(valkey_binary()) as url, cluster(url, logs) as processes:
+        made = Fleet(processes, [processes.gateway(), processes.gateway()], {})
+        for name in WORKERS:
+            made.start(name)
+        for gateway in made.gateways:
+            gateway.wait_ready()
+        yield made
+
+
+class Agent:
+    """A plain gRPC client of one gateway."""
+
+    def __init__(self, channel: aio.Channel) -> None:
+        self.sessions: Any = session_pb2_grpc.SessionServiceStub(channel)
+        self.fleet: Any = fleet_pb2_grpc.FleetServiceStub(channel)
+        self.health: Any = health_pb2_grpc.HealthStub(channel)
+
+    async def ready(self, names: tuple[str, ...] = WORKERS) -> None:
+        with anyio.fail_after(READY_TIMEOUT_S):
+            while True:
+                answer = await self.fleet.ListReplicas(fleet_pb2.ListReplicasRequest())
+                up = {
+                    r.ref.replica_id
+                    for r in answer.replicas
+                    if r.state == fleet_pb2.REPLICA_STATE_READY
+                }
+                if up >= set(names):
+                    return
+                await anyio.sleep(0.1)
+
+    async def open(self, request_id: str) -> str:
+        request = session_pb2.OpenSessionRequest(request_id=request_id)
+        request.messages.add(role=types_pb2.Message.ROLE_SYSTEM, content="You are terse.")
+        answer = await self.sessions.OpenSession(request)
+        return str(answer.session.session_id)
+
+    async def owner(self, session_id: str) -> str:
+        answer = await self.sessions.GetSession(
+            session_pb2.GetSessionRequest(session_id=session_id)
+        )
+        return str(answer.session.owner.replica.replica_id)
+
+
+@dataclass
+class Heard:
+    """A turn's stream as its client received it."""
+
+    events: list[types_pb2.TurnEvent] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    text: str = ""
+
+    @property
+    def tokens(self) -> list[int]:
+        """Checks that positions and text offsets are contiguous."""
+        found: list[int] = []
+        position: int | None = None
+        for event in self.events:
+            if event.HasField("tokens"):
+                assert position in (None, event.tokens.position)
+                position = event.tokens.position + len(event.tokens.token_ids)
+                found += event.tokens.token_ids
+        return found
+
+    @property
+    def finished(self) -> types_pb2.TurnFinished:
+        return self.events[-1].finished
+
+    def kinds(self) -> set[str]:
+        return {event.WhichOneof("event") or "?" for event in self.events}
+
+    def take(self, message: types_pb2.TurnStream) -> None:
+        for event in message.events:
+            self.events.append(event)
+            self.times.append(time.perf_counter())
+            said = event.tokens if event.HasField("tokens") else event.finished
+            if said.text:
+                assert said.text_offset == len(self.text)
+                self.text += said.text
+
+
+def turn(
+    session_id: str, turn_id: str, tokens: int = 30, **fields: Any
+) -> types_pb2.RunTurnRequest:
+    request = types_pb2.RunTurnRequest(session_id=session_id, turn_id=turn_id, **fields)
+    if not request.attach_only:
+        request.messages.add(role=types_pb2.Message.ROLE_USER, content=f"Say {turn_id}.")
+        request.params.max_tokens = tokens
+        request.params.ignore_eos = True
+        request.params.seed = 7
+    return request
+
+
+@asynccontextmanager
+async def agent(gateway: Process) -> AsyncIterator[Agent]:
+    async with aio.insecure_channel(gateway.address) as channel:
+        made = Agent(channel)
+        await made.ready()
+        yield made
+
+
+async def hear(stream: Any) -> Heard:
+    heard = Heard()
+    async for message in stream:
+        heard.take(message)
+    return heard
+
+
+async def run_until(stream: Any, heard: Heard, tokens: int) -> None:
+    async for message in stream:
+        heard.take(message)
+        if len(heard.tokens) >= tokens:
+            return
+
+
+async def test_a_conversation_of_turns_stays_on_one_replica_and_can_be_read_back(
+    fleet: Fleet,
+) -> None:
+    async with agent(fleet.gateways[0]) as client:
+        session_id = await client.open("conversation")
+        owners = set()
+        heard = []
+        for number in range(3):
+            heard.append(await hear(client.sessions.RunTurn(turn(session_id, f"t{number}"))))
+            owners.add(await client.owner(session_id))
+        assert len(owners) == 1
+        for one in heard:
+            assert one.finished.status == types_pb2.TURN_STATUS_COMMITTED
+            assert len(one.tokens) == 30
+        # The second turn found the first one's KV where it was left.
+        assert heard[2].finished.usage.cached_tokens > heard[0].finished.usage.input_tokens
+        transcript = await client.sessions.GetTranscript(
+            session_pb2.GetTranscriptRequest(session_id=session_id)
+        )
+        assert [t.turn_id for t in transcript.turns] == ["t0", "t1", "t2"]
+        assert [t.output_text for t in transcript.turns] == [h.text for h in heard]
+        again = await hear(client.sessions.RunTurn(turn(session_id, "t1")))
+        assert again.tokens == heard[1].tokens
+        assert again.text == heard[1].text
+
+
+async def test_a_worker_killed_in_mid_turn_costs_neither_a_token_nor_a_second(
+    fleet: Fleet,
+) -> None:
+    async with agent(fleet.gateways[0]) as client:
+        session_id = await client.open("kill")
+        fork = await client.sessions.ForkSession(
+            session_pb2.ForkSessionRequest(session_id=session_id, request_id="same")
+        )
+        undisturbed = await hear(
+            client.sessions.RunTurn(turn(fork.session.session_id, "t", tokens=100))
+        )
+        heard = Heard()
+        stream = client.sessions.RunTurn(turn(session_id, "t", tokens=100))
+        await run_until(stream, heard, 20)
+        victim = await client.owner(session_id)
+        fleet.workers[victim].kill()
+        async for message in stream:
+            heard.take(message)
+        fleet.processes.forget(fleet.workers[victim])
+        fleet.start(victim)
+        assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
+        assert "moved" in heard.kinds()
+        # The engine's next token is a hash of its whole context.
+        assert heard.tokens == undisturbed.tokens
+        assert heard.text == undisturbed.text
+        moved = next(i for i, e in enumerate(heard.events) if e.HasField("moved"))
+        gap_s = heard.times[moved] - heard.times[moved - 1]
+        assert gap_s < 1.0, f"a kill cost {gap_s:.3f} s"
+
+
+async def test_a_second_gateway_attaches_to_a_running_turn(fleet: Fleet) -> None:
+    async with agent(fleet.gateways[0]) as first, agent(fleet.gateways[1]) as second:
+        session_id = await first.open("attach")
+        whole = Heard()
+        stream = first.sessions.RunTurn(turn(session_id, "t", tokens=80))
+        await run_until(stream, whole, 10)
+        attached = await hear(second.sessions.RunTurn(turn(session_id, "t", attach_only=True)))
+        async for message in stream:
+            whole.take(message)
+        assert attached.tokens == whole.tokens
+        assert attached.events[0].accepted.attached
+
+
+async def test_a_client_that_was_cut_off_resumes_through_another_gateway(fleet: Fleet) -> None:
+    async with agent(fleet.gateways[0]) as first, agent(fleet.gateways[1]) as second:
+        session_id = await first.open("resume")
+        begin = Heard()
+        stream = first.sessions.RunTurn(turn(session_id, "t", tokens=60))
+        await run_until(stream, begin, 10)
+        stream.cancel()
+        last = [e.tokens for e in begin.events if e.HasField("tokens")][-1]
+        position = types_pb2.Position(
+            length=last.position + len(last.token_ids), digest=last.digest
+        )
+        rest = Heard(text=begin.text)
+        async for message in second.sessions.RunTurn(
+            turn(session_id, "t", tokens=60, resume_from=position)
+        ):
+            rest.take(message)
+        assert len(begin.tokens) + len(rest.tokens) == 60
+        assert rest.finished.text_end == len(rest.text)
+
+
+async def test_a_running_turn_is_moved_with_its_kv(fleet: Fleet) -> None:
+    async with agent(fleet.gateways[0]) as client:
+        session_id = await client.open("move")
+        await hear(client.sessions.RunTurn(turn(session_id, "t0", tokens=60)))
+        heard = Heard()
+        stream = client.sessions.RunTurn(turn(session_id, "t1", tokens=120))
+        await run_until(stream, heard, 20)
+        source = await client.owner(session_id)
+        answer = await client.fleet.MigrateSession(
+            fleet_pb2.MigrateSessionRequest(session_id=session_id)
+        )
+        result = answer.result
+        assert result.moved, result.detail
+        assert result.running_turn
+        assert result.verified_tokens > 100
+        assert result.bytes_copied > 0
+        async for message in stream:
+            heard.take(message)
+        assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
+        assert len(heard.tokens) == 120
+        assert await client.owner(session_id) != source
+
+
+async def test_a_stopped_worker_is_replaced_after_its_lease_and_wakes_up_fenced(
+    fleet: Fleet,
+) -> None:
+    async with agent(fleet.gateways[0]) as client:
+        session_id = await client.open("zombie")
+        heard = Heard()
+        stream = client.sessions.RunTurn(turn(session_id, "t", tokens=60))
+        await run_until(stream, heard, 10)
+        victim = await client.owner(session_id)
+        fleet.workers[victim].pause(True)
+        try:
+            with anyio.fail_after(20):
+                async for message in stream:
+                    heard.take(message)
+        finally:
+            fleet.workers[victim].pause(False)
+        assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
+        assert len(heard.tokens) == 60
+        await client.ready()
+        more = await hear(client.sessions.RunTurn(turn(session_id, "t2")))
+        assert more.finished.status == types_pb2.TURN_STATUS_COMMITTED
+
+
+async def test_errors_arrive_with_reason_and_advice(fleet: Fleet) -> None:
+    async with agent(fleet.gateways[0]) as client:
+
+        async def error_of(call: Any) -> SessileError:
+            with pytest.raises(aio.AioRpcError) as caught:
+                await call
+            return error_from_rpc(caught.value)
+
+        request = session_pb2.GetSessionRequest(session_id="ses_nobody")
+        unknown = await error_of(client.sessions.GetSession(request))
+        assert isinstance(unknown, NotFound)
+        assert unknown.reason == "SESSION_NOT_FOUND"
+        assert unknown.hint
+        session_id = await client.open("foreign")
+        request = session_pb2.GetSessionRequest(session_id=session_id)
+        foreign = await error_of(
+            client.sessions.GetSession(request, metadata=(("x-sessile-tenant", "other"),))
+        )
+        assert foreign.reason == "SESSION_NOT_FOUND"
+        bad = await error_of(
+            client.sessions.GetSession(request, metadata=(("x-sessile-tenant", "a b"),))
+        )
+        assert bad.reason == "INVALID_REQUEST"
+        late = await error_of(
+            hear(client.sessions.RunTurn(turn(session_id, "nope", attach_only=True)))
+        )
+        assert late.reason == "TURN_NOT_FOUND"
+
+
+async def test_health_is_served(fleet: Fleet) -> None:
+    async with agent(fleet.gateways[0]) as client:
+        for name in ("", "sessile.v1.SessionService"):
+            answer = await client.health.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_replica_drains_and_its_process_ends(fleet: Fleet) -> None:
+    async with agent(fleet.gateways[0]) as client:
+        sessions = [await client.open(f"drain-{i}") for i in range(4)]
+        for session_id in sessions:
+            await hear(client.sessions.RunTurn(turn(session_id, "t0")))
+        progress = [
+            p
+            async for p in client.fleet.DrainReplica(
+                fleet_pb2.DrainReplicaRequest(replica_id="a", shutdown=True)
+            )
+        ]
+        assert progress[-1].done
+        assert progress[-1].remaining == 0
+        for session_id in sessions:
+            assert await client.owner(session_id) == "b"
+            heard = await hear(client.sessions.RunTurn(turn(session_id, "t1")))
+            assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
+        assert fleet.workers["a"].reap() == 0
+        fleet.start("a")
+
+
+async def test_a_gateway_that_is_told_to_stop_lets_its_streams_end(fleet: Fleet) -> None:
+    extra = fleet.processes.gateway()
+    extra.wait_ready()
+    async with agent(extra) as client:
+        session_id = await client.open("stop")
+        heard = Heard()
+        stream = client.sessions.RunTurn(turn(session_id, "t", tokens=60))
+        await run_until(stream, heard, 5)
+        with anyio.fail_after(30):
+            assert await anyio.to_thread.run_sync(extra.stop) == 0
+            async for message in stream:
+                heard.take(message)
+        assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
+        with pytest.raises(aio.AioRpcError) as caught:
+            await client.open("too late")
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
