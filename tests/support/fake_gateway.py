@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,3 +210,27 @@ def listing(*replica_ids: str) -> fleet_pb2.ListReplicasResponse:
             for name in replica_ids
         ]
     )
+
+
+@contextmanager
+def gateway_in_a_thread() -> Iterator[FakeGateway]:
+    """For tests of code that blocks its thread."""
+    ready = threading.Event()
+    box: list[tuple[FakeGateway, asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    async def serve() -> None:
+        async with serving() as fake:
+            done = asyncio.Event()
+            box.append((fake, asyncio.get_running_loop(), done))
+            ready.set()
+            await done.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    ready.wait()
+    fake, loop, done = box[0]
+    try:
+        yield fake
+    finally:
+        loop.call_soon_threadsafe(done.set)
+        thread.join()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 
 import pytest
 from sessile import (
@@ -31,6 +30,7 @@ from tests.support.fake_gateway import (
     Hang,
     accepted,
     finished,
+    gateway_in_a_thread,
     listing,
     place,
     serving,
@@ -203,30 +203,6 @@ async def test_a_client_that_is_not_open_says_so(gateway: FakeGateway) -> None:
         client.session("ses_a")
     with pytest.raises(ValueError, match="at least one"):
         Sessile([])
-
-
-@contextmanager
-def gateway_in_a_thread() -> Iterator[FakeGateway]:
-    """The sync face blocks its thread, so its gateway lives in another."""
-    ready = threading.Event()
-    box: list[tuple[FakeGateway, asyncio.AbstractEventLoop, asyncio.Event]] = []
-
-    async def serve() -> None:
-        async with serving() as fake:
-            done = asyncio.Event()
-            box.append((fake, asyncio.get_running_loop(), done))
-            ready.set()
-            await done.wait()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    ready.wait()
-    fake, loop, done = box[0]
-    try:
-        yield fake
-    finally:
-        loop.call_soon_threadsafe(done.set)
-        thread.join()
 
 
 def test_the_sync_face_has_the_same_names() -> None:

@@ -1,0 +1,135 @@
+"""A whole fleet of real processes: `sessile up`, and the cluster that tests and the demo use."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sessile import Moved, Sessile, Tokens, TurnStatus
+
+from gateway.cli.launch import Cluster, LaunchFailed
+
+SESSILE = [sys.executable, "-m", "gateway.cli"]
+
+
+@contextmanager
+def running_up(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, Any]]]:
+    command = [*SESSILE, "up", "--json", "--listen", "127.0.0.1:0", "--replicas", "2"]
+    process = subprocess.Popen([*command, "--log-directory", str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        with process.stdout:
+            yield process, json.loads(process.stdout.readline())
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def alive(pid: int) -> bool:
+    """Runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    give_up_at = time.monotonic() + 20
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < give_up_at, "children outlive their parent"
+        time.sleep(0.05)
+
+
+def sessile(*arguments: str) -> str:
+    done = subprocess.run([*SESSILE, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_up_serves_chat_and_ends_in_order(tmp_path: Path) -> None:
+    with running_up(tmp_path) as (process, fleet):
+        target = ["--gateway", fleet["gateways"][0]]
+        said = json.loads(sessile("chat", "hello", "--max-tokens", "8", "--json", *target))
+        assert said["usage"]["output_tokens"] <= 8
+        session = said["session_id"]
+        (turn,) = json.loads(sessile("sessions", "transcript", session, "--json", *target))
+        assert turn["output_text"] == said["text"]
+        moved = json.loads(sessile("migrate", session, "--json", *target))
+        assert moved["moved"]
+        replicas = json.loads(sessile("replicas", "ls", "--json", *target))
+        assert [replica["ref"]["replica_id"] for replica in replicas] == ["r1", "r2"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        wait_until_gone(list(fleet["pids"].values()))
+        assert not Path(fleet["redis"].removeprefix("unix://")).exists()
+
+
+def test_children_die_with_a_killed_parent(tmp_path: Path) -> None:
+    with running_up(tmp_path) as (process, fleet):
+        process.kill()
+        wait_until_gone(list(fleet["pids"].values()))
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def cluster(anyio_backend: str, tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with Cluster(log_directory=tmp_path, engine_options={"eos_probability": "0"}) as fleet:
+        await fleet.start(gateways=2, workers=2)
+        yield fleet
+
+
+@pytest.mark.anyio
+async def test_a_turn_survives_its_replica_and_its_gateway(cluster: Cluster) -> None:
+    """The reference is what the same session says undisturbed: the sim engine's tokens are hashes
+    of the whole context, so a lost or repeated token would change all that follow."""
+    async with Sessile(cluster.targets) as client:
+        calm = await client.open(system="count", seed=1)
+        stormy = await client.open(system="count", seed=1)
+        expected = await calm.run("go", max_tokens=300).result()
+        turn = stormy.run("go", max_tokens=300)
+        owner = ""
+        seen = 0
+        async for event in turn:
+            if isinstance(event, Tokens):
+                seen += len(event.token_ids)
+            if isinstance(event, Moved):
+                owner = event.target.replica_id
+            if seen > 40 and not owner:
+                owner = str((await client.session(stormy.session_id).refresh()).owner)
+                next(child for child in cluster.workers if child.name == owner).kill()
+                cluster.gateways[0].kill()
+        result = await turn.result()
+    assert result.status is TurnStatus.COMMITTED
+    assert result.token_ids == expected.token_ids
+    assert result.text == expected.text
+    assert result.moves >= 1
+
+
+@pytest.mark.anyio
+async def test_a_restarted_replica_is_ready_again(cluster: Cluster) -> None:
+    first = cluster.workers[0]
+    first.kill()
+    again = await cluster.start_worker(first.name)
+    await cluster.wait_ready()
+    assert again.pid != first.pid
+    assert again.log != first.log
+
+
+@pytest.mark.anyio
+async def test_a_child_that_does_not_come_up_says_why(anyio_backend: str, tmp_path: Path) -> None:
+    async with Cluster(log_directory=tmp_path) as fleet:
+        with pytest.raises(LaunchFailed, match="not one of"):
+            await fleet.start_worker("r1", engine_options={"nonsense": "1"})
