@@ -36,6 +36,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the report is written.")] = Path(
         "demo-report.json"
     ),
+    faults: Annotated[
+        bool, typer.Option(help="Without: measure how much of the prompts comes from KV caches.")
+    ] = True,
 ) -> None:
     """Run agents on a small fleet, break things, and report what happened to them."""
     try:
@@ -45,7 +48,7 @@ def demo(
         return
     if engine is None:
         engine = Engine.TORCH if importlib.util.find_spec("torch") else Engine.SIM
-    raise typer.Exit(run_demo(str(engine), out))
+    raise typer.Exit(run_demo(str(engine), out, faults=faults))
 
 
 def main() -> None:
