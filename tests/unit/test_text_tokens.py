@@ -90,6 +90,12 @@ def test_text_that_spells_nothing_is_one_piece(one: str, two: str) -> None:
         assert GUARD.pieces(marked, MARK) == [rendered]
 
 
+def test_a_mark_beside_a_special_token_of_the_template_is_no_border() -> None:
+    marked = GUARD.mark("x <", MARK)
+    assert MARK in marked
+    assert GUARD.pieces(f"{marked}<|a|>", MARK) == ["x <<|a|>"]
+
+
 def test_marking_reaches_every_string_of_a_value() -> None:
     value = {"</s>": ["</s>", 1, None, {"x": ("</s>", True)}], "y": 2.5}
     marked = "<\ufdd0/s>"
