@@ -24,10 +24,10 @@ import gc
 import heapq
 import itertools
 import random
-import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 import anyio
@@ -115,9 +115,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._sequence = itertools.count()
         self._task_count = itertools.count(1)
-        self._task_numbers: weakref.WeakKeyDictionary[asyncio.Task[Any], int] = (
-            weakref.WeakKeyDictionary()
-        )
         self._rounds = 0
         self._callback_error: BaseException | None = None
         self.set_task_factory(_numbered_task)
@@ -129,9 +126,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def number_of(self, task: asyncio.Task[Any]) -> int:
         """Spawn number of a task of this loop, from 1."""
-        number = self._task_numbers.get(task)
+        number: int | None = getattr(task, "spawn_number", None)
         if number is None:
-            number = self._task_numbers[task] = next(self._task_count)
+            number = next(self._task_count)
+            task.spawn_number = number  # type: ignore[attr-defined]
         return number
 
     def make_ready(self, handles: Iterable[asyncio.Handle]) -> None:
@@ -202,23 +200,23 @@ class VirtualLoop(asyncio.BaseEventLoop):
         error = context.get("exception")
         self._callback_error = error or SimulationError(context.get("message", "unknown"))
 
-    def _ordered(
-        self, batch: list[asyncio.Handle]
-    ) -> list[tuple[asyncio.Handle, asyncio.Task[Any] | None]]:
-        callbacks: list[tuple[asyncio.Handle, asyncio.Task[Any] | None]] = []
-        steps: list[tuple[asyncio.Handle, asyncio.Task[Any] | None]] = []
-        numbers: dict[asyncio.Handle, int] = {}
+    def _ordered(self, batch: list[asyncio.Handle]) -> list[_Ready]:
+        if len(batch) == 1:
+            return [(batch[0], _task_of(batch[0]))]
+        callbacks: list[_Ready] = []
+        steps: list[tuple[int, asyncio.Handle, asyncio.Task[Any]]] = []
         for handle in batch:
-            task = getattr(getattr(handle, "_callback", None), "__self__", None)
-            if isinstance(task, asyncio.Task):
-                numbers[handle] = self.number_of(task)
-                steps.append((handle, task))
-            else:
+            task = _task_of(handle)
+            if task is None:
                 callbacks.append((handle, None))
-        steps.sort(key=lambda step: numbers[step[0]])
-        if self._random is not None:
-            self._random.shuffle(steps)
-        return callbacks + steps
+            else:
+                steps.append((self.number_of(task), handle, task))
+        if len(steps) > 1:
+            steps.sort(key=_first)
+            if self._random is not None:
+                self._random.shuffle(steps)
+        callbacks += [(handle, task) for _, handle, task in steps]
+        return callbacks
 
     def _describe_tasks(self) -> str:
         return "\n".join(
@@ -247,6 +245,16 @@ def _innermost_frame(task: asyncio.Task[Any]) -> str:
             where = f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})"
         awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "ag_await", None)
     return where
+
+
+_Ready = tuple[asyncio.Handle, asyncio.Task[Any] | None]
+_first = itemgetter(0)
+
+
+def _task_of(handle: asyncio.Handle) -> asyncio.Task[Any] | None:
+    """The task whose step this is; None for a plain callback."""
+    owner = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]
+    return owner if isinstance(owner, asyncio.Task) else None
 
 
 def _process_of(handle: asyncio.Handle) -> Process | None:

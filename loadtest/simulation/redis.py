@@ -402,6 +402,10 @@ class LuaExecutor:
         finally:
             self._db.declared = frozenset()
 
+    def peek(self, key: str) -> Value | None:
+        """What is stored at a key; not to be changed."""
+        return self._db.data.get(key.encode())
+
     def snapshot(self) -> dict[bytes, Value]:
         """A copy of all data, for :meth:`restore`."""
         return self._db.snapshot()

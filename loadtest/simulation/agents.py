@@ -1,0 +1,264 @@
+"""Simulated agents: clients that run turns in a session, and behave as clients may.
+
+They leave and come back through another gateway, read slowly, listen twice, cancel, and go on after
+every error that says so. What they hear is kept, and checked as far as a client can.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+from sessile.v1 import session_pb2
+from sessile.v1 import types_pb2 as pb
+
+from gateway.core.errors import (
+    DeadlineExceeded,
+    NotFound,
+    Overloaded,
+    SessileError,
+    TurnCancelled,
+    Unavailable,
+)
+from loadtest.simulation.network import Call
+from loadtest.simulation.world import World
+
+TENANT = "acme"
+TURN_S = 20.0
+"""Time limit of a turn."""
+PATIENCE_S = 30.0
+"""How long after its time limit a client still asks for a turn's end."""
+CALL_S = 12.0
+TRY_AGAIN = (Unavailable, Overloaded, DeadlineExceeded)
+
+
+@dataclass
+class TurnHeard:
+    """One turn as one client has it, over all of its streams."""
+
+    session_id: str
+    turn_id: str
+    request: pb.RunTurnRequest
+    start: pb.Position | None = None
+    tokens: list[int] = field(default_factory=list)
+    digests: dict[int, bytes] = field(default_factory=dict)
+    """Ledger position -> digest, as told."""
+    text: str = ""
+    finished: pb.TurnFinished | None = None
+    error: SessileError | None = None
+    cancel_asked: bool = False
+    moves: int = 0
+    violations: list[str] = field(default_factory=list)
+    _accepted: bool = False
+
+    @property
+    def ended(self) -> bool:
+        return self.finished is not None or self.error is not None
+
+    @property
+    def resume_from(self) -> pb.Position | None:
+        """The last place this client has; None before the first token."""
+        if self.start is None or not self.tokens:
+            return None
+        length = self.start.length + len(self.tokens)
+        return pb.Position(length=length, digest=self.digests[length])
+
+    def begin_stream(self) -> None:
+        """A new stream of the turn follows."""
+        self._accepted = False
+
+    def hear(self, event: pb.TurnEvent) -> None:
+        """Takes one event."""
+        kind = event.WhichOneof("event")
+        if kind == "accepted":
+            self._expect(self.start in (None, event.accepted.output_start), "the output moved")
+            self._expect(not self._accepted, "accepted a second time in one stream")
+            self.start, self._accepted = event.accepted.output_start, True
+        elif kind == "tokens":
+            self._tokens(event.tokens)
+        elif kind == "moved":
+            self.moves += 1
+        elif kind == "finished":
+            self._expect(self.finished is None, "finished twice")
+            self.finished = event.finished
+            self._text(event.finished.text, event.finished.text_offset)
+            self._expect(len(self.text) == event.finished.text_end, "the text ends elsewhere")
+        else:
+            self._expect(kind == "waiting", f"unexpected {kind}")
+
+    def _tokens(self, tokens: pb.TurnTokens) -> None:
+        if self.start is None or not self._accepted:
+            self.violations.append("I2: tokens before the turn was accepted")
+            return
+        expected = self.start.length + len(self.tokens)
+        self._expect(tokens.position == expected, f"tokens at {tokens.position}, not {expected}")
+        self.tokens += tokens.token_ids
+        self.digests[expected + len(tokens.token_ids)] = tokens.digest
+        self._text(tokens.text, tokens.text_offset)
+
+    def _text(self, text: str, offset: int) -> None:
+        if text:
+            self._expect(offset == len(self.text), f"text at {offset}, not {len(self.text)}")
+        self.text += text
+
+    def _expect(self, condition: bool, complaint: str) -> None:
+        if not condition:
+            self.violations.append(f"I2: {complaint}")
+
+
+class Agent:
+    """One session's client. All choices come from ``draw``."""
+
+    def __init__(self, world: World, name: str, draw: random.Random) -> None:
+        self.name = name
+        self.session_id = ""
+        self.turns: list[TurnHeard] = []
+        self.others: list[TurnHeard] = []
+        """What second listeners heard."""
+        self.violations: list[str] = []
+        self._world = world
+        self._draw = draw
+        self._known_head: pb.Precondition | None = None
+
+    async def live(self, turns: int) -> None:
+        """Opens a session and runs turns in it, with the pauses of an agent's tools."""
+        await self.open()
+        for index in range(turns):
+            await self.turn(index)
+            await anyio.sleep(self._draw.expovariate(3.0))
+
+    async def open(self) -> None:
+        """Opens the session; a retry finds it."""
+        leading = self._draw.choice(["Be brief.", "You are a pirate who answers in rhymes. " * 3])
+        request = session_pb2.OpenSessionRequest(
+            request_id=self.name,
+            messages=[pb.Message(role=pb.Message.ROLE_SYSTEM, content=leading)],
+        )
+
+        async def ask(app: Any) -> session_pb2.OpenSessionResponse:
+            response: session_pb2.OpenSessionResponse = await app.sessions.open(TENANT, request)
+            return response
+
+        while not self.session_id:
+            try:
+                response = await self._world.network.unary(self._gateway(), ask, CALL_S)
+                self.session_id = response.session.session_id
+            except TRY_AGAIN:
+                await self._back_off()
+
+    async def turn(self, index: int, patience_s: float = PATIENCE_S) -> TurnHeard:
+        """Runs one turn to its end, whatever it takes."""
+        heard = TurnHeard(self.session_id, f"t{index}", self._new_request(index))
+        self.turns.append(heard)
+        until = anyio.current_time() + TURN_S + patience_s
+        async with anyio.create_task_group() as helpers:
+            if self._draw.random() < 0.15:
+                helpers.start_soon(self._cancel_later, heard)
+            if self._draw.random() < 0.2:
+                helpers.start_soon(self._listen_too, heard, until)
+            while not heard.ended:
+                if anyio.current_time() > until:
+                    self.violations.append(f"I7: {heard.turn_id} has no end")
+                    break
+                await self._try(heard, attach_only=False)
+            helpers.cancel_scope.cancel()
+        self._conclude(heard)
+        return heard
+
+    def _new_request(self, index: int) -> pb.RunTurnRequest:
+        draw = self._draw
+        words = draw.choices(["look", "at", "this", "and", "that", "é€"], k=draw.randrange(1, 30))
+        params = pb.SamplingParams(
+            max_tokens=draw.choice([1, 20, 40, 80, 120]), temperature=draw.choice([0.0, 1.0])
+        )
+        if draw.random() < 0.5:
+            params.seed = draw.randrange(1 << 40)
+        if draw.random() < 0.2:
+            params.stop.append(draw.choice(["a", "qu", "the"]))
+        if draw.random() < 0.1:
+            params.ignore_eos = True
+        request = pb.RunTurnRequest(
+            session_id=self.session_id,
+            turn_id=f"t{index}",
+            messages=[pb.Message(role=pb.Message.ROLE_USER, content=" ".join(words))],
+            params=params,
+            timeout_ms=int(TURN_S * 1000),
+        )
+        if self._known_head is not None and draw.random() < 0.5:
+            request.precondition.CopyFrom(self._known_head)
+        return request
+
+    async def _try(self, heard: TurnHeard, *, attach_only: bool) -> None:
+        """One stream, until it ends or the client has had enough of it."""
+        request = pb.RunTurnRequest()
+        request.CopyFrom(heard.request)
+        request.attach_only = attach_only
+        position = heard.resume_from
+        if position is not None:
+            request.resume_from.CopyFrom(position)
+        leave_after = self._draw.randrange(1, 30) if self._draw.random() < 0.25 else -1
+        slow_s = 0.2 if self._draw.random() < 0.1 else 0.0
+
+        async def handler(app: Any, call: Call) -> None:
+            await app.turns.run(TENANT, request, CALL_S, call.put)
+
+        messages = 0
+        heard.begin_stream()
+        try:
+            stream = self._world.network.stream(self._gateway(), handler, CALL_S)
+            async with aclosing(stream):
+                async for message in stream:
+                    for event in pb.TurnStream.FromString(message).events:
+                        heard.hear(event)
+                    messages += 1
+                    if messages == leave_after:
+                        return
+                    await anyio.sleep(slow_s)
+            if not heard.ended:
+                heard.violations.append("I2: a stream ended without an end")
+        except TRY_AGAIN:
+            await self._back_off()
+        except SessileError as error:
+            heard.error = error
+
+    async def _cancel_later(self, heard: TurnHeard) -> None:
+        request = session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=heard.turn_id)
+        await anyio.sleep(self._draw.uniform(0.0, 0.8))
+        heard.cancel_asked = True
+        while True:
+            try:
+                await self._world.network.unary(
+                    self._gateway(), lambda app: app.sessions.cancel_turn(TENANT, request), CALL_S
+                )
+                return
+            except TRY_AGAIN:
+                await self._back_off()
+
+    async def _listen_too(self, main: TurnHeard, until: float) -> None:
+        """A second client of the same turn, from its beginning."""
+        await anyio.sleep(self._draw.uniform(0.0, 1.0))
+        heard = TurnHeard(main.session_id, main.turn_id, main.request)
+        self.others.append(heard)
+        while not heard.ended and anyio.current_time() < until:
+            await self._try(heard, attach_only=True)
+            if isinstance(heard.error, NotFound):
+                heard.error = None  # the turn has not begun yet
+                await self._back_off()
+
+    def _conclude(self, heard: TurnHeard) -> None:
+        if isinstance(heard.error, TurnCancelled) and heard.cancel_asked:
+            return
+        if heard.error is not None:
+            self.violations.append(f"{heard.turn_id}: {type(heard.error).__name__}: {heard.error}")
+        elif heard.finished is not None:
+            ended = sum(turn.finished is not None for turn in self.turns)
+            self._known_head = pb.Precondition(head=heard.finished.end, turn_index=ended)
+
+    def _gateway(self) -> str:
+        return self._draw.choice(sorted(self._world.gateways))
+
+    async def _back_off(self) -> None:
+        await anyio.sleep(self._draw.uniform(0.02, 0.3))

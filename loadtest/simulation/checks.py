@@ -1,0 +1,154 @@
+"""What must be true of a world after its faults have healed, recomputed from the ledger alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sessile.v1 import types_pb2 as pb
+
+from loadtest.simulation.agents import Agent, TurnHeard
+from loadtest.simulation.world import ENGINE, World
+from statestore.digest import RollingDigest
+from statestore.records import FinishReason, Session, Turn, TurnStatus
+from workers.engines.sim.model import expected_output
+from workers.text.byte_vocabulary import END_OF_TURN
+from workers.text.bytes_codec import BytesCodec
+from workers.text.port import ChatMessage, LastTurn, Role
+from workers.turn.request import body_of, plan_of, preamble_of
+
+STATUS = {
+    pb.TURN_STATUS_COMMITTED: TurnStatus.COMMITTED,
+    pb.TURN_STATUS_CANCELLED: TurnStatus.CANCELLED,
+    pb.TURN_STATUS_FAILED: TurnStatus.FAILED,
+}
+
+
+async def check_agent(world: World, agent: Agent) -> list[str]:
+    """Everything wrong with one agent's session."""
+    session = await world.store.get_session(agent.session_id)
+    if session is None:
+        return [f"{agent.name}: the session is gone"]
+    ledger = await world.store.read_tokens(session, 0, session.head.length)
+    turns = await world.store.get_turns(agent.session_id, 0, 1000)
+    salt = await world.store.tenant_salt(session.tenant)
+    found = [*agent.violations, *check_ledger(session, turns, ledger, salt)]
+    by_id = {turn.spec.turn_id: turn for turn in turns}
+    for heard in [*agent.turns, *agent.others]:
+        complaints = [*heard.violations]
+        turn = by_id.get(heard.turn_id)
+        if turn is not None:
+            complaints += check_heard(heard, turn, ledger, salt)
+        elif heard.start is not None:
+            complaints.append("I7: it was accepted and is not in the ledger")
+        found += [f"{heard.turn_id}: {complaint}" for complaint in complaints]
+    return [f"{agent.name} ({agent.session_id}): {what}" for what in found]
+
+
+def check_ledger(
+    session: Session, turns: Sequence[Turn], ledger: Sequence[int], salt: bytes
+) -> list[str]:
+    """The turns cover the ledger without gap or overlap, each has ended, and each says what the
+    model says after exactly the tokens before it."""
+    found: list[str] = []
+    if RollingDigest.of(salt, ledger).position() != session.head:
+        found.append("I1: the ledger does not have its head's digest")
+    if len({turn.spec.turn_id for turn in turns}) != len(turns):
+        found.append("I3: a turn id is in the ledger twice")
+    end, last = 0, LastTurn.NONE
+    for index, turn in enumerate(turns):
+        name = turn.spec.turn_id
+        if (turn.index, turn.input_start) != (index, end):
+            found.append(f"{name}: I3: turn {turn.index} starts at {turn.input_start}, not {end}")
+        if not turn.status.ended:
+            found.append(f"{name}: I7: it is {turn.status}")
+        given = ledger[turn.input_start : turn.output_start.length]
+        if list(given) != rendered(session, turn, last):
+            found.append(f"{name}: its input is not in the ledger as given")
+        found += [f"{name}: {what}" for what in check_output(turn, ledger)]
+        end = turn.output_end.length
+        last = LastTurn.CLOSED if ledger[end - 1] == END_OF_TURN else LastTurn.OPEN
+    if end != len(ledger):
+        found.append(f"I1: the ledger has {len(ledger)} tokens, its turns end at {end}")
+    return found
+
+
+def rendered(session: Session, turn: Turn, last: LastTurn) -> list[int]:
+    """A turn's input as it must have been tokenised."""
+    messages = [ChatMessage(Role.USER, m.content) for m in body_of(turn.spec).messages]
+    if last is LastTurn.NONE:
+        leading = preamble_of(session.preamble).messages
+        messages = [ChatMessage(Role.SYSTEM, m.content) for m in leading] + messages
+    return BytesCodec().render(last, messages, [])
+
+
+def check_output(turn: Turn, ledger: Sequence[int]) -> list[str]:
+    """The output is what the model says, and ends where it should."""
+    start, end = turn.output_start.length, turn.output_end.length
+    output = list(ledger[start:end])
+    plan = plan_of(body_of(turn.spec), output_start=start, info=ENGINE.info(), eos=(END_OF_TURN,))
+    expected = expected_output(
+        ledger[:start],
+        plan.rules.max_tokens,
+        plan.sampling,
+        ENGINE.eos_probability,
+        stop_token_ids=plan.rules.stop_token_ids,
+    )
+    folder = plan.folder(BytesCodec())()
+    for count, token in enumerate(expected, 1):
+        folder.push([token])
+        if folder.stopped:
+            expected = expected[:count]
+            break
+    if output != expected[: len(output)]:
+        return ["I2: its output is not what the model says after this context"]
+    if turn.status is TurnStatus.COMMITTED and output != expected:
+        return [f"P5: it was committed after {len(output)} tokens of {len(expected)}"]
+    if turn.result is None:
+        return ["it has no result"]
+    if turn.status is TurnStatus.COMMITTED:
+        by_stop = folder.stopped or expected[-1] in plan.rules.stop_token_ids
+        if (turn.result.reason is FinishReason.STOP) != by_stop:
+            return [f"its reason is {turn.result.reason}"]
+    return []
+
+
+def check_heard(heard: TurnHeard, turn: Turn, ledger: Sequence[int], salt: bytes) -> list[str]:
+    """What a client received is a prefix of the ledger's, and all of it once it was told so."""
+    found: list[str] = []
+    start, end = turn.output_start.length, turn.output_end.length
+    output = list(ledger[start:end])
+    if heard.start is not None and heard.start.length != start:
+        found.append(f"I2: accepted at {heard.start.length}, not {start}")
+    if heard.tokens != output[: len(heard.tokens)]:
+        found.append("I2: the client has other tokens than the ledger")
+    for length, digest in heard.digests.items():
+        if digest != RollingDigest.of(salt, ledger[:length]).position().digest:
+            found.append(f"P1: the digest told at {length} is not the ledger's")
+            break
+    finished = heard.finished
+    if finished is None:
+        return found
+    if STATUS.get(finished.status) is not turn.status:
+        found.append(f"told {finished.status}, the ledger says {turn.status}")
+    if finished.end.length != end or heard.tokens != output:
+        found.append(f"I2: told the end at {finished.end.length} with {len(heard.tokens)} tokens")
+    usage = (finished.usage.input_tokens, finished.usage.output_tokens)
+    if usage != (start, len(output)):
+        found.append(f"usage {usage} of {(start, len(output))}")
+    return found
+
+
+def check_replicas(world: World) -> list[str]:
+    """Nothing runs any more, nothing is held, and the page books balance."""
+    found: list[str] = []
+    for replica in world.live_replicas():
+        load = replica.engine.load()
+        if load.running or load.queued:
+            found.append(f"{replica.name}: {load.running} generations run, {load.queued} wait")
+        if load.free_pages != ENGINE.capacity_pages:
+            found.append(f"{replica.name}: {ENGINE.capacity_pages - load.free_pages} pages leaked")
+        try:
+            replica.engine.check_integrity()
+        except AssertionError as error:
+            found.append(f"{replica.name}: {error}")
+    return found

@@ -1,0 +1,296 @@
+"""A whole Sessile in one event loop: gateways, replicas and a store, as processes that can fail.
+
+Everything is the production code except what :mod:`loadtest.simulation` replaces: the loop, the
+server under the Lua scripts, gRPC, sockets, and the arithmetic of the model. All randomness comes
+from one seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import anyio
+from anyio.abc import TaskGroup
+
+from gateway.app.gateway import GatewayApp
+from gateway.config import GatewayConfig
+from loadtest.simulation.loop import Process, VirtualClock, current_process
+from loadtest.simulation.network import KvPort, Listener, Network, SimReplicaClients
+from loadtest.simulation.redis import Fault, LuaExecutor
+from statestore.executor import Reply, ScriptCall
+from statestore.ports import StoreUnavailable
+from statestore.records import ReplicaRef, StoreLimits
+from statestore.redis_store import RedisStore
+from workers.config import ReplicaSettings, TurnLimits
+from workers.engines.sim.config import SimConfig, SimTiming
+from workers.engines.sim.engine import SimEngine
+from workers.heartbeat import ReplicaReplaced
+from workers.replica import ReplicaAdapters, run_replica
+from workers.service import ReplicaApp
+from workers.text.bytes_codec import BytesCodec
+
+START_US = 1_763_888_000_000_000
+"""The store's clock when the simulation begins."""
+
+ENGINE = SimConfig(
+    page_size=8,
+    capacity_pages=256,
+    max_context_tokens=2048,
+    max_running=4,
+    max_queued=8,
+    eos_probability=1 / 80,
+    timing=SimTiming(step_ms=20, max_prefill_tokens=64),
+)
+"""Small and slow, so that turns last long enough for something to happen to them."""
+
+Watch = Callable[[ScriptCall, Reply], None]
+"""Sees every script that was applied to the store."""
+
+
+class WatchedExecutor(LuaExecutor):
+    """The store's server, with a witness."""
+
+    watch: Watch | None = None
+
+    def run_now(self, call: ScriptCall) -> Reply:
+        reply = super().run_now(call)
+        if self.watch is not None:
+            self.watch(call, reply)
+        return reply
+
+
+class SimIds:
+    """``gateway.app.ports.Ids`` from a seed."""
+
+    def __init__(self, draw: random.Random) -> None:
+        self._draw = draw
+
+    def nonce(self) -> bytes:
+        return self._draw.randbytes(8)
+
+    def token(self) -> str:
+        return "".join(self._draw.choices("abcdefghijklmnopqrstuvwxyz234567", k=16))
+
+
+@dataclass
+class SimReplica:
+    """One replica process. ``app`` and ``ref`` are there once it serves."""
+
+    name: str
+    process: Process
+    engine: SimEngine
+    stop: anyio.Event
+    app: ReplicaApp | None = None
+    ref: ReplicaRef | None = None
+    ended: bool = False
+
+
+@dataclass
+class SimGateway:
+    """One gateway process."""
+
+    name: str
+    process: Process
+    app: GatewayApp
+    ended: bool = False
+
+
+@dataclass
+class StoreWeather:
+    """How the store's network behaves; changed while a history runs."""
+
+    request_lost: float = 0.0
+    reply_lost: float = 0.0
+    down: bool = False
+
+
+@dataclass
+class World:
+    """See the module's docstring. ``failures`` are exceptions that no API knows: bugs."""
+
+    draw: random.Random
+    tasks: TaskGroup
+    network: Network
+    server: WatchedExecutor
+    store: RedisStore
+    """Without network or faults: for checks."""
+    weather: StoreWeather
+    gateway_config: GatewayConfig
+    turn_limits: TurnLimits
+    replicas: dict[str, SimReplica] = field(default_factory=dict)
+    gateways: dict[str, SimGateway] = field(default_factory=dict)
+    failures: list[BaseException] = field(default_factory=list)
+    _processes: list[Process] = field(default_factory=list)
+
+    # -- replicas -----------------------------------------------------------------------------
+
+    async def start_replica(self, name: str) -> None:
+        """Starts a process of this replica id, whatever became of the last one. Returns when it
+        serves, or has failed to."""
+        process = self._new_process(name)
+        engine = SimEngine(ENGINE, anyio.current_time)
+        replica = SimReplica(name, process, engine, process.run(anyio.Event))
+        self.replicas[name] = replica
+        ready = anyio.Event()
+        process.run(self.tasks.start_soon, self._replica_life, replica, ready)
+        await ready.wait()
+
+    async def _replica_life(self, replica: SimReplica, ready: anyio.Event) -> None:
+        endpoint = f"{replica.name}.{len(self._processes)}:1"
+        port = KvPort(f"{endpoint}/kv", replica.process)
+        self.network.listen_data(port)
+        peers = SimReplicaClients(self.network)
+        adapters = ReplicaAdapters(
+            store=RedisStore(self.server, random_bytes=self.draw.randbytes),
+            engine=replica.engine,
+            codec=BytesCodec(),
+            tickets=port,
+            peers=peers,
+            pull_pages=self.network.pull,
+            random=random.Random(self.draw.random()),
+        )
+
+        async def serve(app: ReplicaApp, ref: ReplicaRef) -> None:
+            replica.app, replica.ref = app, ref
+            self.network.listen(Listener(endpoint, replica.process, app, handlers))
+            ready.set()
+
+        settings = ReplicaSettings(replica.name, turn=self.turn_limits)
+        try:
+            async with anyio.create_task_group() as handlers:
+                await run_replica(adapters, settings, endpoint, serve, replica.stop)
+                handlers.cancel_scope.cancel()
+        except* (ReplicaReplaced, StoreUnavailable):
+            pass  # the process exits with a failure, and its supervisor may start another
+        except* Exception as errors:  # noqa: BLE001 - the world raises them in the end
+            self.failures.append(errors)
+        finally:
+            replica.ended = True
+            self.network.hang_up(replica.process, killed=False)
+            ready.set()
+
+    # -- gateways -----------------------------------------------------------------------------
+
+    def start_gateway(self, name: str) -> None:
+        """Starts a process of this gateway."""
+        process = self._new_process(name)
+        app = process.run(
+            partial(
+                GatewayApp,
+                RedisStore(self.server, random_bytes=self.draw.randbytes),
+                SimReplicaClients(self.network),
+                VirtualClock(),
+                SimIds(random.Random(self.draw.random())),
+                self.gateway_config,
+            )
+        )
+        gateway = self.gateways[name] = SimGateway(name, process, app)
+        process.run(self.tasks.start_soon, self._gateway_life, gateway)
+
+    async def _gateway_life(self, gateway: SimGateway) -> None:
+        try:
+            async with anyio.create_task_group() as handlers:
+                await gateway.app.fleet.refresh()
+                self.network.listen(Listener(gateway.name, gateway.process, gateway.app, handlers))
+                await gateway.app.run()
+        except* StoreUnavailable:
+            pass
+        except* Exception as errors:  # noqa: BLE001 - as above
+            self.failures.append(errors)
+        finally:
+            gateway.ended = True
+            self.network.hang_up(gateway.process, killed=False)
+
+    # -- faults -------------------------------------------------------------------------------
+
+    def kill(self, node: SimReplica | SimGateway) -> None:
+        """As SIGKILL: not one more instruction; the operating system resets its connections."""
+        node.process.stop()
+        node.ended = True
+        self.network.hang_up(node.process, killed=True)
+
+    def live_replicas(self) -> list[SimReplica]:
+        """Replicas whose process runs and serves, in order of their names."""
+        return [
+            replica
+            for _, replica in sorted(self.replicas.items())
+            if not replica.ended and not replica.process.stopped and replica.app is not None
+        ]
+
+    def live_gateways(self) -> list[SimGateway]:
+        return [g for _, g in sorted(self.gateways.items()) if not g.ended]
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _new_process(self, name: str) -> Process:
+        process = Process(name)
+        self._processes.append(process)
+        return process
+
+    def end(self) -> None:
+        """Ends every process; killed ones run their clean-up code now, without a store."""
+        self.weather.down = True
+        self.network.heal()
+        self.tasks.cancel_scope.cancel()
+        for process in self._processes:
+            process.resume()
+
+
+@asynccontextmanager
+async def world(
+    draw: random.Random,
+    *,
+    gateway_config: GatewayConfig | None = None,
+    turn_limits: TurnLimits | None = None,
+    store_limits: StoreLimits | None = None,
+) -> AsyncIterator[World]:
+    """An empty world: no process runs yet. Raises what processes should not have raised."""
+    started = anyio.current_time()
+    network, weather = Network(draw), StoreWeather()
+
+    def time_us() -> int:
+        return START_US + round((anyio.current_time() - started) * 1_000_000)
+
+    def fault(call: ScriptCall) -> Fault:
+        if current_process() is None:
+            return Fault.NONE
+        if weather.down:
+            return Fault.REQUEST_LOST
+        chance = draw.random()
+        if chance < weather.request_lost:
+            return Fault.REQUEST_LOST
+        return (
+            Fault.REPLY_LOST if chance < weather.request_lost + weather.reply_lost else Fault.NONE
+        )
+
+    async def delay() -> None:
+        if current_process() is not None:
+            await anyio.sleep(network.draw_delay())
+
+    server = WatchedExecutor(time_us, delay=delay, give_up=anyio.sleep, fault=fault)
+    async with anyio.create_task_group() as tasks:
+        built = World(
+            draw=draw,
+            tasks=tasks,
+            network=network,
+            server=server,
+            store=RedisStore(server, limits=store_limits, random_bytes=draw.randbytes),
+            weather=weather,
+            gateway_config=gateway_config or GatewayConfig(),
+            turn_limits=turn_limits or TurnLimits(),
+        )
+        built.network.failures = built.failures
+        try:
+            yield built
+        finally:
+            built.end()
+    if built.failures:
+        raise ExceptionGroup("processes failed in ways no API knows", _flat(built.failures))
+
+
+def _flat(failures: list[BaseException]) -> list[Exception]:
+    return [f if isinstance(f, Exception) else RuntimeError(repr(f)) for f in failures]
