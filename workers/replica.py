@@ -90,9 +90,12 @@ async def run_replica(
         async with anyio.create_task_group() as tasks:
             await tasks.start(journal.run)
             app = ReplicaApp(ports, transfer, tasks, on_empty=stop.set)
-            await serve(app, ref)
-            tasks.start_soon(beat, ref, app)
-            await stop.wait()
+            try:
+                await serve(app, ref)
+                tasks.start_soon(beat, ref, app)
+                await stop.wait()
+            finally:
+                app.close()
             tasks.cancel_scope.cancel()
         await _say_goodbye(store, ref)
     finally:

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gateway.core.errors import DataLoss, Unavailable
-from statestore.digest import RollingDigest
+from statestore.digest import RollingDigest, pack_tokens
 from statestore.ports import JournalPort
 from statestore.records import NO_EPOCH, Epoch, Position, Session, Turn
 from statestore.replica_info import MAX_LEADING
-from workers.engines.port import Engine
+from workers.engines.port import Engine, EngineInfo
+from workers.kv.blocks import next_hash, root_hash
 
 MAX_RECENT_TURNS = 16
 """Ended turns kept per session for a repair; if the store lost more, the loss is reported."""
@@ -66,11 +67,15 @@ class ResidentSession:
         """Ledger digest after ``length`` tokens; hashes all of them again."""
         return RollingDigest.of(self.salt, self.tokens[:length]).position().digest
 
-    def block_hashes(self, engine: Engine) -> list[bytes]:
-        """Names of the whole pages; recomputed only when another page has filled."""
-        if len(self._hashes) != len(self.tokens) // engine.info.page_size:
-            self._hashes = engine.block_hashes(self.salt, self.tokens)
-        return self._hashes
+    def block_hashes(self, info: EngineInfo) -> list[bytes]:
+        """Names of the whole pages, as ``workers/kv/blocks.py`` defines them; only pages that
+        filled since the last call are hashed. The list grows with the session: copy to keep."""
+        size, hashes = info.page_size, self._hashes
+        previous = hashes[-1] if hashes else root_hash(info.kv_fingerprint, self.salt)
+        for start in range(len(hashes) * size, len(self.tokens) - size + 1, size):
+            previous = next_hash(previous, pack_tokens(self.tokens[start : start + size]))
+            hashes.append(previous)
+        return hashes
 
 
 class Residency:
@@ -160,7 +165,7 @@ class Residency:
     def pin(self, session_id: str, ttl_s: float) -> None:
         """Pins what is resident of the session's pages."""
         resident = self._sessions[session_id]
-        self._engine.pin(session_id, resident.block_hashes(self._engine), ttl_s)
+        self._engine.pin(session_id, resident.block_hashes(self._engine.info), ttl_s)
 
     def release(self, session_id: str, *, drop_kv: bool) -> bool:
         """Lets go of a session; with ``drop_kv`` its pages are freed, else they may serve as
@@ -168,7 +173,7 @@ class Residency:
         resident = self._sessions.get(session_id)
         self._forget(session_id)
         if resident is not None and drop_kv:
-            self._engine.drop(resident.block_hashes(self._engine))
+            self._engine.drop(resident.block_hashes(self._engine.info))
         return resident is not None
 
     def note_leading(self, digest: bytes, tokens: Sequence[int], salt: bytes) -> None:

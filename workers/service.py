@@ -69,6 +69,11 @@ class ReplicaApp:
         self._on_empty = on_empty
         self._runs: dict[str, TurnRun] = {}
         self._leaving = False
+        self._closed = False
+
+    def close(self) -> None:
+        """Refuses further turns: nobody would run them."""
+        self._closed = True
 
     # -- turns ----------------------------------------------------------------------------------
 
@@ -135,6 +140,8 @@ class ReplicaApp:
         stored: Turn | None,
         salt: bytes,
     ) -> TurnRun:
+        if self._closed:
+            raise Unavailable("the replica is stopping")
         info = self._ports.engine.info
         if len(self._runs) >= info.max_running + info.max_queued:
             raise Overloaded(

@@ -149,7 +149,7 @@ class KvTransfer:
         ``lease_s``. Never raises for a transfer that fails; takes at most the pull timeout."""
         # Nobody has the KV of a context's last token: it is computed with the next one.
         whole = max(0, len(resident.tokens) - 1) // self._engine.info.page_size
-        hashes = resident.block_hashes(self._engine)[:whole]
+        hashes = resident.block_hashes(self._engine.info)[:whole]
         pin_id = resident.session_id
         copied, detail, again = 0, "", True
         self.stats.pulls += 1

@@ -251,6 +251,8 @@ class TurnOpening:
             case store.TurnConflict():
                 raise TurnConflict(f"turn {spec.turn_id} exists with other input")
             case store.TurnInProgress(active_turn_id=other):
+                if any(ended.spec.turn_id == other for ended in resident.recent):
+                    return None  # it ended here, and the store has just forgotten that
                 raise TurnInProgress(f"turn {other} is running", metadata={"turn_id": other})
             case store.TurnTombstoned():
                 raise TurnCancelled(f"turn {spec.turn_id} was cancelled before it began")

@@ -408,7 +408,7 @@ class TurnRun:
     def _resident_prefix(self, opened: Opened) -> int:
         """Prefix tokens whose KV is here now; an engine computes at least the last token."""
         engine, resident = self._ports.engine, opened.resident
-        pages = engine.resident_pages(resident.block_hashes(engine))
+        pages = engine.resident_pages(resident.block_hashes(engine.info))
         return min(pages * engine.info.page_size, len(resident.tokens) - 1)
 
     # -- the ledger's side ----------------------------------------------------------------------
