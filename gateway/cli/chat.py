@@ -43,7 +43,8 @@ def chat(
             session = client.open(model=model, system=system)
         speaker = _Speaker(session, max_tokens, temperature, as_json)
         if message:
-            speaker.say(" ".join(message))
+            if not speaker.say(" ".join(message)):
+                raise typer.Exit(130)
             return
         interactive = sys.stdin.isatty()
         if interactive:
@@ -62,8 +63,8 @@ class _Speaker:
         self._temperature = temperature
         self._as_json = as_json
 
-    def say(self, text: str) -> None:
-        """One turn, streamed to standard output. Ctrl-C ends the turn, not the chat."""
+    def say(self, text: str) -> bool:
+        """One turn, streamed to standard output. False if Ctrl-C ended it."""
         turn = self.session.run(text, max_tokens=self._max_tokens, temperature=self._temperature)
         try:
             for event in turn:
@@ -78,8 +79,9 @@ class _Speaker:
             # The reader is gone; the server is asked again so that the next turn finds it ended.
             self.session.cancel(turn.turn_id)
             typer.echo(" [cancelled]", err=True)
-            return
+            return False
         self._report(turn.result())
+        return True
 
     def _report(self, result: TurnResult) -> None:
         if self._as_json:

@@ -131,11 +131,13 @@ class Cluster:
         """Addresses of the gateways that run."""
         return [child.address for child in self.gateways if child.running]
 
-    async def start(self, *, gateways: int, workers: int) -> None:
-        """Starts so many of each, at once, and waits until every gateway sees every worker."""
+    async def start(self, *, gateways: int, workers: int, listen: str = "127.0.0.1:0") -> None:
+        """Starts so many of each, at once, and waits until every gateway sees every worker. The
+        first gateway listens on ``listen``, the others on free ports. Raises LaunchFailed, in an
+        ExceptionGroup if a child did not come up."""
         async with anyio.create_task_group() as tasks:
-            for _ in range(gateways):
-                tasks.start_soon(self.start_gateway)
+            for index in range(gateways):
+                tasks.start_soon(self.start_gateway, listen if index == 0 else "127.0.0.1:0")
             for index in range(workers):
                 tasks.start_soon(self.start_worker, f"r{index + 1}")
         await self.wait_ready()

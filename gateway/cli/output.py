@@ -19,9 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from sessile import RetryPolicy, SessileError, sync
 
-from gateway.cli.launch import LaunchFailed
-from statestore.ports import StoreError
-
 PIPED_WIDTH = 200
 RETRY = RetryPolicy(max_attempts=6)
 """Somebody waits at a terminal: given up after about a second."""
@@ -53,20 +50,21 @@ def client_of(gateways: Sequence[str], tenant: str) -> Iterator[sync.Sessile]:
 
 
 @contextmanager
-def reported_errors() -> Iterator[None]:
-    """Turns what can go wrong into one line on standard error and exit code 1. Bugs keep their
-    traceback."""
+def reported_errors(*others: type[Exception]) -> Iterator[None]:
+    """Turns what can go wrong (the client's errors, the system's, and ``others``) into one line on
+    standard error and exit code 1. Bugs keep their traceback."""
+    expected: tuple[type[Exception], ...] = (OSError, *others)
     try:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except (SessileError, LaunchFailed, StoreError, OSError, ExceptionGroup) as error:
+    except Exception as error:
         cause: Exception = error
         while isinstance(cause, ExceptionGroup):
             cause = cause.exceptions[0]
         if isinstance(cause, SessileError):
             fail(cause.message, cause.hint)
-        if isinstance(cause, LaunchFailed | StoreError | OSError):
+        if isinstance(cause, expected):
             fail(str(cause) or type(cause).__name__)
         raise
 

@@ -1,4 +1,7 @@
-"""``sessile up``, ``gateway``, ``worker``: the processes, and a whole fleet in one command."""
+"""``sessile up``, ``gateway``, ``worker``: the processes, and a whole fleet in one command.
+
+What runs a process is imported when it is run: the other commands start faster without.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,18 @@ import logging
 import signal
 import socket
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
 import typer
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from gateway.cli.launch import Child, Cluster
 from gateway.cli.output import DEFAULT_GATEWAY, JsonOption, console, print_json, reported_errors
+from statestore.ports import StoreError
+
+if TYPE_CHECKING:
+    from gateway.cli.launch import Child, Cluster
 
 WATCH_INTERVAL_S = 0.2
 
@@ -58,13 +64,15 @@ def up(
     as_json: JsonOption = False,
 ) -> None:
     """Run a fleet on this machine until Ctrl-C: a private store, gateways and workers."""
+    from gateway.cli.launch import Cluster, LaunchFailed
+
     cluster = Cluster(
         engine=engine,
         engine_options=dict(parse_options(engine_option, model)),
         redis_url=redis,
         log_directory=log_directory,
     )
-    with reported_errors():
+    with reported_errors(LaunchFailed, StoreError):
         anyio.run(_up, cluster, listen, gateways, replicas, as_json)
 
 
@@ -81,7 +89,7 @@ def gateway(
     from gateway.config import GatewayConfig
     from gateway.main import run
 
-    with reported_errors():
+    with reported_errors(StoreError):
         config = _checked(
             GatewayConfig,
             listen=listen,
@@ -112,7 +120,8 @@ def worker(
     from workers.config import ReplicaSettings, WorkerConfig
     from workers.main import run
 
-    with reported_errors():
+    # ValueError and ImportError: the engine's own options, the packages it needs.
+    with reported_errors(StoreError, ValueError, ImportError):
         settings = _checked(
             ReplicaSettings,
             replica_id=replica_id or socket.gethostname(),
@@ -130,10 +139,7 @@ def worker(
             advertise_host=advertise_host,
         )
         _log_to_stderr(log_level)
-        try:
-            run(config)
-        except (ValueError, ImportError) as error:  # the engine's own options, its packages
-            raise typer.BadParameter(str(error)) from error
+        run(config)
 
 
 def parse_options(options: list[str] | None, model: str) -> tuple[tuple[str, str], ...]:
@@ -187,8 +193,7 @@ async def _run_fleet(
             progress.add_task(
                 f"starting gateways ({gateways}) and {cluster.engine} replicas ({replicas})"
             )
-            await cluster.start_gateway(listen)
-            await cluster.start(gateways=gateways - 1, workers=replicas)
+            await cluster.start(gateways=gateways, workers=replicas, listen=listen)
         _announce(cluster, as_json)
         await _report_deaths(cluster)
 

@@ -29,7 +29,7 @@ Response = TypeVar("Response")
 
 TENANT_KEY = "x-sessile-tenant"
 MAX_MESSAGE_BYTES = 64 << 20
-KEEPALIVE_MS = 20_000
+KEEPALIVE_MS = 10_000
 CLEANUP_S = 2.0
 """How long an abandoned turn's cancel may take, and how long ``close()`` waits for such calls."""
 
@@ -120,6 +120,7 @@ class Transport:
         # Clients with the same list start at different gateways.
         self._current = runtime.rng.randrange(len(self._gateways))
         self._cleanups: set[asyncio.Task[None]] = set()
+        self._closing: asyncio.Task[None] | None = None
 
     @property
     def gateway(self) -> Gateway:
@@ -173,7 +174,13 @@ class Transport:
             log.info("clean-up failed: %s", error)
 
     async def close(self) -> None:
-        """Waits up to CLEANUP_S for last steps, then closes every connection."""
+        """Waits up to CLEANUP_S for last steps, then closes every connection. A cancelled caller
+        does not stop it."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         if self._cleanups:
             _, late = await asyncio.wait(self._cleanups, timeout=CLEANUP_S)
             for task in late:

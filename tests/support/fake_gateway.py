@@ -111,8 +111,8 @@ class FakeGateway:
     tenants: list[str] = field(default_factory=list)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
-    left: asyncio.Event = field(default_factory=asyncio.Event)
-    """The client went away from a hanging stream."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """A turn's stream has ended, by itself or because the client went away."""
 
     def requests(self, kind: type[Message]) -> list[Any]:
         return [request for request in self.seen if isinstance(request, kind)]
@@ -131,16 +131,13 @@ class FakeGateway:
         self, request: pb.RunTurnRequest, context: aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.TurnStream]:
         self._note(request, context)
+        context.add_done_callback(lambda ctx: self.ended.set())
         for step in self.turns.popleft():
             if isinstance(step, pb.TurnEvent):
                 yield pb.TurnStream(events=[step])
             elif isinstance(step, Hang):
                 self.hanging.set()
-                try:
-                    await self.cancelled.wait()
-                except asyncio.CancelledError:
-                    self.left.set()
-                    raise
+                await self.cancelled.wait()
             else:
                 await _end(step, context)
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import anyio
 import grpc
 import pytest
 from sessile import (
@@ -294,6 +295,24 @@ async def test_a_cancelled_reader_cancels_the_turn(gateway: FakeGateway) -> None
     assert (cancel.session_id, cancel.turn_id) == ("ses_a", "t1")
 
 
+async def test_a_cancel_scope_around_the_client_still_cancels_the_turn(
+    gateway: FakeGateway,
+) -> None:
+    """AnyIO cancels again at every await of the scope, clean-up included."""
+    gateway.turns.append([accepted(), Hang()])
+    with anyio.CancelScope() as scope:
+        async with client_of(gateway) as client, anyio.create_task_group() as tasks:
+
+            async def give_up() -> None:
+                await gateway.hanging.wait()
+                scope.cancel()
+
+            tasks.start_soon(give_up)
+            await client.session("ses_a").run("hi", turn_id="t1").result()
+    assert scope.cancelled_caught
+    await asyncio.wait_for(gateway.cancelled.wait(), 5)
+
+
 async def test_a_reader_that_detaches_leaves_the_turn_running(gateway: FakeGateway) -> None:
     gateway.turns += [
         [accepted(), tokens(0), Hang()],
@@ -305,7 +324,7 @@ async def test_a_reader_that_detaches_leaves_the_turn_running(gateway: FakeGatew
             async for event in turn:
                 if isinstance(event, Tokens):
                     break
-        await asyncio.wait_for(gateway.left.wait(), 5)
+        await asyncio.wait_for(gateway.ended.wait(), 5)
         with pytest.raises(WrongState):
             await turn.result()
         rest = await handle.attach("t1", resume_from=turn.position).result()
