@@ -34,10 +34,11 @@ from workers.kv.transfer import KvTransfer, lease_seconds
 from workers.residency import ResidentSession
 from workers.transcript import read_transcript
 from workers.turn.cursor import Replay, TurnView, accepted_event, stream_turn
+from workers.turn.ending import Broken, Redirected
 from workers.turn.opening import Opened, TurnOpening, check_input, read_output, resume_index
 from workers.turn.ports import TurnPorts
 from workers.turn.request import body_of, check_ids, check_turn
-from workers.turn.run import Broken, Redirected, TurnRun
+from workers.turn.run import TurnRun
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from sessile.v1 import types_pb2 as pb
 from gateway.core.errors import Overloaded
 from statestore.records import FinishReason, Turn, TurnResult, TurnStatus
 from workers.text.port import TextCodec
+from workers.turn.ending import Broken, Ended, Ending, Redirected
 from workers.turn.output import TurnOutput
-from workers.turn.run import Broken, Ended, Ending, Redirected
 
 MAX_EVENTS_PER_MESSAGE = 16
 """Of MAX_TOKENS_PER_EVENT tokens each at most, a message stays under gRPC's 4 MiB."""

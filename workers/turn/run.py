@@ -10,7 +10,6 @@ client that was told of the end can start the next turn at once.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
@@ -18,30 +17,17 @@ import anyio
 from opentelemetry import trace
 from sessile.v1 import types_pb2 as pb
 
-from gateway.core.errors import (
-    DataLoss,
-    InternalError,
-    NotFound,
-    NotOwner,
-    SessileError,
-    SessionClosed,
-    Unavailable,
-)
+from gateway.core.errors import InternalError, SessileError, Unavailable
 from statestore import ports as store
 from statestore.ports import Append, StoreError, StoreUnavailable
-from statestore.records import (
-    Epoch,
-    FinishReason,
-    Position,
-    Turn,
-    TurnResult,
-    TurnStatus,
-)
-from workers.engines.port import EngineFailed, EngineOverloaded, GenerateRequest, StepOutput
+from statestore.records import Epoch, FinishReason, Position, Turn, TurnResult, TurnStatus
+from workers.engines.port import EngineFailed
 from workers.journal import until_answered
+from workers.turn.ending import Broken, Ended, Ending, Redirected, lost_session
+from workers.turn.generation import Generation
 from workers.turn.opening import Opened
 from workers.turn.output import TurnOutput
-from workers.turn.ports import TurnPorts
+from workers.turn.ports import TurnPorts, refusal
 from workers.turn.repair import repair
 
 log = logging.getLogger(__name__)
@@ -49,30 +35,6 @@ tracer = trace.get_tracer("sessile.worker")
 
 MAX_REPAIRS = 8
 """Repairs of one run without an append in between; then its streams end and may be resumed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The ledger says how the turn ended."""
-
-    turn: Turn
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """The run stopped and the turn may go on elsewhere, or the error says why not."""
-
-    error: SessileError
-
-
-@dataclass(frozen=True, slots=True)
-class Redirected:
-    """The turn was handed over."""
-
-    redirect: pb.TurnRedirect
-
-
-Ending = Ended | Broken | Redirected
 
 OpenTurn = Callable[[], Awaitable[Opened | Turn]]
 PullTurn = Callable[[Opened], Awaitable[None]]
@@ -108,29 +70,20 @@ class TurnRun:
         self.ending: Ending | None = None
         self.waiting: pb.TurnWaiting.Reason.ValueType = pb.TurnWaiting.REASON_QUEUED
         """What a stream that has nothing to send is waiting for."""
-        self.cached_tokens = 0
-        """Prefix tokens this attempt found in the KV cache; an estimate before its first step."""
         self._ports = ports
         self._on_end = on_end
         self._changed = anyio.Event()
         self._wake = anyio.Event()
+        self._pulling = anyio.CancelScope()
         self._streams = 0
         self._detached_at = anyio.current_time()
+        self._generation: Generation | None = None
         self._head = Position(0, b"")
-        self._generation = ""
-        self._submissions = 0
-        self._submitted_at = math.inf
-        self._submit_at = -math.inf
-        """Not before this: the engine was full."""
-        self._unacked_steps = 0
-        self._parked = False
-        self._failure = ""
-        self._decided: tuple[FinishReason, str] | None = None
         self._repairs = 0
         self._hold: _Hold | None = None
         self._look = False
         self._told: Ending | None = None
-        self._pulling = anyio.CancelScope()
+        self._decided: tuple[FinishReason, str] | None = None
 
     # -- what streams and the service use -------------------------------------------------------
 
@@ -138,6 +91,15 @@ class TurnRun:
     def output(self) -> TurnOutput:
         assert self.opened is not None, "only an opened turn has output"
         return self.opened.output
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prefix tokens found in the KV cache; an estimate before the first step."""
+        return self._generation.cached_tokens if self._generation is not None else 0
+
+    @property
+    def streams(self) -> int:
+        return self._streams
 
     async def changed(self, timeout_s: float) -> bool:
         """Waits until something changed that streams can see; False after ``timeout_s``."""
@@ -156,10 +118,6 @@ class TurnRun:
         self._detached_at = anyio.current_time()
         self._wake.set()
 
-    @property
-    def streams(self) -> int:
-        return self._streams
-
     def look(self) -> None:
         """Something happened to the turn in the store (a cancel, a close): look there now."""
         self._look = True
@@ -177,7 +135,7 @@ class TurnRun:
         hold = _Hold(migration_id, anyio.current_time() + lease_s)
         self._hold = hold
         # The generation is ended rather than parked: after a park, outputs of a step already under
-        # way could still arrive. Its KV stays cached, so going on here costs one partial page.
+        # way could still arrive.
         self._retract()
         self._disturb()
         while self.ending is None and self._hold is hold and not hold.standing:
@@ -200,11 +158,7 @@ class TurnRun:
 
     # -- the run --------------------------------------------------------------------------------
 
-    async def run(
-        self,
-        open_turn: Callable[[], Awaitable[Opened | Turn]],
-        pull: Callable[[Opened], Awaitable[None]],
-    ) -> None:
+    async def run(self, open_turn: OpenTurn, pull: PullTurn) -> None:
         """Opens the turn, makes its prefix resident, generates until it ends. Never raises: what
         goes wrong becomes the ending that streams report."""
         self._ports.residency.hold(self.session_id)
@@ -249,26 +203,21 @@ class TurnRun:
         self._retract()
         if isinstance(ending, Ended) and self.opened is not None:
             self.opened.resident.ended(ending.turn)
-        elif isinstance(ending, Redirected) or (
-            isinstance(ending, Broken) and isinstance(ending.error, NotOwner)
-        ):
+        elif lost_session(ending):
             self._ports.residency.disown(self.session_id)
         self.ending = ending
         self._on_end(self)
         self._ports.residency.rest(self.session_id)
         self._notify()
 
-    async def _drive(
-        self,
-        open_turn: Callable[[], Awaitable[Opened | Turn]],
-        pull: Callable[[Opened], Awaitable[None]],
-    ) -> Ending:
+    async def _drive(self, open_turn: OpenTurn, pull: PullTurn) -> Ending:
         opened = await open_turn()
         if isinstance(opened, Turn):
             return Ended(opened)
         self._head = opened.turn.output_end
         self.released = len(opened.output.tokens)
-        self.cached_tokens = self._resident_prefix(opened)
+        generation = self._generation = Generation(self._ports, opened, lambda: self._wake.set())
+        generation.measure()
         self.opened = opened
         self._notify()
         if opened.output.reason is None:
@@ -276,17 +225,16 @@ class TurnRun:
             self._pulling.deadline = opened.deadline_at
             with self._pulling:
                 await pull(opened)
-            self.cached_tokens = self._resident_prefix(opened)
+            generation.measure()
             self.waiting = pb.TurnWaiting.REASON_QUEUED
         while True:
-            ending = await self._advance(opened)
+            ending = await self._advance(opened, generation)
             if ending is not None:
                 return ending
 
-    async def _advance(self, opened: Opened) -> Ending | None:
+    async def _advance(self, opened: Opened, generation: Generation) -> Ending | None:
         """Does the most urgent thing, or waits for one."""
-        now = anyio.current_time()
-        output = opened.output
+        now, output = anyio.current_time(), opened.output
         if self._told is not None:
             return self._told
         if self._look:
@@ -296,22 +244,24 @@ class TurnRun:
             return await self._finish(opened, *self._decided)
         if output.reason is not None or len(output.tokens) > self.released:
             return await self._journal(opened, None)
-        self._decided = self._to_be_ended(opened, now)
+        self._decided = self._to_be_ended(opened, generation, now)
         if self._decided is not None:
             return None
         if self._hold is not None:
             self._stand(self._hold, now)
-        elif not self._generation and now >= self._submit_at:
-            self._submit(opened, now)
-        elif self._hung(now):
+        elif generation.hung(now):
             return Broken(Unavailable("the engine makes no progress", reason="ENGINE_STALLED"))
-        await self._sleep(opened)
+        else:
+            generation.start(now)
+        await self._sleep(opened, generation)
         return None
 
-    def _to_be_ended(self, opened: Opened, now: float) -> tuple[FinishReason, str] | None:
+    def _to_be_ended(
+        self, opened: Opened, generation: Generation, now: float
+    ) -> tuple[FinishReason, str] | None:
         """A reason to end the turn that is not in its tokens."""
-        if self._failure:
-            return FinishReason.ERROR, self._failure
+        if generation.failure:
+            return FinishReason.ERROR, generation.failure
         if now >= opened.deadline_at:
             return FinishReason.DEADLINE, "the turn's deadline passed"
         if not self._streams and now >= self._detached_at + self._ports.limits.detach_grace_s:
@@ -327,89 +277,22 @@ class TurnRun:
             self._ports.residency.pin(self.session_id, hold.until - now)
             self._notify()
 
-    def _hung(self, now: float) -> bool:
-        if not self._generation or self._parked:
-            return False
-        seen = max(self._submitted_at, self._ports.dispatcher.last_step_at)
-        return now >= seen + self._ports.limits.progress_timeout_s
-
-    async def _sleep(self, opened: Opened) -> None:
-        limits = self._ports.limits
-        until = opened.deadline_at
-        if self._hold is not None:
-            until = min(until, self._hold.until)
-        elif self._generation and not self._parked:
-            seen = max(self._submitted_at, self._ports.dispatcher.last_step_at)
-            until = min(until, seen + limits.progress_timeout_s)
-        else:
-            until = min(until, self._submit_at)
+    async def _sleep(self, opened: Opened, generation: Generation) -> None:
+        until = self._hold.until if self._hold is not None else generation.due_at
+        until = min(until, opened.deadline_at)
         if not self._streams:
-            until = min(until, self._detached_at + limits.detach_grace_s)
+            until = min(until, self._detached_at + self._ports.limits.detach_grace_s)
         with anyio.move_on_after(max(0.0, until - anyio.current_time())):
             await self._wake.wait()
         self._wake = anyio.Event()
 
-    # -- the engine's side ----------------------------------------------------------------------
-
-    def _submit(self, opened: Opened, now: float) -> None:
-        """Starts (or, after a hold, restarts) the generation where the ledger ends."""
-        self._submissions += 1
-        turn, plan, output = opened.turn, opened.plan, opened.output
-        generation = f"{self.session_id}/{self.turn_id}/{turn.attempt}/{self._submissions}"
-        request = GenerateRequest(
-            generation_id=generation,
-            tokens=opened.resident.tokens[:],
-            namespace=opened.resident.salt,
-            sampling=plan.sampling,
-            max_new_tokens=plan.rules.max_tokens - len(output.tokens),
-            min_new_tokens=max(0, plan.rules.min_tokens - len(output.tokens)),
-            stop_token_ids=plan.rules.stop_token_ids,
-        )
-        self._ports.dispatcher.expect(generation, self._deliver)
-        try:
-            self._ports.engine.submit(request)
-        except EngineOverloaded as error:
-            # The turn is accepted and must not be dropped: it waits here for a place.
-            self._ports.dispatcher.forget(generation)
-            self._submit_at = now + max(error.retry_after_ms, 1) / 1000
-            return
-        except ValueError as error:
-            self._ports.dispatcher.forget(generation)
-            self._failure = f"the engine refused the turn: {error}"
-            self._wake.set()
-            return
-        self._generation, self._submitted_at = generation, now
-
     def _retract(self) -> None:
-        """Takes the generation back from the engine; nothing more is delivered for it."""
-        if self._generation:
-            self._ports.engine.cancel(self._generation)
-            self._ports.dispatcher.forget(self._generation)
-        self._generation, self._parked = "", False
+        if self._generation is not None:
+            self._generation.retract()
 
-    def _deliver(self, step: StepOutput) -> None:
-        """On the event loop, from the engine's step."""
-        output = self.output
-        if step.cached_tokens is not None:
-            self.cached_tokens = step.cached_tokens
-        output.push(step.tokens)
-        self._unacked_steps += 1
-        if step.error is not None:
-            self._failure = step.error
-        elif step.finish is not None and output.reason is None:
-            self._failure = f"the engine ended early ({step.finish})"
-        if self._failure or output.reason is not None:
-            self._retract()
-        elif self._unacked_steps >= self._ports.limits.max_unacked_steps and not self._parked:
-            self._ports.engine.park(self._generation)
-            self._parked = True
-        self._wake.set()
-
-    def _resident_prefix(self, opened: Opened) -> int:
-        """Prefix tokens whose KV is here now; an engine computes at least the last token."""
-        engine, resident = self._ports.engine, opened.resident
-        pages = engine.resident_pages(resident.block_hashes(engine.info))
-        return min(pages * engine.info.page_size, len(resident.tokens) - 1)
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
 
     # -- the ledger's side ----------------------------------------------------------------------
 
@@ -423,8 +306,9 @@ class TurnRun:
 
     async def _journal(self, opened: Opened, forced: TurnResult | None) -> Ending | None:
         """Appends what is not journalled yet; with the turn's end in the same write (P5)."""
-        output = opened.output
-        head, count, steps = output.seal(), len(output.tokens), self._unacked_steps
+        output, generation = opened.output, self._generation
+        assert generation is not None
+        head, count, steps = output.seal(), len(output.tokens), generation.unacked_steps
         commit = forced
         if commit is None and output.reason is not None:
             output.end()
@@ -436,7 +320,8 @@ class TurnRun:
         self.waiting = pb.TurnWaiting.REASON_UNSPECIFIED
         match outcome:
             case store.Appended():
-                self._acknowledge(opened, count, head, steps)
+                self._acknowledge(opened, count, head)
+                generation.acknowledge(steps, anyio.current_time())
                 if commit is None:
                     return None
                 return Ended(
@@ -446,20 +331,13 @@ class TurnRun:
                 return self._ended_by_store(opened, turn)
             case store.HeadMismatch() | store.TurnUnknown():
                 return await self._repair(opened)
-            case store.Fenced(data_loss=True):
-                return Broken(DataLoss(f"session {self.session_id}: one epoch was granted twice"))
-            case store.Fenced():
-                return Broken(NotOwner(f"session {self.session_id} has another owner"))
-            case store.Missing():
-                return Broken(_gone(self.session_id))
+            case store.Fenced() | store.Missing():
+                return Broken(refusal(self.session_id, outcome))
 
-    def _acknowledge(self, opened: Opened, count: int, head: Position, steps: int) -> None:
+    def _acknowledge(self, opened: Opened, count: int, head: Position) -> None:
+        """The ledger has the first ``count`` output tokens: streams may have them too."""
         opened.resident.extend(opened.output.tokens[self.released : count])
         self.released, self._head, self._repairs = count, head, 0
-        self._unacked_steps -= steps
-        if self._parked and self._unacked_steps < self._ports.limits.max_unacked_steps:
-            self._ports.engine.unpark(self._generation)
-            self._parked, self._submitted_at = False, anyio.current_time()
         self._notify()
 
     def _ended_by_store(self, opened: Opened, turn: Turn) -> Ending:
@@ -472,7 +350,7 @@ class TurnRun:
         if not known or output.digest_at(count) != turn.output_end.digest:
             return Broken(Unavailable("the turn ended elsewhere; attach again to read it"))
         output.end(count)
-        self._acknowledge(opened, count, turn.output_end, 0)
+        self._acknowledge(opened, count, turn.output_end)
         return Ended(turn)
 
     async def _look_at_store(self, opened: Opened) -> Ending | None:
@@ -502,14 +380,10 @@ class TurnRun:
                 return None
             case store.TurnEnded(turn=turn):
                 return self._ended_by_store(opened, turn)
-            case store.Fenced(data_loss=True):
-                return Broken(DataLoss(f"session {self.session_id}: one epoch was granted twice"))
-            case store.Fenced():
-                return Broken(NotOwner(f"session {self.session_id} has another owner"))
-            case store.Refused():
-                return Broken(SessionClosed(f"session {self.session_id} was closed"))
-            case _:
-                return Broken(_gone(self.session_id))
+            case store.HeadMismatch():
+                return None  # it moved again: the next append tells where it is
+            case store.Fenced() | store.Refused() | store.Missing():
+                return Broken(refusal(self.session_id, outcome))
 
     def _result(
         self, opened: Opened, status: TurnStatus, reason: FinishReason, error: str
@@ -525,11 +399,3 @@ class TurnRun:
             output_tokens=len(output.tokens),
         )
         return TurnResult(status, reason, output.text_end, usage.SerializeToString(), error)
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
-
-
-def _gone(session_id: str) -> SessileError:
-    return NotFound(f"session {session_id} does not exist any more", reason="SESSION_NOT_FOUND")
