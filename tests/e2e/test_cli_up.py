@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 from sessile import Moved, Sessile, Tokens, TurnStatus
+from typer.testing import CliRunner
 
 from gateway.cli.launch import Cluster, LaunchFailed
-
-SESSILE = [sys.executable, "-m", "gateway.cli"]
+from gateway.cli.main import app
 
 
 @contextmanager
 def running_up(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, Any]]]:
-    command = [*SESSILE, "up", "--json", "--listen", "127.0.0.1:0", "--replicas", "2"]
+    command = [sys.executable, "-m", "gateway.cli", "up", "--json", "--listen", "127.0.0.1:0"]
     process = subprocess.Popen([*command, "--log-directory", str(tmp_path)], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -50,8 +50,8 @@ def wait_until_gone(pids: list[int]) -> None:
 
 
 def sessile(*arguments: str) -> str:
-    done = subprocess.run([*SESSILE, *arguments], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
     return done.stdout
 
 

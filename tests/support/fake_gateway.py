@@ -131,7 +131,7 @@ class FakeGateway:
         self, request: pb.RunTurnRequest, context: aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.TurnStream]:
         self._note(request, context)
-        context.add_done_callback(lambda ctx: self.ended.set())
+        context.add_done_callback(lambda ctx: self.ended.set())  # type: ignore[arg-type]
         for step in self.turns.popleft():
             if isinstance(step, pb.TurnEvent):
                 yield pb.TurnStream(events=[step])
