@@ -102,7 +102,8 @@ async def test_an_engine_runs_only_so_far_ahead_of_the_journal() -> None:
         await listen(replica, request, until=lambda h: len(h.tokens) > 5)
         w.executor.fault = lambda call: Fault.REQUEST_LOST
         await anyio.sleep(0.5)
-        run = replica.app._runs[SESSION]
+        run = replica.app._runs.get(SESSION)
+        assert run is not None
         ahead = len(run.output.tokens)
         await anyio.sleep(5)
         assert len(run.output.tokens) == ahead

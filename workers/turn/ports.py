@@ -20,7 +20,7 @@ from gateway.core.errors import (
     Unavailable,
 )
 from statestore.ports import Fenced, JournalPort, LimitReached, Missing, Refused
-from statestore.records import ReplicaRef, SessionState
+from statestore.records import ReplicaRef, Session, SessionState
 from workers.config import TurnLimits
 from workers.engines.port import Engine
 from workers.journal import Journal, until_answered
@@ -97,3 +97,14 @@ def refusal(session_id: str, outcome: Fenced | Refused | Missing | LimitReached)
             )
         case Refused(state=state):
             return Unavailable(f"session {session_id} is {state} and refuses this for now")
+
+
+async def read_session(
+    store: JournalPort, session_id: str, tenant: str | None, give_up_at: float
+) -> Session:
+    """The session of this tenant (None: of any); raises NotFound, also for another tenant's, and
+    StoreUnavailable past ``give_up_at`` (the loop's clock)."""
+    session = await until_answered(lambda: store.get_session(session_id), give_up_at)
+    if session is None or (tenant is not None and session.tenant != tenant):
+        raise refusal(session_id, Missing())
+    return session

@@ -1,0 +1,206 @@
+"""The replica's table of running turns, and how a dispatched call finds its turn.
+
+At most one run per session is in the table, from before its begin is written until its end is
+known; so the table is what serialises calls for one session here (the store does it between
+replicas).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import anyio
+from anyio.abc import TaskGroup
+from sessile.v1 import replica_pb2 as pb
+from sessile.v1 import types_pb2
+
+from gateway.core.errors import NotFound, NotOwner, Overloaded, TurnInProgress, Unavailable
+from statestore.records import Epoch, Position, Session, Turn
+from workers.journal import until_answered
+from workers.turn.cursor import Replay, TurnView, accepted_event
+from workers.turn.ending import Broken, Redirected
+from workers.turn.opening import Opened, TurnOpening, check_input, read_output, resume_index
+from workers.turn.ports import TurnPorts, read_session
+from workers.turn.request import body_of
+from workers.turn.run import TurnRun
+
+MAX_RACES = 4
+"""Times a call looks again because the session's run changed under it."""
+RETRY_MS = 1000
+"""Retry delay when the replica has as many turns as it takes."""
+END_WAIT_S = 5.0
+"""How long a fenced or released run is waited for; it ends at its next store answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A turn to stream: what to follow, the first event, and the first output token to send."""
+
+    view: TurnView
+    accepted: types_pb2.TurnAccepted
+    first: int
+
+
+class TurnRuns:
+    """Bounded by the turns that the engine runs and queues. ``tasks`` owns the runs: they outlive
+    the calls that start them."""
+
+    def __init__(self, ports: TurnPorts, tasks: TaskGroup) -> None:
+        self._ports = ports
+        self._tasks = tasks
+        self._runs: dict[str, TurnRun] = {}
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._runs
+
+    def get(self, session_id: str) -> TurnRun | None:
+        return self._runs.get(session_id)
+
+    def session_ids(self) -> list[str]:
+        """Sessions with a running turn."""
+        return list(self._runs)
+
+    def close(self) -> None:
+        """Starts no further run: nobody would drive it."""
+        self._closed = True
+
+    async def end(self, run: TurnRun, ending: Broken | Redirected | None) -> None:
+        """Has a run end: as told, or (None) as the store says. Raises Unavailable if that takes
+        too long."""
+        if ending is None:
+            run.look()
+        else:
+            run.leave(ending)
+        with anyio.move_on_after(END_WAIT_S):
+            while run.ending is None:
+                await run.changed(END_WAIT_S)
+        if run.ending is None:
+            raise Unavailable("the turn that runs here is waiting for the store; try again")
+
+    async def find(self, request: pb.DispatchTurnRequest, epoch: Epoch) -> Found:
+        """The live run, a replay from the ledger, or a new run; in this order."""
+        turn = request.turn
+        give_up_at = anyio.current_time() + self._ports.limits.open_timeout_s
+        for _ in range(MAX_RACES):
+            run, created = self._runs.get(turn.session_id), False
+            if run is None or run.turn_id != turn.turn_id:
+                session, stored = await self._read(request, give_up_at)
+                if stored is not None and stored.status.ended:
+                    return await self._replay(request, session, stored, give_up_at)
+                if stored is None and turn.attach_only:
+                    raise NotFound(f"turn {turn.turn_id} does not exist", reason="TURN_NOT_FOUND")
+                salt = await self._ports.salts.of(session.tenant, give_up_at)
+                run = self._runs.get(turn.session_id)
+                if run is None:
+                    run, created = self._start(request, epoch, session, stored, salt), True
+            if run.epoch < epoch:
+                # The session was taken from this replica and given back: the old run is fenced.
+                await self.end(run, Broken(NotOwner("the session has a newer epoch")))
+                continue
+            if run.epoch != epoch:
+                raise NotOwner(f"session {turn.session_id} is owned under a newer epoch")
+            if run.turn_id != turn.turn_id:
+                raise TurnInProgress(
+                    f"turn {run.turn_id} is running", metadata={"turn_id": run.turn_id}
+                )
+            found = await self._opened(run, request, created, give_up_at)
+            if found is not None:
+                return found
+        raise Unavailable(f"session {turn.session_id} keeps changing; try again")
+
+    def _start(
+        self,
+        request: pb.DispatchTurnRequest,
+        epoch: Epoch,
+        session: Session,
+        stored: Turn | None,
+        salt: bytes,
+    ) -> TurnRun:
+        if self._closed:
+            raise Unavailable("the replica is stopping")
+        info = self._ports.engine.info
+        if len(self._runs) >= info.max_running + info.max_queued:
+            raise Overloaded(
+                f"{len(self._runs)} turns run or wait on this replica", retry_after_ms=RETRY_MS
+            )
+        turn = request.turn
+        run = TurnRun(self._ports, turn.session_id, turn.turn_id, epoch, self._ended)
+        opening = TurnOpening(self._ports, request, epoch)
+
+        async def open_turn() -> Opened | Turn:
+            return await opening.open(session, stored, salt)
+
+        async def pull(opened: Opened) -> None:
+            await self._ports.pull_prefix(opened.resident, request.prefix)
+
+        self._runs[turn.session_id] = run
+        self._tasks.start_soon(run.run, open_turn, pull, name=f"turn {turn.turn_id}")
+        return run
+
+    def _ended(self, run: TurnRun) -> None:
+        if self._runs.get(run.session_id) is run:
+            del self._runs[run.session_id]
+
+    async def _opened(
+        self, run: TurnRun, request: pb.DispatchTurnRequest, created: bool, give_up_at: float
+    ) -> Found | None:
+        """The run as a view, once it is open; None if it turned out to have ended before (look in
+        the ledger then)."""
+        while run.opened is None and run.ending is None:
+            if not await run.changed(max(0.0, give_up_at - anyio.current_time())):
+                raise Unavailable("the turn is not open yet: the store does not answer")
+        opened = run.opened
+        if opened is None:
+            if isinstance(run.ending, Broken):
+                raise run.ending.error
+            return None
+        if opened.resident.tenant != request.tenant:
+            raise NotFound("no such session", reason="SESSION_NOT_FOUND")
+        turn = request.turn
+        check_input(turn, opened.turn, opened.resident.salt)
+        first = resume_index(opened.output, run.released, _position(turn))
+        accepted = accepted_event(
+            opened.turn,
+            opened.plan.sampling.seed,
+            cached_tokens=run.cached_tokens,
+            attached=not (created and opened.began),
+        )
+        return Found(run, accepted, first)
+
+    async def _replay(
+        self,
+        request: pb.DispatchTurnRequest,
+        session: Session,
+        stored: Turn,
+        give_up_at: float,
+    ) -> Found:
+        """An ended turn from the ledger; needs the token fingerprint but not the session."""
+        if session.token_fingerprint != self._ports.codec.token_fingerprint:
+            raise NotOwner(f"session {session.session_id} needs another tokenizer or template")
+        salt = await self._ports.salts.of(session.tenant, give_up_at)
+        check_input(request.turn, stored, salt)
+        output = await read_output(self._ports, session, stored, salt)
+        first = resume_index(output, len(output.tokens), _position(request.turn))
+        seed = body_of(stored.spec).params.seed
+        accepted = accepted_event(stored, seed, cached_tokens=0, attached=True)
+        return Found(Replay(stored, output), accepted, first)
+
+    async def _read(
+        self, request: pb.DispatchTurnRequest, give_up_at: float
+    ) -> tuple[Session, Turn | None]:
+        turn = request.turn
+        session = await read_session(self._ports.store, turn.session_id, request.tenant, give_up_at)
+        stored = await until_answered(
+            lambda: self._ports.store.get_turn(turn.session_id, turn.turn_id), give_up_at
+        )
+        return session, stored
+
+
+def _position(turn: types_pb2.RunTurnRequest) -> Position | None:
+    if not turn.HasField("resume_from"):
+        return None
+    return Position(turn.resume_from.length, turn.resume_from.digest)
