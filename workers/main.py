@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import random
 import signal
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 
 import anyio
@@ -97,9 +98,17 @@ def run(config: WorkerConfig) -> None:
     try:
         anyio.run(_run, config, backend_options=options)
     except* (EngineFailed, ReplicaReplaced) as group:
-        for error in group.exceptions:
+        for error in _leaves(group):
             log.critical("the worker must stop: %s", error)
         raise SystemExit(1) from group
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 async def _run(config: WorkerConfig) -> None:
