@@ -80,9 +80,11 @@ def _connect(target: str, credentials: grpc.ChannelCredentials | None) -> Gatewa
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2000),
-        # Notices a gateway that vanished without closing its connections.
+        # Notices a gateway that hangs, or vanished without closing its connections. Any ping that
+        # is under way already (gRPC measures bandwidth with some) delays the keep-alive's.
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS // 2),
         ("grpc.http2.max_pings_without_data", 0),
     ]
     channel = (
