@@ -159,8 +159,10 @@ def _server(
     if config.reflection:
         names = (SESSION_SERVICE, FLEET_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-    port = server.add_insecure_port(config.listen)
-    return server, port
+    try:
+        return server, server.add_insecure_port(config.listen)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {config.listen}: {error}") from error
 
 
 async def _set_health(service: health.HealthServicer, status: int) -> None:
@@ -173,6 +175,6 @@ async def _keep_warm(app: GatewayApp, replicas: GrpcReplicaClients) -> None:
     while True:
         for replica in app.fleet.snapshot.replicas:
             if replica.state is not ReplicaState.DOWN and not replica.stale:
-                replicas.warm(replica.details.endpoint)
+                replicas.warm(replica.details.endpoint, replica.ref.incarnation)
         await replicas.close_retired(app.config.times.shutdown_grace_s)
         await app.fleet.changed()

@@ -165,7 +165,7 @@ class Assigner:
                 self._fleet.assume_session(
                     written.session_id, target.ref, written.leading_digest.hex()
                 )
-                log.info("%s goes to %s: %s", written.session_id, target.ref, decision.explain())
+                log.info("%s goes to %s: %s", written.session_id, target.ref, decision)
                 if written.owner is None:
                     raise SessileError(f"{written.session_id} was placed but has no owner")
                 return Assignment(written.owner, target, decision.pull_from)

@@ -123,7 +123,7 @@ class Migrations:
         if not target_id:
             decision = place(snapshot, request, self._config.placement)
             if isinstance(decision, NoCandidate):
-                raise MigrationRefused(f"no replica can take it: {decision.explain()}")
+                raise MigrationRefused(f"no replica can take it: {decision}")
             return decision.replica
         target = snapshot.named(target_id)
         if target is None:

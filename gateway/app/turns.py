@@ -169,8 +169,10 @@ class _TurnStream:
         self._request = request
         self._outbox = outbox
         times = services.config.times
-        turn_s = request.timeout_ms / 1000 or times.default_turn_s
-        # A little longer than the turn: its own deadline is the ledger's business.
+        # A little longer than the turn: its own deadline is the ledger's business, and one that is
+        # only attached to may have any.
+        unset_s = times.max_turn_s if request.attach_only else times.default_turn_s
+        turn_s = request.timeout_ms / 1000 or unset_s
         limit_s = turn_s + times.waiting_event_s
         if time_left_s is not None:
             limit_s = min(limit_s, time_left_s)
@@ -377,14 +379,14 @@ class _TurnStream:
         fresh = not self._cursor.accepted and self._lost is None
         if found.overloaded and fresh:
             raise Overloaded(
-                f"no replica has a place: {found.explain()}", retry_after_ms=found.retry_after_ms
+                f"no replica has a place: {found}", retry_after_ms=found.retry_after_ms
             )
         await self._wait(pb.TurnWaiting.REASON_QUEUED if fresh else pb.TurnWaiting.REASON_FAILOVER)
         try:
             await self._pause(self._s.config.times.no_candidate_s)
         except Unavailable as error:
             raise Unavailable(
-                f"no replica can take the session: {found.explain()}",
+                f"no replica can take the session: {found}",
                 retry_after_ms=error.retry_after_ms,
             ) from error
 

@@ -310,7 +310,7 @@ def plan_drain(
     for session in ordered:
         decision = place(fleet, move_request(session, source), model)
         if isinstance(decision, NoCandidate):
-            planned.append(Stays(session.session_id, decision.explain()))
+            planned.append(Stays(session.session_id, str(decision)))
             continue
         running = session.active_turn_id is not None
         planned.append(PlannedMove(session.session_id, decision.replica.ref, running))

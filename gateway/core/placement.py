@@ -126,8 +126,8 @@ class Decision:
     costs: tuple[Cost, ...]
     excluded: tuple[Excluded, ...]
 
-    def explain(self) -> str:
-        """One line for a trace or a log."""
+    def __str__(self) -> str:
+        """One line for a trace or a log: the cost of each candidate, the reason of each other."""
         parts = [
             f"{c.ref} {c.total_ms:.1f} ms (prefill {c.prefill_ms:.1f}, transfer "
             f"{c.transfer_ms:.1f}, queue {c.queue_ms:.1f}, pressure {c.pressure_ms:.1f})"
@@ -147,7 +147,7 @@ class NoCandidate:
     model_known: bool
     retry_after_ms: int = 0
 
-    def explain(self) -> str:
+    def __str__(self) -> str:
         return "; ".join(f"{e.ref}: {e.why}" for e in self.excluded) or "the fleet is empty"
 
 

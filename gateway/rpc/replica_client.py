@@ -145,13 +145,15 @@ class GrpcReplicaClients:
             ("grpc.keepalive_time_ms", int(config.times.keepalive_s * 1000)),
             ("grpc.keepalive_timeout_ms", int(config.times.keepalive_timeout_s * 1000)),
             ("grpc.http2.max_pings_without_data", 0),
-            # A restarted worker listens at its old endpoint within a second: do not back off for
-            # longer than that.
+            # Each channel has connections of its own, so that a new one to a restarted worker does
+            # not inherit the back-off of the old one.
+            ("grpc.use_local_subchannel_pool", 1),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
         ]
         self._channels: OrderedDict[str, tuple[aio.Channel, GrpcReplicaClient]] = OrderedDict()
+        self._incarnations: dict[str, int] = {}
         self._retired: list[aio.Channel] = []
 
     def at(self, endpoint: str) -> GrpcReplicaClient:
@@ -160,15 +162,25 @@ class GrpcReplicaClients:
             channel = aio.insecure_channel(endpoint, options=self._options)
             known = self._channels[endpoint] = (channel, GrpcReplicaClient(channel))
             if len(self._channels) > self._limit:
-                self._retired.append(self._channels.popitem(last=False)[1][0])
+                self._retire(next(iter(self._channels)))
         else:
             self._channels.move_to_end(endpoint)
         return known[1]
 
-    def warm(self, endpoint: str) -> None:
-        """Connects now, so that the first dispatch (perhaps a fail-over) does not have to."""
+    def warm(self, endpoint: str, incarnation: int) -> None:
+        """Connects now, so that the first dispatch (perhaps a fail-over) does not have to. Another
+        process at a known endpoint gets a new channel: the old one may be backing off."""
+        if self._incarnations.get(endpoint, incarnation) != incarnation:
+            self._retire(endpoint)
         self.at(endpoint)
+        self._incarnations[endpoint] = incarnation
         self._channels[endpoint][0].get_state(try_to_connect=True)
+
+    def _retire(self, endpoint: str) -> None:
+        self._incarnations.pop(endpoint, None)
+        known = self._channels.pop(endpoint, None)
+        if known is not None:
+            self._retired.append(known[0])
 
     async def close_retired(self, grace_s: float) -> None:
         """Closes forgotten channels, giving their streams a grace to end."""

@@ -7,6 +7,10 @@ random moment, and measures at the client
 * ``gap_ms``: from the last token before the fail-over to the first one after it, and
 * ``kill_to_token_ms``: from the kill to the first token after it.
 
+Beside the work of the gateway and of the new worker, the gap holds what neither can shorten: the
+operating system takes the killed process apart before it closes its sockets, and the engine
+computes the whole context again (its first step: ``step_ms`` and ``prefill_token_ms`` a token).
+
 Every round also checks that positions are contiguous and that the turn finishes. Killed workers are
 replaced before the next round. Prints JSON: quote it with the machine it ran on.
 
@@ -42,6 +46,7 @@ class Settings:
     kills: int
     workers: int
     step_ms: float
+    prefill_token_ms: float
     context_tokens: int
     seed: int
 
@@ -148,7 +153,11 @@ async def measure(settings: Settings, logs: Path) -> dict[str, object]:
 
             def start(name: str) -> Process:
                 return processes.worker(
-                    name, step_ms=settings.step_ms, decode_token_ms=0, eos_probability=0
+                    name,
+                    step_ms=settings.step_ms,
+                    prefill_token_ms=settings.prefill_token_ms,
+                    decode_token_ms=0,
+                    eos_probability=0,
                 )
 
             gateway = processes.gateway()
@@ -179,6 +188,7 @@ def report(settings: Settings, rounds: list[Round]) -> dict[str, object]:
         "failed_rounds": len(rounds) - len(good),
         "workers": settings.workers,
         "step_ms": settings.step_ms,
+        "prefill_token_ms": settings.prefill_token_ms,
         "context_tokens": settings.context_tokens,
         "gap_ms": _percentiles([r.first_after - r.last_before for r in good]),
         "kill_to_token_ms": _percentiles([r.first_after - r.killed_at for r in good]),
@@ -202,13 +212,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--step-ms", type=float, default=10.0)
+    parser.add_argument("--step-ms", type=float, default=5.0)
+    parser.add_argument("--prefill-token-ms", type=float, default=0.01)
     parser.add_argument("--context-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--logs", type=Path, help="keep the processes' logs here")
     chosen = parser.parse_args()
     settings = Settings(
-        chosen.kills, chosen.workers, chosen.step_ms, chosen.context_tokens, chosen.seed
+        chosen.kills,
+        chosen.workers,
+        chosen.step_ms,
+        chosen.prefill_token_ms,
+        chosen.context_tokens,
+        chosen.seed,
     )
     with tempfile.TemporaryDirectory(prefix="sessile-failover-") as scratch:
         logs = chosen.logs or Path(scratch)

@@ -211,7 +211,7 @@ def test_an_empty_fleet_and_an_unknown_model_are_told_apart_from_overload() -> N
 
 def test_a_decision_explains_itself() -> None:
     decision = decided(fleet(replica("a"), replica("b", model="other")), request(new_tokens=100))
-    assert decision.explain() == (
+    assert str(decision) == (
         "a#1 50.0 ms (prefill 50.0, transfer 0.0, queue 0.0, pressure 0.0); b#1 no: serves other"
     )
 

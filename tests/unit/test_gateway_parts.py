@@ -1,0 +1,283 @@
+"""Parts of the gateway by themselves: fleet view, directory, settings, the replica client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anyio
+import grpc
+import pytest
+from grpc import aio
+
+from gateway.app.admission import Gate
+from gateway.app.directory import SessionDirectory
+from gateway.app.fleet_view import FleetView
+from gateway.app.ports import ReplicaLost
+from gateway.config import Admission, GatewayConfig, Tables, Times
+from gateway.core import failover
+from gateway.core.errors import DeadlineExceeded, NotFound, NotOwner, Overloaded, SessileError
+from gateway.core.failover import AskAgain, FailoverLimits, OwnerSeen, Take
+from gateway.core.machines import ReplicaState
+from gateway.rpc.replica_client import GrpcReplicaClients, translate
+from gateway.rpc.status import DETAILS_KEY, code_of, to_status
+from loadtest.simulation.loop import VirtualClock
+from statestore.ports import StoreUnavailable
+from statestore.records import ReplicaRecord, ReplicaRef
+from statestore.replica_info import ReplicaLoad
+from tests.support.fleets import record
+from tests.support.gateway_world import TENANT, simulated, world
+
+CONFIG = GatewayConfig()
+
+
+class FleetStore:
+    """Only the fleet's records."""
+
+    def __init__(self, *records: ReplicaRecord) -> None:
+        self.records: Sequence[ReplicaRecord] = records
+        self.reads = 0
+        self.silent = False
+
+    async def fleet(self) -> tuple[ReplicaRecord, ...]:
+        self.reads += 1
+        await anyio.sleep(0.01)
+        if self.silent:
+            raise StoreUnavailable("no answer")
+        return tuple(self.records)
+
+
+def view(store: FleetStore) -> FleetView:
+    return FleetView(store, VirtualClock(), CONFIG)  # type: ignore[arg-type]
+
+
+@simulated
+async def test_assumed_load_counts_until_heartbeats_include_it_or_the_attempt_ends() -> None:
+    store = FleetStore(record("a", 5))
+    fleet = view(store)
+    await fleet.refresh()
+    ref = ReplicaRef("a", 1)
+    fleet.assume_turn("x", ref, 1000, "d0")
+    fleet.assume_turn("y", ref, 10)
+    fleet.assume_session("s", ref)
+    replica = fleet.snapshot.replicas[0]
+    assert (replica.turns, replica.pending_prefill_tokens, replica.sessions) == (2, 1010, 1)
+    assert replica.assumed.leading == {"d0"}
+    fleet.release("y")
+    assert fleet.snapshot.replicas[0].turns == 1
+    store.records = [record("a", 6)]
+    await fleet.refresh()
+    assert fleet.snapshot.replicas[0].turns == 1
+    store.records = [record("a", 7, load=ReplicaLoad(running_turns=1, sessions=1).to_json())]
+    await fleet.refresh()
+    replica = fleet.snapshot.replicas[0]
+    assert (replica.turns, replica.sessions, replica.assumed.turns) == (1, 1, 0)
+    fleet.release("x")
+    fleet.release("never assumed")
+
+
+@simulated
+async def test_overlapping_refreshes_share_one_read() -> None:
+    store = FleetStore(record("a", 5))
+    fleet = view(store)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(10):
+            tasks.start_soon(fleet.refresh)
+    assert store.reads == 1
+
+
+@simulated
+async def test_a_store_outage_leaves_the_last_snapshot_standing() -> None:
+    store = FleetStore(record("a", 5))
+    fleet = view(store)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(fleet.run)
+        await anyio.sleep(0.6)
+        store.records = [record("a", 6)]
+        await anyio.sleep(0.6)
+        assert fleet.snapshot.replicas[0].state is ReplicaState.READY
+        store.silent = True
+        await anyio.sleep(60)
+        assert fleet.snapshot.replicas[0].state is ReplicaState.READY
+        tasks.cancel_scope.cancel()
+
+
+@simulated
+async def test_waiters_hear_of_changes_of_state_only() -> None:
+    store = FleetStore(record("a", 5))
+    fleet = view(store)
+    await fleet.refresh()
+    heard: list[int] = []
+
+    async def listen() -> None:
+        while True:
+            await fleet.changed()
+            heard.append(store.reads)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(listen)
+        await anyio.sleep(0.1)
+        await fleet.refresh()
+        assert not heard
+        store.records = [record("a", 6)]
+        await fleet.refresh()
+        await anyio.sleep(0.1)
+        assert len(heard) == 1
+        fleet.report_refused(ReplicaRef("a", 1))
+        await anyio.sleep(0.1)
+        assert len(heard) == 2
+        tasks.cancel_scope.cancel()
+
+
+@simulated
+async def test_records_that_cannot_be_read_or_spoken_to_are_left_out() -> None:
+    good, bad = record("a", 5), record("b", 5)
+    broken = ReplicaRecord(bad.ref, "{", 1, "", False, False)
+    newer = record("c", 5)
+    newer = ReplicaRecord(
+        newer.ref,
+        newer.details.replace('"protocol_min":1', '"protocol_min":9'),
+        1,
+        "",
+        False,
+        False,
+    )
+    fleet = view(FleetStore(good, broken, newer))
+    await fleet.refresh()
+    assert [r.ref for r in fleet.snapshot.replicas] == [good.ref]
+
+
+@simulated
+async def test_the_directory_forgets_the_least_recently_used_and_reads_it_again() -> None:
+    config = GatewayConfig(tables=Tables(owners=2, salts=1))
+    async with world(a=1) as w:
+        ids = [await w.open(f"r{i}") for i in range(3)]
+        directory = SessionDirectory(w.store, config)
+        for session_id in ids:
+            await directory.find(TENANT, session_id)
+        assert len(directory._known) == 2
+        assert (await directory.find(TENANT, ids[0])).session_id == ids[0]
+        assert await directory.salt("x") != await directory.salt("y")
+        assert len(directory._salts) == 1
+
+
+@simulated
+async def test_ids_that_are_no_session_ids_never_reach_the_store() -> None:
+    async with world(a=1) as w:
+        directory = SessionDirectory(w.store, CONFIG)
+        for bad in ("", "ses_", "ses_a b", "ses_a.b.c", "x" * 10_000, "ses_{a}"):
+            with pytest.raises(NotFound):
+                await directory.read(TENANT, bad)
+
+
+def test_a_gate_counts_and_refuses_the_one_too_many() -> None:
+    gate = Gate("max_calls", 1, 250)
+    with gate.entered():
+        with pytest.raises(Overloaded) as caught, gate.entered():
+            pass
+        assert caught.value.retry_after_ms == 250
+    assert gate.taken == 0
+    with pytest.raises(ValueError, match="x"), gate.entered():
+        raise ValueError("x")
+    assert gate.taken == 0
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: GatewayConfig(listen="nowhere"),
+        lambda: GatewayConfig(listen="h:70000"),
+        lambda: GatewayConfig(admission=Admission(max_streams=0)),
+        lambda: GatewayConfig(times=Times(fleet_poll_s=0.9)),
+        lambda: GatewayConfig(times=Times(sweep_period_s=4.0)),
+        lambda: GatewayConfig(times=Times(default_turn_s=1e9)),
+        lambda: FailoverLimits(backoff_base_ms=0),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_at_start(build: object) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        build()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (OwnerSeen(ReplicaState.READY, stale=False, refused=True), Take),
+        (OwnerSeen(ReplicaState.SUSPECT, stale=True, refused=False), Take),
+        (OwnerSeen(ReplicaState.DOWN, stale=True, refused=False), Take),
+        (OwnerSeen(ReplicaState.READY, stale=False, refused=False), AskAgain),
+        (OwnerSeen(ReplicaState.DRAINING, stale=False, refused=False), AskAgain),
+        (OwnerSeen(ReplicaState.DRAINING, stale=True, refused=False), Take),
+    ],
+)
+def test_an_owner_is_replaced_only_on_a_refusal_or_a_stale_heartbeat(
+    seen: OwnerSeen, expected: type
+) -> None:
+    decision = failover.decide(seen, "ses_a", 0, FailoverLimits())
+    assert isinstance(decision, expected)
+    assert decision.why
+    if expected is Take:
+        assert decision.delay_ms == 0
+
+
+def test_attempts_back_off_up_to_a_bound_and_not_in_step() -> None:
+    limits = FailoverLimits(backoff_base_ms=10, backoff_max_ms=500)
+    delays = [failover.backoff_ms("ses_a", n, limits) for n in range(60)]
+    assert delays[0] == 0
+    assert all(5 * 2 ** (n - 1) <= delays[n] < 10 * 2 ** (n - 1) for n in range(1, 6))
+    assert max(delays) < 500
+    assert failover.backoff_ms("ses_b", 5, limits) != delays[5]
+
+
+def rpc_error(code: grpc.StatusCode, details: str, error: SessileError | None = None) -> object:
+    trailing = aio.Metadata()
+    if error is not None:
+        status = to_status(error)
+        trailing = aio.Metadata((DETAILS_KEY, status.SerializeToString()))
+        code, details = code_of(error), status.message
+    return translate(aio.AioRpcError(code, aio.Metadata(), trailing, details=details))
+
+
+@pytest.mark.parametrize(
+    ("details", "refused"),
+    [
+        ("failed to connect to all addresses; last error: UNKNOWN: Connection refused", True),
+        ("Stream removed (Socket closed)", True),
+        ("recvmsg:Connection reset by peer", True),
+        ("sendmsg: Broken pipe", True),
+        ("keepalive watchdog timeout", False),
+        ("GOAWAY received", False),
+        ("No route to host", False),
+    ],
+)
+def test_a_broken_connection_is_told_apart_from_a_silent_one(details: str, refused: bool) -> None:
+    error = rpc_error(grpc.StatusCode.UNAVAILABLE, details)
+    assert isinstance(error, ReplicaLost)
+    assert error.refused is refused
+
+
+def test_what_a_replica_answers_is_not_mistaken_for_a_broken_connection() -> None:
+    assert isinstance(rpc_error(grpc.StatusCode.UNKNOWN, "", NotOwner("not mine")), NotOwner)
+    late = rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+    assert isinstance(late, DeadlineExceeded)
+    reset = rpc_error(grpc.StatusCode.INTERNAL, "Received RST_STREAM")
+    assert isinstance(reset, ReplicaLost)
+    assert not reset.refused
+
+
+@pytest.mark.anyio
+async def test_channels_are_kept_per_endpoint_up_to_their_bound() -> None:
+    clients = GrpcReplicaClients(GatewayConfig(tables=Tables(channels=2)))
+    try:
+        first = clients.at("127.0.0.1:1")
+        assert clients.at("127.0.0.1:1") is first
+        clients.at("127.0.0.1:2")
+        clients.at("127.0.0.1:1")
+        clients.at("127.0.0.1:3")
+        assert clients.at("127.0.0.1:1") is first
+        await clients.close_retired(0.0)
+        clients.warm("127.0.0.1:1", 1)
+        assert clients.at("127.0.0.1:1") is first
+        clients.warm("127.0.0.1:1", 2)
+        assert clients.at("127.0.0.1:1") is not first
+    finally:
+        await clients.aclose()
