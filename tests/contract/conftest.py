@@ -7,13 +7,21 @@ from collections.abc import AsyncIterator
 import pytest
 
 from statestore.redis_store import RedisStore
-from tests.support.stores import Backend, SimulatedBackend, server_backend, store_on
+from tests.support.stores import (
+    BACKENDS,
+    Backend,
+    LossyBackend,
+    SimulatedBackend,
+    server_backend,
+    store_on,
+)
 
 
-@pytest.fixture(params=["simulated", "valkey", "redis", "cluster"])
+@pytest.fixture(params=BACKENDS)
 async def backend(request: pytest.FixtureRequest, anyio_backend: str) -> AsyncIterator[Backend]:
-    if request.param == "simulated":
-        yield SimulatedBackend()
+    if request.param in ("simulated", "lossy"):
+        simulated = SimulatedBackend()
+        yield LossyBackend(simulated) if request.param == "lossy" else simulated
         return
     async with server_backend(request.getfixturevalue(f"{request.param}_url")) as server:
         yield server

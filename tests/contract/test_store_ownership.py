@@ -17,7 +17,7 @@ from statestore.records import NO_EPOCH, Epoch, Migration, SessionState, StoreLi
 from statestore.records import Owner as Ownership
 from statestore.redis_store import RedisStore
 from tests.support.owners import A, B, Owner, opened
-from tests.support.stores import Backend, store_on
+from tests.support.stores import ANSWERING, Backend, store_on
 
 pytestmark = pytest.mark.anyio
 
@@ -200,6 +200,7 @@ async def test_a_switch_needs_what_the_target_verified(store: RedisStore) -> Non
     assert session.owner == Ownership(A, owner.epoch)
 
 
+@ANSWERING
 async def test_an_overdue_turn_ends_instead_of_moving(store: RedisStore) -> None:
     owner = await Owner.of(store)
     await owner.begin(timeout_ms=0)

@@ -27,7 +27,7 @@ from statestore.records import (
 from statestore.records import Owner as Ownership
 from statestore.redis_store import RedisStore
 from tests.support.owners import EMPTY, STOP, A, B, Owner, position_of
-from tests.support.stores import Backend
+from tests.support.stores import ANSWERING, Backend
 
 pytestmark = pytest.mark.anyio
 
@@ -260,6 +260,7 @@ async def test_tokens_that_a_fork_refers_to_are_never_replaced(
     )
 
 
+@ANSWERING
 async def test_a_repaired_turn_keeps_its_deadline(backend: Backend, store: RedisStore) -> None:
     owner = await Owner.of(store)
     saved = await backend.save()

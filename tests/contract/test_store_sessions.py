@@ -14,7 +14,7 @@ from statestore.records import (
 )
 from statestore.redis_store import RedisStore
 from tests.support.owners import EMPTY, TENANT, A, Owner, new_session, opened
-from tests.support.stores import Backend, store_on
+from tests.support.stores import ANSWERING, Backend, store_on
 
 pytestmark = pytest.mark.anyio
 
@@ -170,6 +170,7 @@ async def test_closing_without_retention_leaves_nothing_behind(
     assert left == before
 
 
+@ANSWERING
 async def test_a_closed_session_is_purged_by_the_sweep_when_its_retention_ends(
     backend: Backend,
 ) -> None:

@@ -44,7 +44,7 @@ from tests.support.owners import (
     position_of,
     spec,
 )
-from tests.support.stores import Backend, store_on
+from tests.support.stores import ANSWERING, Backend, store_on
 
 pytestmark = pytest.mark.anyio
 
@@ -205,6 +205,17 @@ async def test_a_commit_repeated_after_the_next_turn_began_is_a_success(store: R
     assert await store.append_many([commit]) == [Appended(commit.head)]
 
 
+async def test_another_commit_of_a_committed_turn_is_no_repeat(store: RedisStore) -> None:
+    owner = await Owner.of(store)
+    await owner.begun()
+    commit = owner.append(4, commit=STOP)
+    await store.append_many([commit])
+    other = replace(commit, tokens=[5], head=position_of([1, 2, 3, 5]))
+    (outcome,) = await store.append_many([other])
+    assert isinstance(outcome, TurnEnded)
+    assert outcome.turn.output_end == commit.head
+
+
 async def test_a_commit_completes_tokens_that_are_there_already(store: RedisStore) -> None:
     owner = await Owner.of(store)
     await owner.begun()
@@ -360,6 +371,25 @@ async def test_progress_lets_a_turn_be_attempted_further(store: RedisStore) -> N
         assert outcome.turn.attempt == attempt
 
 
+async def test_only_attempts_in_a_row_count(store: RedisStore) -> None:
+    owner = await Owner.of(store)
+    await owner.begun()
+    for attempt in range(2, 8):
+        owner = await taken(store, owner, b"%d" % attempt)
+        assert isinstance(await store.resume_turn("ses_f", owner.epoch, "t1"), TurnBegun)
+        if attempt % 2 == 0:
+            await owner.write(attempt)
+
+
+async def test_an_owner_may_start_its_own_attempt_again(store: RedisStore) -> None:
+    owner = await Owner.of(store)
+    await owner.begun()
+    for attempt in range(2, 6):
+        outcome = await store.resume_turn("ses_f", owner.epoch, "t1")
+        assert isinstance(outcome, TurnBegun)
+        assert outcome.turn.attempt == attempt
+
+
 async def test_an_ended_or_unknown_turn_is_not_resumed(store: RedisStore) -> None:
     owner = await Owner.of(store)
     await owner.run_turn("t1", [4])
@@ -437,6 +467,7 @@ async def overdue(store: RedisStore) -> Owner:
     return owner
 
 
+@ANSWERING
 async def test_whoever_touches_an_overdue_turn_ends_it(store: RedisStore) -> None:
     owner = await overdue(store)
     ended = await owner.write(4)
@@ -449,6 +480,7 @@ async def test_whoever_touches_an_overdue_turn_ends_it(store: RedisStore) -> Non
     assert await store.cancel_turn("ses_f", "t1") == ended
 
 
+@ANSWERING
 async def test_an_overdue_turn_is_not_cancelled_but_failed(store: RedisStore) -> None:
     await overdue(store)
     outcome = await store.cancel_turn("ses_f", "t1")
@@ -456,12 +488,14 @@ async def test_an_overdue_turn_is_not_cancelled_but_failed(store: RedisStore) ->
     assert outcome.turn.status is TurnStatus.FAILED
 
 
+@ANSWERING
 async def test_an_overdue_turn_ends_when_its_session_is_taken(store: RedisStore) -> None:
     owner = await overdue(store)
     await taken(store, owner)
     assert (await stored(store)).status is TurnStatus.FAILED
 
 
+@ANSWERING
 async def test_an_overdue_turn_ends_when_it_is_resumed_or_begun_again(store: RedisStore) -> None:
     owner = await overdue(store)
     outcome = await owner.begin(timeout_ms=0)
@@ -472,6 +506,7 @@ async def test_an_overdue_turn_ends_when_it_is_resumed_or_begun_again(store: Red
     assert isinstance(await store.resume_turn("ses_g", owner.epoch, "t1"), TurnEnded)
 
 
+@ANSWERING
 async def test_input_rendered_while_an_overdue_turn_ran_has_to_be_rendered_anew(
     store: RedisStore,
 ) -> None:
@@ -480,12 +515,14 @@ async def test_input_rendered_while_an_overdue_turn_ran_has_to_be_rendered_anew(
     assert isinstance(await owner.begin("t2"), TurnBegun)
 
 
+@ANSWERING
 async def test_an_overdue_turn_does_not_keep_its_session_busy(store: RedisStore) -> None:
     await overdue(store)
     assert isinstance(await store.suspend("ses_f"), SessionWritten)
     assert (await stored(store)).status is TurnStatus.FAILED
 
 
+@ANSWERING
 async def test_the_sweep_ends_overdue_turns_that_nobody_touches(store: RedisStore) -> None:
     await overdue(store)
     other = await Owner.of(store, "ses_g")
@@ -497,6 +534,7 @@ async def test_the_sweep_ends_overdue_turns_that_nobody_touches(store: RedisStor
     assert (await store.sweep(10)).examined == 0
 
 
+@ANSWERING
 async def test_the_sweep_looks_at_a_bounded_number_of_sessions(store: RedisStore) -> None:
     for name in "abc":
         owner = await Owner.of(store, f"ses_{name}")

@@ -4,18 +4,27 @@ on demand, as a server does that fails over."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
+import pytest
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 
 from loadtest.simulation.redis import LuaExecutor
-from statestore.executor import ScriptExecutor
+from statestore.executor import Reply, ScriptCall, ScriptExecutor
+from statestore.ports import Append, AppendOutcome, StoreError, StoreUnavailable
 from statestore.records import StoreLimits
 from statestore.redis_executor import connect
 from statestore.redis_store import RedisStore
+from statestore.script_runner import RetryPolicy
+
+BACKENDS = ("simulated", "lossy", "valkey", "redis", "cluster")
+ANSWERING = pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS if name != "lossy"], indirect=True
+)
+"""For tests of what is said only once (what a sweep did, that a turn begins already overdue)."""
 
 
 class Backend(Protocol):
@@ -36,7 +45,45 @@ class Backend(Protocol):
 
 
 def store_on(backend: Backend, limits: StoreLimits | None = None) -> RedisStore:
-    return RedisStore(backend.executor, limits=limits)
+    """A store that repeats unanswered calls at once."""
+    return PatientStore(backend.executor, limits=limits, retry=RetryPolicy(first_delay_s=0))
+
+
+class LossyBackend:
+    """Another backend whose every first answer is lost after the call was applied. Whoever repeats
+    unanswered calls, as RedisStore does, must not notice."""
+
+    def __init__(self, inner: Backend) -> None:
+        self._inner = inner
+        self.executor = LossyExecutor(inner.executor)
+        self.save, self.roll_back, self.keys = inner.save, inner.roll_back, inner.keys
+
+
+class LossyExecutor:
+    def __init__(self, inner: ScriptExecutor) -> None:
+        self._inner = inner
+        self._repeated: tuple[ScriptCall, ...] = ()
+
+    async def execute(
+        self, calls: Sequence[ScriptCall], timeout_s: float
+    ) -> list[Reply | StoreError]:
+        replies = await self._inner.execute(calls, timeout_s)
+        first = tuple(calls) != self._repeated
+        self._repeated = tuple(calls) if first else ()
+        return [StoreUnavailable("lost") for _ in calls] if first else replies
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class PatientStore(RedisStore):
+    """Repeats unanswered appends, as the journal does."""
+
+    async def append_many(self, appends: Sequence[Append]) -> list[AppendOutcome | StoreError]:
+        outcomes = await super().append_many(appends)
+        if any(isinstance(outcome, StoreUnavailable) for outcome in outcomes):
+            outcomes = await super().append_many(appends)
+        return outcomes
 
 
 class SimulatedBackend:
