@@ -26,7 +26,7 @@ from loadtest.demo.board import AgentState, Arrival, Board, Phase, TurnLog
 from loadtest.demo.tasks import FINAL_STEP, SYSTEM_PROMPT, Step, run_tool, steps
 
 TENANT = "demo"
-TURN_TIMEOUT_S = 120.0
+TURN_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,17 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from redis import Redis
+from typing import Protocol
 
 from loadtest.demo.board import AgentState, TurnLog
+
+
+class RawKeys(Protocol):
+    """What the audit needs of a Redis client."""
+
+    def get(self, name: str, /) -> object: ...
+
+    def hget(self, name: str, key: str, /) -> object: ...
 
 
 @dataclass(slots=True)
@@ -40,24 +47,22 @@ class Audit:
         return not (self.lost or self.repeated or self.altered or self.hanging or self.problems)
 
 
-def audit(redis_url: str, agents: Sequence[AgentState]) -> Audit:
+def audit(store: RawKeys, agents: Sequence[AgentState]) -> Audit:
     """Checks every turn of every agent. Blocks."""
     found = Audit()
-    with Redis.from_url(redis_url) as store:
-        for agent in agents:
-            if agent.session_id:
-                _check_session(store, agent, found)
-            else:
-                found.problems.append(f"{agent.name} never opened its session")
+    for agent in agents:
+        if agent.session_id:
+            _check_session(store, agent, found)
+        else:
+            found.problems.append(f"{agent.name} never opened its session")
     return found
 
 
-def _check_session(store: Redis, agent: AgentState, found: Audit) -> None:
+def _check_session(store: RawKeys, agent: AgentState, found: Audit) -> None:
     family = agent.session_id.removeprefix("ses_")
     record, ledger = (f"sessile:{{{family}}}:{kind}:{agent.session_id}" for kind in "sl")
     raw = store.get(ledger)
-    assert raw is None or isinstance(raw, bytes)
-    data = raw or b""
+    data = raw if isinstance(raw, bytes) else b""
     tokens = struct.unpack(f"<{len(data) // 4}I", data)
     found.ledgers.append(tokens)
     if active := _field(store, record, "active"):
@@ -72,7 +77,7 @@ def _check_session(store: Redis, agent: AgentState, found: Audit) -> None:
 
 
 def _check_turn(
-    store: Redis, record: str, name: str, turn: TurnLog, ledger: Sequence[int], found: Audit
+    store: RawKeys, record: str, name: str, turn: TurnLog, ledger: Sequence[int], found: Audit
 ) -> int:
     """The turn's end according to the store."""
     status, start, end = (
@@ -96,7 +101,7 @@ def _check_turn(
     return span.stop
 
 
-def _field(store: Redis, key: str, name: str) -> str:
+def _field(store: RawKeys, key: str, name: str) -> str:
     value = store.hget(key, name)
     return value.decode() if isinstance(value, bytes) else ""
 

@@ -20,7 +20,7 @@ DELIVERED_BEFORE_KILL = 10
 """Tokens that a turn on the killed replica has delivered, at least."""
 LEFT_AT_KILL = 4
 """Tokens that it has still to deliver, at least."""
-MOMENT_TIMEOUT_S = 60.0
+MOMENT_TIMEOUT_S = 120.0
 """A fault whose moment does not come within this time has failed."""
 DRAIN_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 20.0
@@ -110,9 +110,8 @@ class Director:
         """Runs a fault when this share of the turns has ended."""
         turns = share * self._total_turns
         try:
-            await self._moment(
-                f"{turns:g} turns ended",
-                lambda: True if self._board.finished_turns >= turns else None,
+            await self._board.wait_for(
+                lambda: True if self._board.finished_turns >= turns else None
             )
             await fault()
         except (FaultImpossible, SessileError, LaunchFailed) as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
+from redis import Redis
 from rich.console import Console
 from sessile import Sessile, SessileError
 
@@ -35,7 +36,7 @@ OPERATOR_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One engine's run, sized so that two cores do it in minutes."""
+    """One engine's run, sized so that two cores do it in two minutes."""
 
     pace: Pace
     limit_s: float
@@ -44,20 +45,20 @@ class Plan:
 
 
 PLANS = {
-    # Prefills some 350 tokens/s on one thread and decodes 14 for one turn, 28 for four.
+    # One thread prefills some 300 tokens/s, and decodes 12 tokens/s of one turn, 28 of four.
     "torch": Plan(
         Pace(
-            agents=8, turns=8, max_turns=14, min_output_tokens=24, max_output_tokens=32,
-            result_chars=1100, gap_s=(0.5, 2.5), arrival_s=1.5,
+            agents=8, turns=6, max_turns=12, min_output_tokens=18, max_output_tokens=24,
+            result_chars=850, gap_s=(0.5, 2.0), arrival_s=1.5,
         ),
-        limit_s=240.0,
+        limit_s=480.0,
         engine_options={"threads": "1", "kv_memory_mb": "768"},
     ),
     # A byte is a token here.
     "sim": Plan(
         Pace(
             agents=8, turns=8, max_turns=24, min_output_tokens=40, max_output_tokens=56,
-            result_chars=1600, gap_s=(0.05, 0.3), arrival_s=0.1,
+            result_chars=800, gap_s=(0.05, 0.3), arrival_s=0.1,
         ),
         limit_s=60.0,
         engine_options={"step_ms": "8", "capacity_pages": "16384"},
@@ -111,7 +112,8 @@ async def _run(engine: str, with_faults: bool, console: Console) -> Report:
                     await _work(board, director, targets, plan, with_faults)
                     tasks.cancel_scope.cancel()
             seconds = board.elapsed_s
-        found = await anyio.to_thread.run_sync(audit, cluster.redis_url, agents)
+        with Redis.from_url(cluster.redis_url) as store:
+            found = await anyio.to_thread.run_sync(audit, store, agents)
     return make_report(engine, agents, director.faults if with_faults else None, found, seconds)
 
 

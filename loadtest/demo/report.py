@@ -96,6 +96,10 @@ class Report:
     """Pauses of streams whose turn was handed over in a planned move."""
     gateway_gap_ms: Spread
     """Longest pause of each stream that had to connect again."""
+    moved_with_kv: int
+    """Sessions moved by an operator or a drain, their KV verified at the target."""
+    moved_by_recompute: int
+    """Sessions that went on after a kill, or moved without KV: in mid-turn or with their next."""
     moved_idle: list[MovedIdle]
     drain: dict[str, Any]
     killed_replica: str
@@ -142,6 +146,13 @@ def make_report(
         failover_gap_ms=_gaps(moves, MoveReason.FAILOVER),
         hand_over_gap_ms=_gaps(moves, MoveReason.MIGRATION),
         gateway_gap_ms=Spread.of(list(_gateway_gaps(agents, done))),
+        moved_with_kv=sum(move.covered for move in moved_idle)
+        + (drained.progress.moved_with_kv if drained else 0),
+        moved_by_recompute=sum(reason is MoveReason.FAILOVER for reason, _ in moves)
+        + sum(
+            _kind(turn, before) == "recomputed" and not turn.moved
+            for turn, before in _finished_with_previous(agents)
+        ),
         moved_idle=moved_idle,
         drain={}
         if drained is None

@@ -111,6 +111,8 @@ def summary(report: Report) -> RenderableType:
         ("lost / repeated / altered",
          f"{report.lost_tokens} / {report.repeated_tokens} / {report.altered_tokens}"),
         ("turns left hanging", str(report.hanging_turns)),
+        ("sessions moved", f"{report.moved_with_kv} with KV, "
+                           f"{report.moved_by_recompute} by recompute"),
     ):  # fmt: skip
         facts.add_row(name, value)
     for move in report.moved_idle:
