@@ -1,7 +1,8 @@
 """Simulated agents: clients that run turns in a session, and behave as clients may.
 
-They leave and come back through another gateway, read slowly, listen twice, cancel, and go on after
-every error that says so. What they hear is kept, and checked as far as a client can.
+They leave and come back through another gateway, read slowly, listen twice, cancel, ask for another
+turn while one runs, and go on after every error that says so. What they hear is kept, and checked
+as far as a client can.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from gateway.core.errors import (
     NotFound,
     Overloaded,
     SessileError,
+    StaleClient,
     TurnCancelled,
+    TurnInProgress,
     Unavailable,
 )
 from loadtest.simulation.network import Call
 from loadtest.simulation.world import World
+from statestore import keys
 
 TENANT = "acme"
 TURN_S = 20.0
@@ -122,6 +126,7 @@ class Agent:
         self._world = world
         self._draw = draw
         self._known_head: pb.Precondition | None = None
+        self._asked_twice = False
 
     async def live(self, turns: int) -> None:
         """Opens a session and runs turns in it, with the pauses of an agent's tools."""
@@ -151,7 +156,7 @@ class Agent:
 
     async def turn(self, index: int, patience_s: float = PATIENCE_S) -> TurnHeard:
         """Runs one turn to its end, whatever it takes."""
-        heard = TurnHeard(self.session_id, f"t{index}", self._new_request(index))
+        heard = TurnHeard(self.session_id, f"t{index}", self._new_request(f"t{index}"))
         self.turns.append(heard)
         until = anyio.current_time() + TURN_S + patience_s
         async with anyio.create_task_group() as helpers:
@@ -159,6 +164,8 @@ class Agent:
                 helpers.start_soon(self._cancel_later, heard)
             if self._draw.random() < 0.2:
                 helpers.start_soon(self._listen_too, heard, until)
+            if self._draw.random() < 0.1:
+                helpers.start_soon(self._ask_twice, index)
             while not heard.ended:
                 if anyio.current_time() > until:
                     self.violations.append(f"I7: {heard.turn_id} has no end")
@@ -168,7 +175,7 @@ class Agent:
         self._conclude(heard)
         return heard
 
-    def _new_request(self, index: int) -> pb.RunTurnRequest:
+    def _new_request(self, turn_id: str) -> pb.RunTurnRequest:
         draw = self._draw
         words = draw.choices(["look", "at", "this", "and", "that", "é€"], k=draw.randrange(1, 30))
         params = pb.SamplingParams(
@@ -182,12 +189,12 @@ class Agent:
             params.ignore_eos = True
         request = pb.RunTurnRequest(
             session_id=self.session_id,
-            turn_id=f"t{index}",
+            turn_id=turn_id,
             messages=[pb.Message(role=pb.Message.ROLE_USER, content=" ".join(words))],
             params=params,
             timeout_ms=int(TURN_S * 1000),
         )
-        if self._known_head is not None and draw.random() < 0.5:
+        if self._known_head is not None and not self._asked_twice and draw.random() < 0.5:
             request.precondition.CopyFrom(self._known_head)
         return request
 
@@ -213,6 +220,7 @@ class Agent:
                 async for message in stream:
                     for event in pb.TurnStream.FromString(message).events:
                         heard.hear(event)
+                        self._must_be_journalled(heard)
                     messages += 1
                     if messages == leave_after:
                         return
@@ -221,8 +229,19 @@ class Agent:
                 heard.violations.append("I2: a stream ended without an end")
         except TRY_AGAIN:
             await self._back_off()
+        except (TurnInProgress, StaleClient) as error:
+            if not self._asked_twice:
+                heard.error = error
+            heard.request.ClearField("precondition")
+            await self._back_off()
         except SessileError as error:
             heard.error = error
+
+    def _must_be_journalled(self, heard: TurnHeard) -> None:
+        ledger = self._world.server.peek(keys.ledger_key(self.session_id))
+        length = len(ledger) // 4 if isinstance(ledger, bytes) else 0
+        if heard.start is not None and heard.start.length + len(heard.tokens) > length:
+            heard.violations.append("I2: tokens were delivered before they were journalled")
 
     async def _cancel_later(self, heard: TurnHeard) -> None:
         request = session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=heard.turn_id)
@@ -248,12 +267,22 @@ class Agent:
                 heard.error = None  # the turn has not begun yet
                 await self._back_off()
 
+    async def _ask_twice(self, index: int) -> None:
+        """Another turn while one runs: refused, unless the first has just ended."""
+        await anyio.sleep(self._draw.uniform(0.0, 0.5))
+        heard = TurnHeard(self.session_id, f"t{index}b", self._new_request(f"t{index}b"))
+        heard.request.ClearField("precondition")
+        self.others.append(heard)
+        self._asked_twice = True
+        while not heard.ended:
+            await self._try(heard, attach_only=False)
+
     def _conclude(self, heard: TurnHeard) -> None:
         if isinstance(heard.error, TurnCancelled) and heard.cancel_asked:
             return
         if heard.error is not None:
             self.violations.append(f"{heard.turn_id}: {type(heard.error).__name__}: {heard.error}")
-        elif heard.finished is not None:
+        elif heard.finished is not None and not self._asked_twice:
             ended = sum(turn.finished is not None for turn in self.turns)
             self._known_head = pb.Precondition(head=heard.finished.end, turn_index=ended)
 

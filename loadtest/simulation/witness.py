@@ -1,6 +1,6 @@
 """Watches every write to the store, and notes what no sequence of writes may do.
 
-* I1: a ledger only grows, and epochs only grow; a number is granted once.
+* I1: a ledger only grows, under the epoch of its owner; epochs only grow, a number is granted once.
 * I3: one turn of a session runs at most, and it is the active one; a turn that has ended stays as
   it ended.
 """
@@ -21,6 +21,7 @@ Stored = bytes | dict[bytes, bytes] | object | None
 class _Seen:
     ledger: bytes = b""
     epoch: tuple[int, bytes] = (0, b"")
+    owner: tuple[bytes, bytes] = (b"", b"")
     turns: dict[bytes, tuple[bytes, bytes]] = field(default_factory=dict)
     """Turn -> (status, length of the ledger where it ended; empty while it is active)."""
 
@@ -41,9 +42,10 @@ class Witness:
         for key in call.keys:
             _, found, session_id = key.partition(":s:")
             if found:
-                self._look(session_id, call.script.name)
+                self._look(session_id, call)
 
-    def _look(self, session_id: str, script: str) -> None:
+    def _look(self, session_id: str, call: ScriptCall) -> None:
+        script = call.script.name
         record = self._peek(keys.session_key(session_id))
         if not isinstance(record, dict):
             self._seen.pop(session_id, None)  # purged, or refused to open
@@ -51,11 +53,16 @@ class Witness:
         before = self._seen.setdefault(session_id, _Seen())
         ledger = self._peek(keys.ledger_key(session_id)) or b""
         assert isinstance(ledger, bytes)
+        epoch = (int(record[b"epoch"]), record[b"nonce"])
         if not ledger.startswith(before.ledger):
             self._note(script, session_id, "I1: the ledger was rewritten")
-        epoch = (int(record[b"epoch"]), record[b"nonce"])
+        if len(ledger) != len(before.ledger) and call.args[:2] != epoch:
+            self._note(script, session_id, f"I1: written under {call.args[:2]}, not {epoch}")
         if epoch != before.epoch and epoch[0] <= before.epoch[0]:
             self._note(script, session_id, f"I1: epoch {epoch} after {before.epoch}")
+        owner = (record.get(b"owner", b""), record.get(b"owner_inc", b""))
+        if owner[0] and owner != before.owner and epoch == before.epoch:
+            self._note(script, session_id, f"I1: {before.owner} became {owner} in one epoch")
         turns = _turns(record, before.turns)
         for name, (status, end) in before.turns.items():
             if status in ENDED and turns.get(name) != (status, end):
@@ -64,7 +71,7 @@ class Witness:
         active = [record[b"active"]] if record.get(b"active") else []
         if running != active:
             self._note(script, session_id, f"I3: {running} run, {active} is active")
-        self._seen[session_id] = _Seen(ledger, epoch, turns)
+        self._seen[session_id] = _Seen(ledger, epoch, owner, turns)
 
     def _note(self, script: str, session_id: str, what: str) -> None:
         self.violations.append(f"{session_id}: after {script}: {what}")

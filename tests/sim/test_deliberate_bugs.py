@@ -1,0 +1,167 @@
+"""Checkers that find nothing prove nothing: each rule is broken on purpose, and must be noticed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+from sessile.v1 import types_pb2 as pb
+
+from gateway.app.relay import TurnCursor
+from loadtest.simulation.history import HistoryPlan, simulate
+from statestore import script_runner
+from statestore.executor import Script
+from statestore.records import Turn
+from statestore.scripts import load_script
+from workers.engines.port import GenerateRequest, PageMeta
+from workers.engines.sim.engine import SimEngine
+from workers.engines.sim.pages import SimImport
+from workers.turn import cursor, opening
+from workers.turn.cursor import TurnView
+from workers.turn.ports import TurnPorts
+from workers.turn.request import TurnPlan
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+
+
+def script_without(name: str, right: str, wrong: str) -> Patch:
+    """The store's script ``name`` with one rule taken out."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(asked: str) -> Script:
+            script = load_script(asked)
+            if asked != name:
+                return script
+            assert right in script.source, "the rule is written in another way now"
+            return Script(asked, script.source.replace(right, wrong))
+
+        monkeypatch.setattr(script_runner, "load_script", load)
+
+    return patch
+
+
+def deliver_before_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Journal before delivery: clients get tokens that the ledger may never have."""
+
+    def add_all(message: pb.TurnStream, view: TurnView, sent: int) -> int:
+        output = view.output
+        output.seal()
+        event = output.event(sent, len(output.tokens))
+        if event is None:
+            return sent
+        message.events.append(pb.TurnEvent(tokens=event))
+        return sent + len(event.token_ids)
+
+    monkeypatch.setattr(cursor, "_add_tokens", add_all)
+
+
+def take_any_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I5: pages are used without a look at their checksums."""
+
+    def commit(self: SimImport, pages: Sequence[PageMeta]) -> int:
+        right = [self._memory.checksum(page) for page in self._reservation.pages]
+        seen = [PageMeta(m.block_hash, c) for m, c in zip(pages, right, strict=False)]
+        return self._reservation.commit(seen)
+
+    monkeypatch.setattr(SimImport, "commit", commit)
+
+
+def resume_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay forgets how far the client is."""
+    monkeypatch.setattr(TurnCursor, "position", lambda self: None)
+
+
+def lose_a_token_of_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed generation starts from a context that lacks one token."""
+    submit = SimEngine.submit
+
+    def lossy(self: SimEngine, request: GenerateRequest) -> None:
+        if "/2/" in request.generation_id:
+            tokens = [*request.tokens[:-2], request.tokens[-1]]
+            request = GenerateRequest(
+                request.generation_id,
+                tokens,
+                request.namespace,
+                request.sampling,
+                request.max_new_tokens,
+                request.min_new_tokens,
+                request.stop_token_ids,
+            )
+        submit(self, request)
+
+    monkeypatch.setattr(SimEngine, "submit", lossy)
+
+
+def draw_seeds_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P4: a resumed turn does not keep its seed."""
+    plan_of = opening._plan
+    drawn = iter(range(10**9, 2 * 10**9))
+
+    def forgetful(ports: TurnPorts, turn: Turn) -> TurnPlan:
+        plan = plan_of(ports, turn)
+        sampling = type(plan.sampling)(plan.sampling.temperature, seed=next(drawn))
+        return type(plan)(sampling=sampling, rules=plan.rules, stop=plan.stop)
+
+    monkeypatch.setattr(opening, "_plan", forgetful)
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    patch: Patch
+    kinds: tuple[str, ...]
+
+
+BUGS = [
+    Bug(
+        "a stale owner may append",
+        script_without(
+            "append", "if s.epoch ~= ARGV[1] or s.nonce ~= ARGV[2] then", "if false then"
+        ),
+        ("freeze_replica",),
+    ),
+    Bug(
+        "an append is applied twice when its reply was lost",
+        script_without(
+            "append", "if s.length == ARGV[4] and s.digest == ARGV[5] then", "if true then"
+        ),
+        ("flaky_store",),
+    ),
+    Bug(
+        "epochs stand still",
+        script_without("take", "grant(s, ARGV[3], ARGV[4], ARGV[5])",
+                       "set_owner(s, ARGV[3], ARGV[4])"),
+        ("kill_replica",),
+    ),
+    Bug(
+        "an ended turn can be appended to",
+        script_without("append", "if ended(s.turn_status) then", "if false then"),
+        ("store_outage", "freeze_replica"),
+    ),
+    Bug("tokens are delivered before they are journalled", deliver_before_the_journal,
+        ("kill_replica", "store_outage")),
+    Bug("KV pages are not verified", take_any_page, ("corrupt_pages", "migrate", "drain")),
+    Bug("a moved stream starts over", resume_where_it_began, ("kill_replica",)),
+    Bug("a resumed context lacks a token", lose_a_token_of_the_context, ("kill_replica",)),
+    Bug("a resumed turn draws another seed", draw_seeds_anew, ("kill_replica",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=[bug.name for bug in BUGS])
+def test_a_broken_rule_is_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug.patch(monkeypatch)
+    for seed in range(2000, 2012):
+        try:
+            report = simulate(seed, HistoryPlan(kinds=bug.kinds, storm_s=5.0))
+        except Exception:  # noqa: BLE001 - a crash is a finding too
+            return
+        if report.violations:
+            return
+    pytest.fail("nobody noticed in 12 histories")
