@@ -116,6 +116,9 @@ class Residency:
             return resident
         fresh = ResidentSession(session.session_id, session.tenant, salt, RollingDigest(salt))
         if not await self._catch_up(store, fresh, session):
+            now = await store.get_session(session.session_id)
+            if now is None or now.version != session.version:
+                raise Unavailable(f"session {session.session_id} changed while it was read")
             raise DataLoss(
                 f"session {session.session_id}: the ledger's tokens do not match its digest"
             )

@@ -8,7 +8,7 @@ from sessile.v1 import replica_pb2, types_pb2
 
 from gateway.core import errors
 from statestore.digest import RollingDigest
-from statestore.ports import Append, Appended, TurnEnded
+from statestore.ports import Append, Appended, SessionWritten, TurnEnded
 from statestore.records import TurnStatus
 from tests.support.replica_world import SESSION, TENANT, Heard, in_virtual_time, listen, world
 from workers.config import TurnLimits
@@ -506,3 +506,48 @@ async def test_streams_of_one_turn_are_bounded() -> None:
 
         await listen(replica, request, heard, between=second)
         assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
+
+
+@in_virtual_time
+async def test_a_turn_that_outgrew_a_smaller_replica_ends_there_with_all_it_said() -> None:
+    async with world() as w:
+        first = await w.start("r1")
+        await w.open()
+        await w.give(first)
+        request = await w.request(first, params={"max_tokens": 200})
+        heard = await listen(first, request, until=lambda h: len(h.tokens) > 60)
+        await first.kill()
+        journalled = (await w.session()).head.length
+        w.config = SimConfig(max_context_tokens=50, timing=SimTiming(step_ms=10))
+        small = await w.start("r2")
+        await w.give(small)
+        request = await w.request(small, "")
+        request.turn.resume_from.CopyFrom(heard.end)
+        rest = await listen(small, request)
+        assert rest.finished.reason == types_pb2.FINISH_REASON_LENGTH
+        assert rest.finished.end.length == journalled
+        start = rest.accepted.output_start.length
+        assert heard.tokens + rest.tokens == (await w.ledger())[start:]
+        assert (
+            await listen(small, await w.request(small, ""))
+        ).tokens == heard.tokens + rest.tokens
+
+
+@in_virtual_time
+async def test_a_fork_goes_on_from_its_parents_ledger_and_kv() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        await listen(replica, await w.request(replica))
+        parent = await w.ledger()
+        child = f"{SESSION}.b"
+        outcome = await w.store.fork(SESSION, child, None, ())
+        assert isinstance(outcome, SessionWritten)
+        await w.give(replica, child)
+        heard = await listen(replica, await w.request(replica, "Fork", "t2", session_id=child))
+        ledger, start = await w.ledger(child), heard.accepted.output_start.length
+        assert ledger[: len(parent)] == parent
+        assert heard.tokens == expected(ledger, start, 20)
+        assert heard.finished.usage.cached_tokens == (len(parent) - 1) // 16 * 16
+        assert await w.ledger() == parent

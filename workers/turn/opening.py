@@ -32,6 +32,7 @@ from workers.turn.output import TurnOutput
 from workers.turn.ports import TurnPorts, refusal
 from workers.turn.repair import repair
 from workers.turn.request import (
+    DEFAULT_TIMEOUT_MS,
     TurnPlan,
     body_of,
     chat_messages,
@@ -150,7 +151,7 @@ class TurnOpening:
         Retries while the store does not answer, until the turn's deadline. Raises SessileErrors.
         """
         timeout_ms = turn.spec.timeout_ms if turn else self._turn.timeout_ms
-        give_up_at = anyio.current_time() + (timeout_ms or 600_000) / 1000
+        give_up_at = anyio.current_time() + (timeout_ms or DEFAULT_TIMEOUT_MS) / 1000
         for _ in range(MAX_RACES):
             session = await self._restored(session, give_up_at)
             if session.active_turn_id == self._turn.turn_id and turn is None:
@@ -333,7 +334,9 @@ class TurnOpening:
         start = resumed.output_start.length
         tokens = resident.tokens
         digest = RollingDigest.of(salt, tokens[:start])
-        if digest.position() != resumed.output_start or session.head != resumed.output_end:
+        if session.head != resumed.output_end:
+            return None
+        if digest.position() != resumed.output_start:
             raise DataLoss(f"turn {turn.spec.turn_id}: the ledger does not match the turn's record")
         output = fold(self._ports, resumed, digest, tokens[start:].tolist())
         if len(output.tokens) != len(tokens) - start:
@@ -364,6 +367,7 @@ def _plan(ports: TurnPorts, turn: Turn) -> TurnPlan:
     return plan_of(
         body_of(turn.spec),
         output_start=turn.output_start.length,
+        journalled=turn.output_end.length - turn.output_start.length,
         info=ports.engine.info,
         eos=ports.codec.eos_token_ids,
     )

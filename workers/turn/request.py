@@ -167,11 +167,19 @@ def preamble_of(preamble: bytes) -> session_pb2.OpenSessionRequest:
 
 
 def plan_of(
-    body: types_pb2.RunTurnRequest, *, output_start: int, info: EngineInfo, eos: Sequence[int]
+    body: types_pb2.RunTurnRequest,
+    *,
+    output_start: int,
+    journalled: int = 0,
+    info: EngineInfo,
+    eos: Sequence[int],
 ) -> TurnPlan:
-    """What a stored turn means for an engine. ``max_tokens`` is bounded again, because the turn
-    may continue on a replica with a smaller context than the one that accepted it."""
+    """What a stored turn means for this replica's engine, ``journalled`` output tokens into it.
+
+    ``max_tokens`` is bounded again, because this context may be smaller than that of the replica
+    which accepted the turn; but what is in the ledger stays."""
     params = body.params
+    room = max(1, info.max_context_tokens - output_start)
     stops = frozenset(params.stop_token_ids)
     return TurnPlan(
         sampling=Sampling(
@@ -181,7 +189,7 @@ def plan_of(
             seed=params.seed,
         ),
         rules=FinishRules(
-            max_tokens=max(1, min(params.max_tokens, info.max_context_tokens - output_start)),
+            max_tokens=max(journalled, min(params.max_tokens, room)),
             min_tokens=params.min_tokens,
             stop_token_ids=stops if params.ignore_eos else stops | frozenset(eos),
         ),
