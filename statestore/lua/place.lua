@@ -9,7 +9,6 @@ if s.state ~= 'OPEN' then return refused(s) end
 if s.owner ~= '' or s.epoch ~= ARGV[1] or s.nonce ~= ARGV[2] then
   return lost(s)
 end
-end_if_due(s)
 grant(s, ARGV[3], ARGV[4], ARGV[5])
 save(s)
 return written(s)

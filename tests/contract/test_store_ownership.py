@@ -60,6 +60,13 @@ async def test_a_taken_session_remembers_its_previous_owner(store: RedisStore) -
     assert await store.take("ses_f", owner.epoch, B, b"nonce") == outcome
 
 
+async def test_the_twin_of_an_epoch_takes_nothing(store: RedisStore) -> None:
+    owner = await Owner.of(store)
+    twin = Epoch(owner.epoch.number, b"twin")
+    assert isinstance(await store.take("ses_f", twin, B, b"nonce"), EpochLost)
+    assert isinstance(await store.place("ses_f", twin, B, b"nonce"), EpochLost)
+
+
 async def test_a_session_can_be_taken_for_nobody_and_placed_later(store: RedisStore) -> None:
     owner = await Owner.of(store)
     await owner.begun()
