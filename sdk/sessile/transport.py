@@ -137,6 +137,11 @@ class Transport:
         if self.gateway is failed:
             self._current = (self._current + 1) % len(self._gateways)
 
+    def warm_next(self) -> None:
+        """Connects to the gateway that would be used next: a fail-over then saves the handshake."""
+        spare = self._gateways[(self._current + 1) % len(self._gateways)]
+        spare.channel.get_state(try_to_connect=True)
+
     def attempts(self, timeout_s: float, *, idempotent: bool = True) -> Attempts:
         """The tries of one operation that has ``timeout_s`` seconds from now."""
         return Attempts(self, self.runtime.now() + timeout_s, idempotent)

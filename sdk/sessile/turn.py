@@ -214,6 +214,7 @@ class Turn:
 
     def _open(self) -> None:
         self._gateway = self._transport.gateway
+        self._transport.warm_next()
         self._fold.reconnected()
         self._streams += 1
         self._call = self._gateway.sessions.RunTurn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
-from sessile import Moved, Sessile, Tokens, TurnStatus
+from sessile import Moved, Runtime, Sessile, Tokens, TurnStatus
 from typer.testing import CliRunner
 
 from gateway.cli.launch import Cluster, LaunchFailed
@@ -116,6 +118,37 @@ async def test_a_turn_survives_its_replica_and_its_gateway(cluster: Cluster) -> 
     assert result.token_ids == expected.token_ids
     assert result.text == expected.text
     assert result.moves >= 1
+
+
+@pytest.mark.anyio
+async def test_a_hung_gateway_is_given_up(cluster: Cluster) -> None:
+    """Its connections stay open: only unanswered pings tell."""
+    first = Runtime(rng=random.Random(1))
+    assert random.Random(1).randrange(2) == 0, "the client starts at the first gateway"
+    async with Sessile(cluster.targets, runtime=first) as client:
+        turn = (await client.open()).run("go", max_tokens=200)
+        await anext(turn)
+        hung = next(child for child in cluster.gateways if child.address == cluster.targets[0])
+        hung.kill(signal.SIGSTOP)
+        result = await turn.result()
+    assert result.reconnects == 1
+    assert len(result.token_ids) == 200
+
+
+@pytest.mark.anyio
+async def test_ctrl_c_ends_the_answer_on_the_server_too(cluster: Cluster) -> None:
+    command = [sys.executable, "-m", "gateway.cli", "chat", "hi", "--max-tokens", "9000"]
+    chat = await anyio.open_process([*command, "--gateway", cluster.targets[0]])
+    async with chat:
+        assert chat.stdout is not None
+        await chat.stdout.receive(1)
+        chat.send_signal(signal.SIGINT)
+        assert await chat.wait() == 130
+    async with Sessile(cluster.targets) as client:
+        (info,) = [info async for info in client.list()]
+        (turn,) = await client.session(info.session_id).transcript()
+    assert turn.status is TurnStatus.CANCELLED
+    assert turn.output_text
 
 
 @pytest.mark.anyio
