@@ -14,7 +14,7 @@ from typing import Unpack
 from grpc import aio
 
 from sessile import errors
-from sessile.events import Finished
+from sessile.events import Accepted, Finished
 from sessile.messages import Input, Sampling, messages_to_pb, sampling_to_pb
 from sessile.records import Position, SessionInfo, TranscriptTurn, TurnStatus
 from sessile.transport import Transport
@@ -219,12 +219,14 @@ class Session:
             on_end=self._turn_ended,
         )
 
-    def _turn_ended(self, turn_index: int, finished: Finished | None) -> None:
+    def _turn_ended(self, accepted: Accepted | None, finished: Finished | None) -> None:
         """A turn of this handle ended, or its end was not seen (None): then nothing is certain."""
-        if finished is None:
+        if finished is None or accepted is None:
             self._head = None
-        elif self._head is None or turn_index >= self._turn_index:
-            self._head, self._turn_index = finished.end, turn_index + 1
+        elif self._head is None and accepted.attached:
+            return  # an old turn, perhaps: its end need not be the ledger's
+        elif self._head is None or accepted.turn_index >= self._turn_index:
+            self._head, self._turn_index = finished.end, accepted.turn_index + 1
 
     def _learn(self, info: SessionInfo) -> SessionInfo:
         self._info = info

@@ -19,7 +19,7 @@ from typing import Literal, Self
 from grpc import aio
 
 from sessile import errors
-from sessile.events import Finished, Tokens, TurnEvent, TurnFold
+from sessile.events import Accepted, Finished, Tokens, TurnEvent, TurnFold
 from sessile.records import Position, TurnResult, TurnStatus
 from sessile.transport import CLEANUP_S, Gateway, Transport
 from sessile.v1 import session_pb2
@@ -55,7 +55,7 @@ class Turn:
         *,
         timeout_s: float | None,
         on_abandon: OnAbandon,
-        on_end: Callable[[int, Finished | None], None],
+        on_end: Callable[[Accepted | None, Finished | None], None],
     ) -> None:
         self._transport = transport
         self._request = request
@@ -166,7 +166,7 @@ class Turn:
             self._call.cancel()
             self._call = None
         if self._started_at is not None and self._fold.finished is None:
-            self._on_end(0, None)
+            self._on_end(self._fold.accepted, None)
 
     async def _next(self) -> TurnEvent | None:
         """The next event to show, or None at the end."""
@@ -242,8 +242,7 @@ class Turn:
             self._first_token_at = now
         elif isinstance(event, Finished):
             self._finished_at = now
-            accepted = self._fold.accepted
-            self._on_end(accepted.turn_index if accepted else 0, event if accepted else None)
+            self._on_end(self._fold.accepted, event)
 
     def _result(self, finished: Finished) -> TurnResult:
         fold, began = self._fold, self._started_at or 0.0

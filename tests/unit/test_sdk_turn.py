@@ -272,6 +272,20 @@ async def test_each_turn_carries_where_the_last_one_ended(gateway: FakeGateway) 
     assert not third.HasField("precondition")  # the end of an abandoned turn was not seen
 
 
+async def test_replaying_an_old_turn_teaches_nothing_about_the_head(gateway: FakeGateway) -> None:
+    replay = [accepted(attached=True), tokens(0), finished(2)]
+    later = [accepted(turn_index=4), tokens(0), tokens(2), finished(4)]
+    gateway.turns += [replay, later, replay]
+    async with client_of(gateway) as client:
+        handle = client.session("ses_a")
+        await handle.attach("t0").result()
+        assert handle.head is None
+        await handle.run("on").result()
+        await handle.attach("t0").result()
+        assert handle.head is not None
+        assert handle.head.length == OUTPUT_START + 4
+
+
 async def test_cancel_ends_the_stream_with_what_there_is(gateway: FakeGateway) -> None:
     cancelled = finished(2, pb.TURN_STATUS_CANCELLED, reason=pb.FINISH_REASON_CANCELLED)
     gateway.turns.append([accepted(), tokens(0), Hang(), cancelled])
