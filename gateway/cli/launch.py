@@ -133,11 +133,13 @@ class Cluster:
 
     async def start(self, *, gateways: int, workers: int, listen: str = "127.0.0.1:0") -> None:
         """Starts so many of each, at once, and waits until every gateway sees every worker. The
-        first gateway listens on ``listen``, the others on free ports. Raises LaunchFailed, in an
-        ExceptionGroup if a child did not come up."""
+        first gateway listens on ``listen``, the others on the ports after it (on free ones if it
+        is 0). Raises LaunchFailed, in an ExceptionGroup if a child did not come up."""
+        host, _, port = listen.rpartition(":")
         async with anyio.create_task_group() as tasks:
             for index in range(gateways):
-                tasks.start_soon(self.start_gateway, listen if index == 0 else "127.0.0.1:0")
+                own = f"{host}:{int(port) + index if int(port) else 0}"
+                tasks.start_soon(self.start_gateway, own)
             for index in range(workers):
                 tasks.start_soon(self.start_worker, f"r{index + 1}")
         await self.wait_ready()

@@ -54,7 +54,7 @@ def up(
     replicas: Annotated[int, typer.Option(min=1)] = 2,
     gateways: Annotated[int, typer.Option(min=1)] = 1,
     listen: Annotated[
-        str, typer.Option(help="host:port of the first gateway; the others take free ports.")
+        str, typer.Option(help="host:port of the first gateway; the others take the next ports.")
     ] = DEFAULT_GATEWAY,
     redis: RedisOption = "",
     engine_option: EngineOptions = None,
@@ -65,7 +65,9 @@ def up(
 ) -> None:
     """Run a fleet on this machine until Ctrl-C: a private store, gateways and workers."""
     from gateway.cli.launch import Cluster, LaunchFailed
+    from gateway.config import GatewayConfig
 
+    _checked(GatewayConfig, listen=listen)
     cluster = Cluster(
         engine=engine,
         engine_options=dict(parse_options(engine_option, model)),
@@ -220,7 +222,7 @@ def _announce(cluster: Cluster, as_json: bool) -> None:
         f"sessile chat -g {target}",
         f"sessile replicas ls -w -g {target}",
     ]
-    console().print(Panel("\n".join(lines), title="sessile", subtitle="Ctrl-C stops it all"))
+    console().print(Panel.fit("\n".join(lines), title="sessile", subtitle="Ctrl-C stops it all"))
 
 
 async def _report_deaths(cluster: Cluster) -> None:

@@ -144,6 +144,7 @@ def test_chat_says_one_thing_or_reads_lines(gateway: FakeGateway) -> None:
         ["worker", "--redis", "redis://x", "--listen", "nonsense"],
         ["gateway", "--listen", "nonsense"],
         ["up", "--engine-option", "nonsense"],
+        ["up", "--listen", "nonsense"],
     ],
     ids=" ".join,
 )
