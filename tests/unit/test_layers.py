@@ -17,7 +17,7 @@ VIOLATIONS = {
     "sessile/client.py": "import gateway.core.errors",
     "sessile/v1/types_pb2.py": "import statestore.records",
     "statestore/records.py": "import sessile.v1.types_pb2",
-    "gateway/app/turns.py": "import gateway.rpc.status\nimport statestore.redis_store\nimport sessile.client",
+    "gateway/app/turns.py": "import gateway.rpc.status, statestore.redis_store, sessile.client",
     "gateway/core/placement.py": "import statestore.ports",
     "gateway/rpc/status.py": "import redis",
     "workers/runner.py": "import gateway.app.turns",
