@@ -99,10 +99,10 @@ class Director:
         async with anyio.create_task_group() as tasks:
             await self._at(0.15, "move an idle session", self._move_idle_session)
             await self._at(0.25, "kill a replica", self._kill_replica)
-            tasks.start_soon(self._at, 0.0, "let a replica join", self._join)
-            await self._at(0.45, "kill a gateway", self._kill_gateway)
-        await self._at(0.55, "move an idle session to the new replica", self._move_to_joined)
-        await self._at(0.65, "drain a replica", self._drain_replica)
+            tasks.start_soon(self._at, 0.4, "let a replica join", self._join)
+            await self._at(0.5, "kill a gateway", self._kill_gateway)
+        await self._at(0.6, "move an idle session to the new replica", self._move_to_joined)
+        await self._at(0.7, "drain a replica", self._drain_replica)
         self._board.faults_done = True
         self._board.changed()
 

@@ -52,12 +52,15 @@ PLANS = {
             result_chars=850, gap_s=(0.5, 2.0), arrival_s=1.5,
         ),
         limit_s=480.0,
-        engine_options={"threads": "1", "kv_memory_mb": "768"},
+        # A short prefill step keeps the other turns' tokens flowing.
+        engine_options={
+            "threads": "1", "kv_memory_mb": "768", "max_prefill_tokens_per_step": "128",
+        },
     ),
     # A byte is a token here.
     "sim": Plan(
         Pace(
-            agents=8, turns=8, max_turns=24, min_output_tokens=40, max_output_tokens=56,
+            agents=8, turns=6, max_turns=24, min_output_tokens=40, max_output_tokens=56,
             result_chars=800, gap_s=(0.05, 0.3), arrival_s=0.1,
         ),
         limit_s=60.0,
