@@ -35,7 +35,7 @@ DOWNLOAD_TIMEOUT_S = 900
 _log = logging.getLogger(__name__)
 
 
-class ModelUnavailable(Exception):
+class ModelUnavailable(ValueError):
     """There is no such model, or it cannot be fetched; the message says what to do."""
 
 
