@@ -10,15 +10,12 @@ from dataclasses import dataclass, field
 import anyio
 from sessile.v1 import fleet_pb2, replica_pb2
 
-from gateway.app.directory import SessionDirectory
-from gateway.app.fleet_view import FleetView
 from gateway.app.migration import Migrations, MoveOptions
-from gateway.app.ports import Clock, Ids, ReplicaClients
-from gateway.config import GatewayConfig
+from gateway.app.services import Services
 from gateway.core.errors import NotFound, SessileError
 from gateway.core.fleet import Replica
 from gateway.core.migration import PlannedMove, Stays, plan_drain
-from statestore.ports import SessionStore, SessionWritten, StoreUnavailable
+from statestore.ports import SessionWritten, StoreUnavailable
 from statestore.records import Session
 
 log = logging.getLogger(__name__)
@@ -35,25 +32,15 @@ class _Progress:
 class Drains:
     """Empties replicas."""
 
-    def __init__(
-        self,
-        store: SessionStore,
-        directory: SessionDirectory,
-        fleet: FleetView,
-        migrations: Migrations,
-        replicas: ReplicaClients,
-        clock: Clock,
-        ids: Ids,
-        config: GatewayConfig,
-    ) -> None:
-        self._store = store
-        self._directory = directory
-        self._fleet = fleet
+    def __init__(self, services: Services, migrations: Migrations) -> None:
+        self._store = services.store
+        self._directory = services.directory
+        self._fleet = services.fleet
         self._migrations = migrations
-        self._replicas = replicas
-        self._clock = clock
-        self._ids = ids
-        self._config = config
+        self._replicas = services.replicas
+        self._clock = services.clock
+        self._ids = services.ids
+        self._config = services.config
 
     async def drain(
         self, replica_id: str, timeout_s: float, shutdown: bool

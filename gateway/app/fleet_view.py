@@ -82,6 +82,7 @@ class FleetView:
             self._polls += 1
         before = self._states()
         self._liveness = liveness.observed(self._liveness, records, self._clock.now())
+        self._unreadable &= {record.ref for record in records}
         self._known = dict(filter(None, map(self._read, records)))
         self._prune()
         self._snapshot = None

@@ -13,8 +13,9 @@ from gateway.app.duties import Sweeper
 from gateway.app.fleet_view import FleetView
 from gateway.app.migration import Migrations
 from gateway.app.ports import Clock, Ids, ReplicaClients
+from gateway.app.services import Services
 from gateway.app.sessions import Sessions
-from gateway.app.turns import Turns, TurnServices
+from gateway.app.turns import Turns
 from gateway.app.watch import Watches
 from gateway.config import GatewayConfig
 from statestore.ports import SessionStore, StoreError
@@ -38,15 +39,12 @@ class GatewayApp:
         self.fleet = FleetView(store, clock, config)
         directory = SessionDirectory(store, config)
         assigner = Assigner(store, directory, self.fleet, ids, config)
-        self.sessions = Sessions(store, directory, self.fleet, assigner, replicas, config)
-        self.turns = Turns(
-            TurnServices(store, directory, self.fleet, assigner, replicas, clock, ids, config)
-        )
-        self.watches = Watches(directory, self.fleet, clock, config)
-        self.migrations = Migrations(store, directory, self.fleet, replicas, clock, ids, config)
-        self.drains = Drains(
-            store, directory, self.fleet, self.migrations, replicas, clock, ids, config
-        )
+        services = Services(store, directory, self.fleet, assigner, replicas, clock, ids, config)
+        self.sessions = Sessions(services)
+        self.turns = Turns(services)
+        self.watches = Watches(services)
+        self.migrations = Migrations(services)
+        self.drains = Drains(services, self.migrations)
         self.sweeper = Sweeper(store, clock, config.gateway_id or ids.token(), config)
 
     async def run(self) -> None:

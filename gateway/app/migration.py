@@ -13,12 +13,9 @@ import anyio
 from sessile.v1 import fleet_pb2, replica_pb2
 
 from gateway.app.convert import epoch_to_pb, position_from_pb, position_to_pb, ref_to_pb
-from gateway.app.directory import SessionDirectory
-from gateway.app.fleet_view import FleetView
 from gateway.app.frames import BadFrame, Kind, events
-from gateway.app.ports import Clock, Ids, ReplicaClients
+from gateway.app.services import Services
 from gateway.app.tracing import tracer
-from gateway.config import GatewayConfig
 from gateway.core.errors import (
     MigrationFailed,
     MigrationRefused,
@@ -54,7 +51,6 @@ from statestore.ports import (
     HeadMismatch,
     Missing,
     Refused,
-    SessionStore,
     SessionWritten,
     StoreError,
 )
@@ -78,23 +74,8 @@ class MoveOptions:
 class Migrations:
     """Moves sessions between replicas."""
 
-    def __init__(
-        self,
-        store: SessionStore,
-        directory: SessionDirectory,
-        fleet: FleetView,
-        replicas: ReplicaClients,
-        clock: Clock,
-        ids: Ids,
-        config: GatewayConfig,
-    ) -> None:
-        self._store = store
-        self._directory = directory
-        self._fleet = fleet
-        self._replicas = replicas
-        self._clock = clock
-        self._ids = ids
-        self._config = config
+    def __init__(self, services: Services) -> None:
+        self._services = services
 
     async def migrate(self, session: Session, options: MoveOptions) -> fleet_pb2.MigrationResult:
         """Moves a placed session. Raises MigrationRefused if it cannot be tried; a move that was
@@ -104,13 +85,13 @@ class Migrations:
                 "the session is on no replica: there is nothing to move",
                 hint="It is placed when its next turn comes.",
             )
-        snapshot = self._fleet.snapshot
+        snapshot = self._services.fleet.snapshot
         source = snapshot.get(session.owner.replica)
         if source is None:
             raise MigrationRefused("the session's replica is gone: its next turn is taken over")
         target = self._target(snapshot, session, source, options.target_id)
-        carrier = _Carrier(self, session, session.owner, source, target, options)
-        timeout_s = options.timeout_s or self._config.times.default_migration_s
+        carrier = _Carrier(self._services, session, session.owner, source, target, options)
+        timeout_s = options.timeout_s or self._services.config.times.default_migration_s
         with tracer.start_as_current_span("migrate") as span:
             span.set_attribute("sessile.session_id", session.session_id)
             span.set_attribute("sessile.target", str(target.ref))
@@ -121,7 +102,7 @@ class Migrations:
     ) -> Replica:
         request = move_request(session, source.ref)
         if not target_id:
-            decision = place(snapshot, request, self._config.placement)
+            decision = place(snapshot, request, self._services.config.placement)
             if isinstance(decision, NoCandidate):
                 raise MigrationRefused(f"no replica can take it: {decision}")
             return decision.replica
@@ -139,29 +120,29 @@ class _Carrier:
 
     def __init__(
         self,
-        services: Migrations,
+        services: Services,
         session: Session,
         owner: Owner,
         source: Replica,
         target: Replica,
         options: MoveOptions,
     ) -> None:
-        self._store = services._store
-        self._directory = services._directory
-        self._clock = services._clock
-        self._times = services._config.times
-        self._limits = services._config.migration
-        self._nonce = services._ids.nonce()
-        self._migration_id = services._ids.token()
-        self._attempt_id = services._ids.token()
+        self._store = services.store
+        self._directory = services.directory
+        self._clock = services.clock
+        self._times = services.config.times
+        self._limits = services.config.migration
+        self._nonce = services.ids.nonce()
+        self._migration_id = services.ids.token()
+        self._attempt_id = services.ids.token()
         self._session_id = session.session_id
         self._tenant = session.tenant
         self._epoch: Epoch = owner.epoch
         self._new_epoch: Epoch = owner.epoch
         self._source = source
         self._target = target
-        self._source_client = services._replicas.at(source.details.endpoint)
-        self._target_client = services._replicas.at(target.details.endpoint)
+        self._source_client = services.replicas.at(source.details.endpoint)
+        self._target_client = services.replicas.at(target.details.endpoint)
         self._hold_asked = False
         self._was_running = False
         self._deadline = 0.0

@@ -13,12 +13,10 @@ from collections.abc import Mapping
 from sessile.v1 import replica_pb2, session_pb2
 from sessile.v1 import types_pb2 as pb
 
-from gateway.app.assignment import Assigner, not_open
+from gateway.app.assignment import not_open
 from gateway.app.convert import SESSION_STATES, TURN_STATUSES, epoch_to_pb, session_to_pb
-from gateway.app.directory import SessionDirectory, unknown_session
-from gateway.app.fleet_view import FleetView
-from gateway.app.ports import ReplicaClients
-from gateway.config import GatewayConfig
+from gateway.app.directory import unknown_session
+from gateway.app.services import Services
 from gateway.core.errors import (
     InvalidRequest,
     NotFound,
@@ -34,7 +32,6 @@ from statestore.ports import (
     LimitReached,
     Missing,
     Refused,
-    SessionStore,
     SessionWritten,
     TurnEnded,
     TurnUnknown,
@@ -52,21 +49,13 @@ _OPEN_STATES = frozenset({SessionState.OPEN, SessionState.SUSPENDED})
 class Sessions:
     """The agent API beside turns."""
 
-    def __init__(
-        self,
-        store: SessionStore,
-        directory: SessionDirectory,
-        fleet: FleetView,
-        assigner: Assigner,
-        replicas: ReplicaClients,
-        config: GatewayConfig,
-    ) -> None:
-        self._store = store
-        self._directory = directory
-        self._fleet = fleet
-        self._assigner = assigner
-        self._replicas = replicas
-        self._config = config
+    def __init__(self, services: Services) -> None:
+        self._store = services.store
+        self._directory = services.directory
+        self._fleet = services.fleet
+        self._assigner = services.assigner
+        self._replicas = services.replicas
+        self._config = services.config
 
     async def open(
         self, tenant: str, request: session_pb2.OpenSessionRequest
@@ -121,7 +110,10 @@ class Sessions:
         states = frozenset(s for s, wire in SESSION_STATES.items() if wire in request.states)
         states = states or _OPEN_STATES
         wanted = set(request.labels.items())
-        page = await self._store.list_sessions(tenant, request.page_token, count)
+        try:
+            page = await self._store.list_sessions(tenant, request.page_token, count)
+        except ValueError as error:
+            raise InvalidRequest("page_token is none that a list gave") from error
         chosen = [
             session_to_pb(s)
             for s in page.sessions

@@ -21,18 +21,16 @@ from sessile.v1 import types_pb2 as pb
 from gateway.app.admission import Gate
 from gateway.app.assignment import (
     BYTES_PER_TOKEN,
-    Assigner,
     Assignment,
     ended,
     not_open,
     unknown_turn,
 )
 from gateway.app.convert import epoch_to_pb, ref_to_pb
-from gateway.app.directory import SessionDirectory
-from gateway.app.fleet_view import FleetView
 from gateway.app.frames import BadFrame, waiting
-from gateway.app.ports import Clock, Ids, ReplicaClients, ReplicaLost
+from gateway.app.ports import ReplicaLost
 from gateway.app.relay import Outbox, Sink, TurnCursor
+from gateway.app.services import Services
 from gateway.app.tracing import tracer
 from gateway.config import GatewayConfig
 from gateway.core import failover
@@ -47,7 +45,7 @@ from gateway.core.errors import (
 from gateway.core.failover import AskAgain, OwnerSeen, Take
 from gateway.core.machines import ReplicaState
 from gateway.core.placement import NoCandidate
-from statestore.ports import SessionStore, StoreUnavailable
+from statestore.ports import StoreUnavailable
 from statestore.records import Owner, Session, SessionState
 
 log = logging.getLogger(__name__)
@@ -93,24 +91,10 @@ class Broken:
 StreamEnd = Delivered | Redirected | Disowned | Busy | Broken
 
 
-@dataclass(frozen=True, slots=True)
-class TurnServices:
-    """What every turn's stream uses."""
-
-    store: SessionStore
-    directory: SessionDirectory
-    fleet: FleetView
-    assigner: Assigner
-    replicas: ReplicaClients
-    clock: Clock
-    ids: Ids
-    config: GatewayConfig
-
-
 class Turns:
     """Serves RunTurn. Bounded by ``max_streams``."""
 
-    def __init__(self, services: TurnServices) -> None:
+    def __init__(self, services: Services) -> None:
         self._services = services
         admission = services.config.admission
         self._streams = Gate("max_streams", admission.max_streams, admission.retry_after_ms)
@@ -158,7 +142,7 @@ class _TurnStream:
 
     def __init__(
         self,
-        services: TurnServices,
+        services: Services,
         tenant: str,
         request: pb.RunTurnRequest,
         time_left_s: float | None,
@@ -269,8 +253,8 @@ class _TurnStream:
 
     async def _read_stream(self, assignment: Assignment) -> StreamEnd:
         dispatch = self._dispatch(assignment)
-        leading = len(dispatch.turn.SerializeToString()) // BYTES_PER_TOKEN
-        self._s.fleet.assume_turn(dispatch.attempt_id, assignment.replica.ref, leading)
+        new_tokens = dispatch.turn.ByteSize() // BYTES_PER_TOKEN
+        self._s.fleet.assume_turn(dispatch.attempt_id, assignment.replica.ref, new_tokens)
         client = self._s.replicas.at(assignment.replica.details.endpoint)
         self._last_heard = self._s.clock.now()
         cursor = self._cursor

@@ -7,10 +7,7 @@ from collections.abc import AsyncGenerator
 from sessile.v1 import fleet_pb2, session_pb2
 
 from gateway.app.convert import replica_to_pb, session_to_pb
-from gateway.app.directory import SessionDirectory
-from gateway.app.fleet_view import FleetView
-from gateway.app.ports import Clock
-from gateway.config import GatewayConfig
+from gateway.app.services import Services
 from gateway.core.errors import NotFound
 from gateway.core.machines import ReplicaState
 from statestore.ports import StoreUnavailable
@@ -23,13 +20,11 @@ MIN_FLEET_INTERVAL_S = 0.1
 class Watches:
     """Streams of states: what changes between two looks is merged into one message."""
 
-    def __init__(
-        self, directory: SessionDirectory, fleet: FleetView, clock: Clock, config: GatewayConfig
-    ) -> None:
-        self._directory = directory
-        self._fleet = fleet
-        self._clock = clock
-        self._config = config
+    def __init__(self, services: Services) -> None:
+        self._directory = services.directory
+        self._fleet = services.fleet
+        self._clock = services.clock
+        self._config = services.config
 
     async def session(
         self, tenant: str, session_id: str

@@ -111,8 +111,12 @@ async def test_lists_show_the_callers_sessions_by_state_and_label() -> None:
             TENANT, session_pb2.ListSessionsRequest(states=[session_pb2.SESSION_STATE_CLOSED])
         )
         assert [s.session_id for s in ended.sessions] == [closed]
-        with pytest.raises(InvalidRequest):
-            await sessions.list(TENANT, session_pb2.ListSessionsRequest(page_size=1001))
+        for bad in (
+            session_pb2.ListSessionsRequest(page_size=1001),
+            session_pb2.ListSessionsRequest(page_token="made up"),
+        ):
+            with pytest.raises(InvalidRequest):
+                await sessions.list(TENANT, bad)
 
 
 @simulated
