@@ -44,15 +44,18 @@ class Spread:
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """How much of every prompt came from a KV cache. Ideal: everything that had been computed for
-    the same session before, and the shared system prompt but for the very first session."""
+    the same session before, and the shared system prompt but for the very first session. A turn
+    that was handed over before its first token may find more than that; ``reused_tokens`` counts
+    no turn beyond its ideal."""
 
     input_tokens: int
     cached_tokens: int
+    reused_tokens: int
     ideal_tokens: int
 
     @property
     def share_of_ideal(self) -> float:
-        return self.cached_tokens / self.ideal_tokens if self.ideal_tokens else 1.0
+        return self.reused_tokens / self.ideal_tokens if self.ideal_tokens else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,19 +196,20 @@ def _finished_with_previous(
 
 
 def _prefix(agents: Sequence[AgentState], shared: int) -> Prefix:
-    given = cached = ideal = 0
-    first_sessions = 0
+    given = cached = reused = ideal = 0
+    computed_before = 0  # of the system prompt: nothing for the very first session
     for turn, previous in _finished_with_previous(agents):
         assert turn.finished is not None
         usage = turn.finished.usage
+        if previous is not None and previous.finished is not None:
+            reusable = previous.finished.end.length
+        else:
+            reusable, computed_before = computed_before, shared
         given += usage.input_tokens
         cached += usage.cached_tokens
-        if previous is not None and previous.finished is not None:
-            ideal += previous.finished.end.length
-        else:
-            first_sessions += 1
-            ideal += shared if first_sessions > 1 else 0
-    return Prefix(given, cached, ideal)
+        reused += min(usage.cached_tokens, reusable)
+        ideal += reusable
+    return Prefix(given, cached, reused, ideal)
 
 
 def _kind(turn: TurnLog, previous: TurnLog | None) -> str:
