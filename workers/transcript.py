@@ -45,7 +45,8 @@ async def read_transcript(
         if response.ByteSize() > MAX_RESPONSE_BYTES:
             break
     following = first + len(response.turns)
-    if turns and (len(turns) == count or len(response.turns) < len(turns)):
+    existing = session.turn_index + (session.active_turn_id is not None)
+    if response.turns and following < existing:
         response.next_turn_index = following
     return response
 

@@ -375,6 +375,8 @@ async def test_a_transcript_is_told_from_the_ledger_by_any_replica() -> None:
         assert transcript.next_turn_index == 0
         request.request.max_turns = 1
         assert (await second.app.read_turns(request)).transcript.next_turn_index == 1
+        request.request.from_turn_index = 1
+        assert (await second.app.read_turns(request)).transcript.next_turn_index == 0
         request.tenant = "other"
         with pytest.raises(errors.NotFound):
             await second.app.read_turns(request)
