@@ -17,6 +17,7 @@ from sessile.v1 import session_pb2
 from sessile.v1 import types_pb2 as pb
 
 from gateway.core.errors import (
+    DataLoss,
     DeadlineExceeded,
     NotFound,
     Overloaded,
@@ -37,6 +38,8 @@ PATIENCE_S = 30.0
 """How long after its time limit a client still asks for a turn's end."""
 CALL_S = 12.0
 TRY_AGAIN = (Unavailable, Overloaded, DeadlineExceeded)
+LOSS = (DataLoss, StaleClient)
+"""How a client is told that the store lost what it knows."""
 
 
 @dataclass
@@ -47,6 +50,7 @@ class TurnHeard:
     turn_id: str
     request: pb.RunTurnRequest
     start: pb.Position | None = None
+    index: int = 0
     tokens: list[int] = field(default_factory=list)
     digests: dict[int, bytes] = field(default_factory=dict)
     """Ledger position -> digest, as told."""
@@ -81,6 +85,7 @@ class TurnHeard:
             self._expect(self.start in (None, event.accepted.output_start), "the output moved")
             self._expect(not self._accepted, "accepted a second time in one stream")
             self.start, self._accepted = event.accepted.output_start, True
+            self.index = event.accepted.turn_index
         elif kind == "tokens":
             self._tokens(event.tokens)
         elif kind == "moved":
@@ -116,15 +121,22 @@ class TurnHeard:
 class Agent:
     """One session's client. All choices come from ``draw``."""
 
-    def __init__(self, world: World, name: str, draw: random.Random) -> None:
+    def __init__(
+        self, world: World, name: str, draw: random.Random, *, lossy: bool = False
+    ) -> None:
+        """``lossy``: the store may lose writes. The client then always says what it knows, so that
+        a loss is not passed over, and accepts to be told of one."""
         self.name = name
         self.session_id = ""
+        self.opened_at = 0.0
+        self.losses = 0
         self.turns: list[TurnHeard] = []
         self.others: list[TurnHeard] = []
         """What second listeners heard."""
         self.violations: list[str] = []
         self._world = world
         self._draw = draw
+        self._lossy = lossy
         self._known_head: pb.Precondition | None = None
         self._asked_twice = False
 
@@ -151,6 +163,7 @@ class Agent:
             try:
                 response = await self._world.network.unary(self._gateway(), ask, CALL_S)
                 self.session_id = response.session.session_id
+                self.opened_at = anyio.current_time()
             except TRY_AGAIN:
                 await self._back_off()
 
@@ -164,7 +177,7 @@ class Agent:
                 helpers.start_soon(self._cancel_later, heard)
             if self._draw.random() < 0.2:
                 helpers.start_soon(self._listen_too, heard, until)
-            if self._draw.random() < 0.1:
+            if self._draw.random() < 0.1 and not self._lossy:
                 helpers.start_soon(self._ask_twice, index)
             while not heard.ended:
                 if anyio.current_time() > until:
@@ -194,7 +207,8 @@ class Agent:
             params=params,
             timeout_ms=int(TURN_S * 1000),
         )
-        if self._known_head is not None and not self._asked_twice and draw.random() < 0.5:
+        tell = self._lossy or draw.random() < 0.5
+        if self._known_head is not None and not self._asked_twice and tell:
             request.precondition.CopyFrom(self._known_head)
         return request
 
@@ -232,6 +246,7 @@ class Agent:
         except (TurnInProgress, StaleClient) as error:
             if not self._asked_twice:
                 heard.error = error
+                return
             heard.request.ClearField("precondition")
             await self._back_off()
         except SessileError as error:
@@ -240,7 +255,9 @@ class Agent:
     def _must_be_journalled(self, heard: TurnHeard) -> None:
         ledger = self._world.server.peek(keys.ledger_key(self.session_id))
         length = len(ledger) // 4 if isinstance(ledger, bytes) else 0
-        if heard.start is not None and heard.start.length + len(heard.tokens) > length:
+        if self._lossy or heard.start is None:
+            return
+        if heard.start.length + len(heard.tokens) > length:
             heard.violations.append("I2: tokens were delivered before they were journalled")
 
     async def _cancel_later(self, heard: TurnHeard) -> None:
@@ -280,11 +297,17 @@ class Agent:
     def _conclude(self, heard: TurnHeard) -> None:
         if isinstance(heard.error, TurnCancelled) and heard.cancel_asked:
             return
-        if heard.error is not None:
+        if self._lossy and isinstance(heard.error, LOSS):
+            # Told of a loss: nothing that it heard before needs to be in the ledger any more.
+            self.losses += 1
+            self.turns.clear()
+            self.others.clear()
+            self._known_head = None
+        elif heard.error is not None:
             self.violations.append(f"{heard.turn_id}: {type(heard.error).__name__}: {heard.error}")
         elif heard.finished is not None and not self._asked_twice:
-            ended = sum(turn.finished is not None for turn in self.turns)
-            self._known_head = pb.Precondition(head=heard.finished.end, turn_index=ended)
+            index = 1 + heard.index
+            self._known_head = pb.Precondition(head=heard.finished.end, turn_index=index)
 
     def _gateway(self) -> str:
         return self._draw.choice(sorted(self._world.gateways))

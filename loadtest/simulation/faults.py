@@ -16,6 +16,8 @@ from loadtest.simulation.network import Call
 from loadtest.simulation.world import SimReplica, World
 
 DRAIN_S = 4.0
+MAX_LOSS_S = 0.4
+"""Acknowledged writes that a fail-over of the store may lose were made within this time."""
 
 
 class Storm:
@@ -29,8 +31,8 @@ class Storm:
         self._world = world
         self._agents = agents
         self._draw = draw
-        known = sorted(FAULTS)
-        self.kinds = kinds or draw.sample(known, draw.randrange(1, len(known) + 1))
+        harmless = sorted(set(FAULTS) - LOSSY)
+        self.kinds = kinds or draw.sample(harmless, draw.randrange(1, len(harmless) + 1))
 
     async def blow(self, tasks: TaskGroup, duration_s: float) -> None:
         """Starts faults for so long; each runs in ``tasks`` until it is mended."""
@@ -166,6 +168,16 @@ class Storm:
         await self._pause(0.5, 3.0)
         self._world.network.corrupt_page_rate = 0.0
 
+    async def lose_writes(self) -> None:
+        """The store fails over and forgets what it has just acknowledged."""
+        now = anyio.current_time()
+        if any(not a.session_id or now - a.opened_at < 2 * MAX_LOSS_S for a in self._agents):
+            return  # clients would have to open their sessions again
+        before = self._world.server.snapshot()
+        await self._pause(0.02, MAX_LOSS_S)
+        self._note("writes are lost")
+        self._world.server.restore(before)
+
     # -- inside -------------------------------------------------------------------------------
 
     def _replica(self) -> SimReplica | None:
@@ -197,4 +209,7 @@ FAULTS: dict[str, Callable[[Storm], Coroutine[Any, Any, None]]] = {
     "drain": Storm.drain,
     "migrate": Storm.migrate,
     "corrupt_pages": Storm.corrupt_pages,
+    "lose_writes": Storm.lose_writes,
 }
+LOSSY = frozenset({"lose_writes"})
+"""Only where they are asked for: clients may then be told of a loss."""

@@ -14,7 +14,7 @@ import anyio
 from gateway.config import GatewayConfig
 from loadtest.simulation.agents import PATIENCE_S, TURN_S, Agent
 from loadtest.simulation.checks import check_agent, check_replicas
-from loadtest.simulation.faults import Storm
+from loadtest.simulation.faults import LOSSY, Storm
 from loadtest.simulation.loop import TraceHook, run
 from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World, world
@@ -50,6 +50,8 @@ class HistoryReport:
     committed: int
     failed: int
     moves: int
+    losses: int
+    """Times a client was told that the store lost what it knew."""
     virtual_s: float
 
     def explain(self) -> str:
@@ -73,8 +75,9 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
             await built.start_replica(f"r{index + 1}")
         for index in range(plan.gateways):
             built.start_gateway(f"g{index + 1}")
+        lossy = not LOSSY.isdisjoint(plan.kinds)
         agents = [
-            Agent(built, f"a{index}", random.Random(f"{seed} agent {index}"))
+            Agent(built, f"a{index}", random.Random(f"{seed} agent {index}"), lossy=lossy)
             for index in range(plan.agents)
         ]
         storm = Storm(
@@ -133,5 +136,6 @@ async def _report(
         committed=sum(turn.status is TurnStatus.COMMITTED for turn in stored),
         failed=sum(turn.status is TurnStatus.FAILED for turn in stored),
         moves=sum(heard.moves for agent in agents for heard in agent.turns),
+        losses=sum(agent.losses for agent in agents),
         virtual_s=anyio.current_time(),
     )

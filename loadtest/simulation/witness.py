@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from statestore import keys
@@ -44,45 +44,54 @@ class Witness:
             if found:
                 self._look(session_id, call)
 
+    def forget(self) -> None:
+        """The server has just lost writes: what follows is judged against what it has then."""
+        self._seen.clear()
+
     def _look(self, session_id: str, call: ScriptCall) -> None:
         script = call.script.name
         record = self._peek(keys.session_key(session_id))
         if not isinstance(record, dict):
             self._seen.pop(session_id, None)  # purged, or refused to open
             return
-        before = self._seen.setdefault(session_id, _Seen())
         ledger = self._peek(keys.ledger_key(session_id)) or b""
         assert isinstance(ledger, bytes)
-        epoch = (int(record[b"epoch"]), record[b"nonce"])
-        if not ledger.startswith(before.ledger):
-            self._note(script, session_id, "I1: the ledger was rewritten")
-        if len(ledger) != len(before.ledger) and call.args[:2] != epoch:
-            self._note(script, session_id, f"I1: written under {call.args[:2]}, not {epoch}")
-        if epoch != before.epoch and epoch[0] <= before.epoch[0]:
-            self._note(script, session_id, f"I1: epoch {epoch} after {before.epoch}")
-        owner = (record.get(b"owner", b""), record.get(b"owner_inc", b""))
-        if owner[0] and owner != before.owner and epoch == before.epoch:
-            self._note(script, session_id, f"I1: {before.owner} became {owner} in one epoch")
-        turns = _turns(record, before.turns)
-        for name, (status, end) in before.turns.items():
-            if status in ENDED and turns.get(name) != (status, end):
-                self._note(script, session_id, f"I3: {name!r} was {status!r}, is {turns.get(name)}")
-        running = [name for name, (status, _) in turns.items() if status not in ENDED]
+        before = self._seen.get(session_id)
+        now = self._seen[session_id] = _Seen(
+            ledger,
+            (int(record[b"epoch"]), record[b"nonce"]),
+            (record.get(b"owner", b""), record.get(b"owner_inc", b"")),
+            _turns(record, {} if before is None else before.turns),
+        )
+        running = [name for name, (status, _) in now.turns.items() if status not in ENDED]
         active = [record[b"active"]] if record.get(b"active") else []
-        if running != active:
-            self._note(script, session_id, f"I3: {running} run, {active} is active")
-        self._seen[session_id] = _Seen(ledger, epoch, owner, turns)
-
-    def _note(self, script: str, session_id: str, what: str) -> None:
-        self.violations.append(f"{session_id}: after {script}: {what}")
+        wrong = [] if running == active else [f"I3: {running} run, {active} is active"]
+        if before is not None:
+            wrong += _illegal(before, now, call)
+        self.violations += [f"{session_id}: after {script}: {what}" for what in wrong]
 
 
-def _turns(
-    record: dict[bytes, bytes], before: dict[bytes, tuple[bytes, bytes]]
-) -> dict[bytes, tuple[bytes, bytes]]:
-    names = [*before]
+def _illegal(before: _Seen, now: _Seen, call: ScriptCall) -> list[str]:
+    """What a script must not have done to a session."""
+    wrong: list[str] = []
+    if not now.ledger.startswith(before.ledger) and call.script.name != "repair":
+        wrong.append("I1: the ledger was rewritten")
+    if len(now.ledger) != len(before.ledger) and call.args[:2] != now.epoch:
+        wrong.append(f"I1: written under {call.args[:2]}, not {now.epoch}")
+    if now.epoch != before.epoch and now.epoch[0] <= before.epoch[0]:
+        wrong.append(f"I1: epoch {now.epoch} after {before.epoch}")
+    if now.owner[0] and now.owner != before.owner and now.epoch == before.epoch:
+        wrong.append(f"I1: {before.owner} became {now.owner} in one epoch")
+    for name, (status, end) in before.turns.items():
+        if status in ENDED and now.turns.get(name) != (status, end):
+            wrong.append(f"I3: {name!r} was {status!r}, is {now.turns.get(name)}")
+    return wrong
+
+
+def _turns(record: dict[bytes, bytes], known: Iterable[bytes]) -> dict[bytes, tuple[bytes, bytes]]:
+    names = [*known]
     active = record.get(b"active")
-    if active and active not in before:
+    if not names or (active and active not in names):
         # Turns come to be as the active one; that is when to look at all of them again.
         names = [name[2:-7] for name in record if name[:2] == b"t:" and name[-7:] == b":status"]
     return {

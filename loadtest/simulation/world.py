@@ -8,7 +8,7 @@ from one seed.
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,8 @@ from gateway.app.gateway import GatewayApp
 from gateway.config import GatewayConfig
 from loadtest.simulation.loop import Process, VirtualClock, current_process
 from loadtest.simulation.network import KvPort, Listener, Network, SimReplicaClients
-from loadtest.simulation.redis import Fault, LuaExecutor
+from loadtest.simulation.redis import Fault, LuaExecutor, Value
+from loadtest.simulation.witness import Witness
 from statestore.executor import Reply, ScriptCall
 from statestore.ports import StoreUnavailable
 from statestore.records import ReplicaRef, StoreLimits
@@ -47,20 +48,22 @@ ENGINE = SimConfig(
 )
 """Small and slow, so that turns last long enough for something to happen to them."""
 
-Watch = Callable[[ScriptCall, Reply], None]
-"""Sees every script that was applied to the store."""
-
 
 class WatchedExecutor(LuaExecutor):
     """The store's server, with a witness."""
 
-    watch: Watch | None = None
+    watch: Witness | None = None
 
     def run_now(self, call: ScriptCall) -> Reply:
         reply = super().run_now(call)
         if self.watch is not None:
             self.watch(call, reply)
         return reply
+
+    def restore(self, snapshot: dict[bytes, Value]) -> None:
+        super().restore(snapshot)
+        if self.watch is not None:
+            self.watch.forget()
 
 
 class SimIds:
