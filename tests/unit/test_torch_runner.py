@@ -209,3 +209,20 @@ def test_a_model_with_partial_attention_is_refused(tmp_path: Path) -> None:
     MistralForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises((UnsupportedModel, NotImplementedError), match="sliding"):
         ModelRunner(tmp_path, TorchEngineConfig(device="cpu", kv_pages=4)).warm_up()
+
+
+def test_packed_layers_compute_what_plain_ones_do() -> None:
+    from workers.engines.torch.packed_linear import PackedLinear, pack_linear_layers
+
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(512, 640), torch.nn.Linear(640, 32))
+    plain = [model[0], model[1]]
+    with torch.inference_mode():
+        assert pack_linear_layers(model) == 1
+        assert isinstance(model[0], PackedLinear)
+        assert model[1] is plain[1], "too small to gain"
+        rows = torch.randn(1, 70, 512)
+        whole = model[0](rows)
+        torch.testing.assert_close(whole, plain[0](rows), rtol=0, atol=1e-5)
+        for count in (4, 16, 64):
+            assert torch.equal(model[0](rows[:, :count]), whole[:, :count])

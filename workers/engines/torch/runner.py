@@ -23,6 +23,7 @@ from workers.engines.torch.attention import ATTENTION_NAME, PagedStep, Span
 from workers.engines.torch.config import PAGE_SIZE, TorchEngineConfig
 from workers.engines.torch.kv_pool import LAYOUT_VERSION, KvPool
 from workers.engines.torch.model_store import silence_progress_bars
+from workers.engines.torch.packed_linear import pack_linear_layers
 from workers.engines.torch.sampling import Draw, choose
 
 
@@ -77,6 +78,8 @@ class ModelRunner:
             folder, dtype=self.dtype, attn_implementation=ATTENTION_NAME
         )
         self._model.to(self.device).eval()
+        if not cuda:
+            pack_linear_layers(self._model)
         self.pool = KvPool(
             **self._kv_shape(),
             pages=config.kv_pages or self._pages_in(config.kv_memory_mb * 2**20),
