@@ -38,8 +38,9 @@ PATIENCE_S = 30.0
 """How long after its time limit a client still asks for a turn's end."""
 CALL_S = 12.0
 TRY_AGAIN = (Unavailable, Overloaded, DeadlineExceeded)
-LOSS = (DataLoss, StaleClient)
-"""How a client is told that the store lost what it knows."""
+LOSS = (DataLoss, StaleClient, TurnInProgress)
+"""How a client is told that the store lost what it knows. The last: the end of its last turn was
+lost, together with the replica that could have written it again."""
 
 
 @dataclass
@@ -246,6 +247,8 @@ class Agent:
         except (TurnInProgress, StaleClient) as error:
             if not self._asked_twice:
                 heard.error = error
+                if self._lossy and isinstance(error, TurnInProgress):
+                    await self._cancel(error.metadata["turn_id"])
                 return
             heard.request.ClearField("precondition")
             await self._back_off()
@@ -261,9 +264,12 @@ class Agent:
             heard.violations.append("I2: tokens were delivered before they were journalled")
 
     async def _cancel_later(self, heard: TurnHeard) -> None:
-        request = session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=heard.turn_id)
         await anyio.sleep(self._draw.uniform(0.0, 0.8))
         heard.cancel_asked = True
+        await self._cancel(heard.turn_id)
+
+    async def _cancel(self, turn_id: str) -> None:
+        request = session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=turn_id)
         while True:
             try:
                 await self._world.network.unary(

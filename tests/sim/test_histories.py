@@ -42,6 +42,21 @@ def test_moves_happen_and_turns_survive_them(kind: str) -> None:
     assert sum(report.moves for report in reports) > 0
 
 
+@pytest.mark.parametrize("seed", range(3000, 3010))
+def test_lost_writes_are_repaired_by_the_owner(seed: int) -> None:
+    """Acknowledged writes vanish while every owner lives: no client ever learns of it."""
+    report = simulate(seed, HistoryPlan(kinds=("lose_writes",)))
+    assert not report.violations, report.explain()
+    assert report.losses == 0
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_loss_without_its_owner_is_told_and_never_a_silent_fork(seed: int) -> None:
+    kinds = ("lose_writes", "kill_replica", "freeze_replica", "migrate", "kill_gateway")
+    report = simulate(seed, HistoryPlan(kinds=kinds))
+    assert not report.violations, report.explain()
+
+
 def trace_of(seed: int) -> str:
     """Digest of every step of a history."""
     digest = hashlib.blake2b(digest_size=16)
