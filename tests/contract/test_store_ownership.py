@@ -13,7 +13,15 @@ from statestore.ports import (
     TurnBegun,
     TurnEnded,
 )
-from statestore.records import NO_EPOCH, Epoch, Migration, SessionState, StoreLimits, TurnStatus
+from statestore.records import (
+    NO_EPOCH,
+    Epoch,
+    Migration,
+    Position,
+    SessionState,
+    StoreLimits,
+    TurnStatus,
+)
 from statestore.records import Owner as Ownership
 from statestore.redis_store import RedisStore
 from tests.support.owners import A, B, Owner, opened
@@ -199,6 +207,8 @@ async def test_a_switch_needs_what_the_target_verified(store: RedisStore) -> Non
     assert await switch("ses_f", owner.epoch, "m1", head, "t2", nonce) == busy
     lost = await switch("ses_f", Epoch(1, b"old"), "m1", head, "t1", nonce)
     assert isinstance(lost, EpochLost)
+    other = await switch("ses_f", owner.epoch, "m1", Position(3, b"other"), "t1", nonce)
+    assert other == HeadMismatch(head, owner.epoch)
     await owner.write(4)
     moved_on = await switch("ses_f", owner.epoch, "m1", head, "t1", nonce)
     assert moved_on == HeadMismatch(owner.head, owner.epoch)

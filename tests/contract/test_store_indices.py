@@ -1,0 +1,87 @@
+"""Indices outside the family slots: written before the records, set right when they are read."""
+
+from __future__ import annotations
+
+import pytest
+
+from statestore import keys
+from statestore.executor import Reply
+from statestore.ports import SessionWritten
+from statestore.records import StoreLimits
+from statestore.redis_store import RedisStore
+from statestore.script_runner import script_call
+from tests.support.owners import TENANT, A, B, Owner, opened
+from tests.support.stores import ANSWERING, Backend, store_on
+
+pytestmark = pytest.mark.anyio
+
+
+async def run(backend: Backend, script: str, *args: str | int) -> Reply:
+    call = script_call(script, [keys.DUE], list(args))
+    (reply,) = await backend.executor.execute([call], 5)
+    assert not isinstance(reply, Exception)
+    return reply
+
+
+@ANSWERING
+async def test_the_earliest_time_at_which_a_session_is_due_stands(store: RedisStore) -> None:
+    owner = await Owner.of(store)
+    await owner.begin(timeout_ms=20)
+    await owner.begin("t2")  # refused, but noted as due in a minute
+    expired: list[tuple[str, str]] = []
+    while not expired:
+        expired += (await store.sweep(10)).turns_expired
+    assert expired == [("ses_f", "t1")]
+
+
+@ANSWERING
+async def test_a_session_noted_during_a_sweep_is_looked_at_again(backend: Backend) -> None:
+    await run(backend, "due", "ses_f", 0)
+    listed = await run(backend, "due_list", 10)
+    assert isinstance(listed, list)
+    session_id, score = (str(item, "ascii") for item in listed if isinstance(item, bytes))
+    assert session_id == "ses_f"
+    # The sweep finds nothing to do; meanwhile a turn begins.
+    await run(backend, "due", "ses_f", 60_000)
+    await run(backend, "due_fix", "ses_f", score, "")
+    again: Reply = []
+    while not again:
+        again = await run(backend, "due_list", 10)
+    assert isinstance(again, list)
+    assert again[0] == b"ses_f"
+    await run(backend, "due_fix", "ses_f", str(again[1], "ascii"), "")  # type: ignore[arg-type]
+    assert "sessile:due" not in await backend.keys()
+
+
+async def test_an_entry_whose_record_is_still_to_come_is_not_dropped(backend: Backend) -> None:
+    """Between its two writes an opening looks like an entry without a record."""
+    await opened(store_on(backend))
+    index = keys.tenant_index_key(TENANT)
+    await _keep_only(backend, index)
+    patient = store_on(backend, StoreLimits(index_grace_ms=60_000))
+    assert (await patient.list_sessions(TENANT, "", 10)).sessions == ()
+    assert index in await backend.keys()
+    hasty = store_on(backend, StoreLimits(index_grace_ms=0))
+    assert (await hasty.list_sessions(TENANT, "", 10)).sessions == ()
+    assert index not in await backend.keys()
+
+
+async def test_a_session_that_comes_back_soon_stays_in_the_list_of_its_replica(
+    store: RedisStore,
+) -> None:
+    owner = await Owner.of(store)
+    epoch = owner.epoch
+    for ref, nonce in ((B, b"away"), (A, b"back")):
+        outcome = await store.take("ses_f", epoch, ref, nonce)
+        assert isinstance(outcome, SessionWritten)
+        epoch = outcome.session.epoch
+    assert await store.sessions_of(A, 10) == ("ses_f",)
+    assert await store.sessions_of(B, 10) == ()
+
+
+async def _keep_only(backend: Backend, key: str) -> None:
+    saved = await backend.save()
+    if isinstance(saved, dict):
+        await backend.roll_back({k: v for k, v in saved.items() if k == key.encode()})
+    else:
+        await backend.roll_back([(k, v) for k, v in saved if k == key.encode()])
