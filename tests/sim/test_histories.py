@@ -50,8 +50,9 @@ def test_lost_writes_are_repaired_by_the_owner(seed: int) -> None:
     assert report.losses == 0
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(9), 49])
 def test_a_loss_without_its_owner_is_told_and_never_a_silent_fork(seed: int) -> None:
+    # 49: a lost commit, the turn cancelled before the owner came back to repair it.
     kinds = ("lose_writes", "kill_replica", "freeze_replica", "migrate", "kill_gateway")
     report = simulate(seed, HistoryPlan(kinds=kinds))
     assert not report.violations, report.explain()

@@ -180,6 +180,12 @@ class TurnOpening:
             )
             if isinstance(outcome, store.Fenced | store.Refused | store.Missing):
                 raise refusal(session.session_id, outcome)
+            if isinstance(outcome, store.TurnEnded):
+                # The store went on from what it had: what this replica holds is another history.
+                raise NotOwner(
+                    f"session {session.session_id}: turn {outcome.turn.spec.turn_id} ended "
+                    "otherwise after the store lost writes"
+                )
             return await self._get_session(give_up_at)
         owner = session.owner
         if owner is None or owner.replica != self._ports.ref or owner.epoch != self._epoch:

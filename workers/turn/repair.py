@@ -65,7 +65,13 @@ async def _request(
     active: Turn | None,
 ) -> Repair:
     keep = await _common_prefix(store, session, resident)
-    turns = [turn for turn in resident.recent if turn.index >= session.turn_index]
+    # Also those that the store has ended, if tokens of theirs are to be written again: where it
+    # ended one otherwise (a cancel after the loss), that end stands and the repair must not go on.
+    turns = [
+        turn
+        for turn in resident.recent
+        if turn.index >= session.turn_index or turn.output_end.length > keep
+    ]
     held_from = turns[0].index if turns else resident.turn_index
     if held_from > session.turn_index:
         raise DataLoss(
