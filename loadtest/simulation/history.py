@@ -23,6 +23,8 @@ from statestore.records import TurnStatus
 SETTLE_S = 4.0
 """Longer than a lease and an amnesty: afterwards everybody knows who lives."""
 LIVENESS_S = 10.0
+EXPORT_LEASE_S = 35.0
+"""Longer than pages are held for a peer that does not come for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
         )
         found = await _work_in_a_storm(plan, agents, storm)
         found += await _liveness(plan, agents)
+        if check_replicas(built):
+            await anyio.sleep(EXPORT_LEASE_S)  # a puller was killed: what it was to have is held
         found += witness.violations + check_replicas(built)
         for agent in agents:
             found += await check_agent(built, agent)

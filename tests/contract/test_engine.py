@@ -346,6 +346,28 @@ async def test_exported_pages_cannot_be_evicted(start: Start) -> None:
         it.engine.reserve_import(b"tenant", it.prompt(9, 6 * page), 0, 6).release()
 
 
+async def test_an_export_from_the_middle_of_a_context_holds_what_is_before_it(
+    start: Start,
+) -> None:
+    async with start(EngineSize(capacity_pages=8)) as it:
+        page = it.engine.info.page_size
+        prompt = it.prompt(1, 4 * page)
+        await it.generate(prompt, 2)
+        export = it.engine.export_pages(it.hashes(prompt)[2:])
+        assert [meta.block_hash for meta in export.pages] == it.hashes(prompt)[2:4]
+        before = [bytes(export.view(i)) for i in range(2)]
+        it.engine.check_integrity()
+        assert it.engine.load().free_pages == 4
+        with pytest.raises(PagesExhausted):
+            it.engine.reserve_import(b"tenant", it.prompt(9, 5 * page), 0, 5)
+        for seed in range(2, 6):
+            await it.generate(it.prompt(seed, 3 * page), 2)
+        assert [bytes(export.view(i)) for i in range(2)] == before
+        export.release()
+        it.engine.check_integrity()
+        assert it.engine.load().free_pages == 8
+
+
 async def test_pins_survive_pressure_until_they_expire(start: Start, now: Now) -> None:
     async with start(EngineSize(capacity_pages=12)) as it:
         page = it.engine.info.page_size

@@ -169,6 +169,18 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.live.append(holder := Holder(path[: len(run)], pages, len(run)))
         return holder
 
+    @rule(target=exports, path=PATHS, start=st.integers(0, 4))
+    def export_part(self, path: str, start: int) -> Holder:
+        wanted = hashes_of(path)[start:]
+        resident = [b for b in wanted if b in self.oracle.used]  # a prefix of what is wanted
+        run, pages = self.cache.acquire_part(wanted)
+        assert [self.contents[p] for p in run] == resident
+        held = hashes_of(path)[: start + len(resident)] if resident else []
+        assert [self.contents[p] for p in pages] == held
+        self.oracle.holders.append(held)
+        self.live.append(holder := Holder(path[: len(held)], pages, len(held)))
+        return holder
+
     @rule(export=consumes(exports))
     def end_export(self, export: Holder) -> None:
         self.finish(export)

@@ -167,13 +167,27 @@ class PrefixCache:
 
     def acquire(self, block_hashes: Sequence[bytes]) -> list[int]:
         """Like :meth:`match`, and takes one reference on each page: none of them can be evicted
-        until :meth:`release`."""
+        until :meth:`release`. The first block begins a context (see :meth:`acquire_part`)."""
+        return self._refer(self._run(block_hashes))
+
+    def acquire_part(self, block_hashes: Sequence[bytes]) -> tuple[list[int], list[int]]:
+        """For blocks that may begin in the middle of a context: the pages of the longest resident
+        run, and all pages that were acquired for it, those of the blocks before it among them.
+        The latter are to be released."""
         run = self._run(block_hashes)
-        for block in run:
+        chain: list[_Block] = []
+        block = run[0].parent if run else None
+        while block is not None:
+            chain.append(block)
+            block = block.parent
+        return [block.page for block in run], self._refer(chain[::-1] + run)
+
+    def _refer(self, blocks: Sequence[_Block]) -> list[int]:
+        for block in blocks:
             if block.refs == 0:
                 self._unreferenced -= 1
             block.refs += 1
-        return [block.page for block in run]
+        return [block.page for block in blocks]
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
         """``count`` open pages, evicting cache if needed; neighbours, beginning behind the page

@@ -131,7 +131,7 @@ class SimEngine:
             del self._exports[ended]
             self._wake()
 
-        export = SimExport(self._cache, self._memory, self._cache.acquire(block_hashes), released)
+        export = SimExport(self._cache, self._memory, block_hashes, released)
         self._exports[export] = None
         return export
 

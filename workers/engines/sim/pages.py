@@ -31,11 +31,11 @@ class SimExport:
         self,
         cache: PrefixCache,
         memory: PageMemory,
-        held: list[int],
+        block_hashes: Sequence[bytes],
         released: Callable[[SimExport], None],
     ) -> None:
-        self.held = held
-        self._metas = tuple(cache.meta(page) for page in held)
+        self._run, self.held = cache.acquire_part(block_hashes)
+        self._metas = tuple(cache.meta(page) for page in self._run)
         self._cache = cache
         self._memory = memory
         self._released = released
@@ -48,7 +48,7 @@ class SimExport:
     def view(self, index: int) -> memoryview:
         if not self._open:
             raise ValueError("the export was released")
-        return self._memory.page(self.held[index]).toreadonly()
+        return self._memory.page(self._run[index]).toreadonly()
 
     def release(self) -> None:
         if self._open:

@@ -130,8 +130,7 @@ class TorchEngine:
         return self._cache.drop(block_hashes)
 
     def export_pages(self, block_hashes: Sequence[bytes]) -> PageExport:
-        pages = self._cache.acquire(block_hashes)
-        export = TorchPageExport(self._runner.pool, self._cache, pages, self._forget_export)
+        export = TorchPageExport(self._runner.pool, self._cache, block_hashes, self._forget_export)
         self._exports[export] = None
         return export
 

@@ -18,11 +18,11 @@ class TorchPageExport:
         self,
         pool: KvPool,
         cache: PrefixCache,
-        pages: list[int],
+        block_hashes: Sequence[bytes],
         on_release: Callable[[TorchPageExport], None],
     ) -> None:
-        self.held = pages
-        self._metas = [cache.meta(page) for page in pages]
+        self._run, self.held = cache.acquire_part(block_hashes)
+        self._metas = [cache.meta(page) for page in self._run]
         self._pool = pool
         self._cache = cache
         self._on_release = on_release
@@ -35,7 +35,7 @@ class TorchPageExport:
     def view(self, index: int) -> memoryview:
         if not self._open:
             raise ValueError("the export was released")
-        return self._pool.read(self.held[index])
+        return self._pool.read(self._run[index])
 
     def release(self) -> None:
         if self._open:
