@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import anyio
-from sessile import DrainProgress, Migration, Sessile, SessileError
+from sessile import DrainProgress, Migration, ReplicaState, Sessile, SessileError
 
 from gateway.cli.launch import Child, Cluster, LaunchFailed
 from loadtest.demo.board import AgentState, Board, Found, Phase, TurnLog
@@ -24,7 +25,9 @@ MOMENT_TIMEOUT_S = 120.0
 """A fault whose moment does not come within this time has failed."""
 DRAIN_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 20.0
-EXIT_POLL_S = 0.05
+JOIN_TIMEOUT_S = 30.0
+"""Between a worker's start and a gateway's seeing it."""
+POLL_S = 0.05
 
 
 class FaultImpossible(Exception):
@@ -114,7 +117,7 @@ class Director:
                 lambda: True if self._board.finished_turns >= turns else None
             )
             await fault()
-        except (FaultImpossible, SessileError, LaunchFailed) as error:
+        except (FaultImpossible, SessileError, LaunchFailed, TimeoutError) as error:
             failure = f"could not {what}: {type(error).__name__}: {error}"
             self.faults.failures.append(failure)
             self._board.say(failure, fault=True)
@@ -163,7 +166,15 @@ class Director:
         replica = f"r{len(self._cluster.workers) + 1}"
         self._board.say(f"starting a new replica {replica}", fault=True)
         await self._cluster.start_worker(replica)
-        await self._cluster.wait_ready()
+        # Asked of whichever gateway answers: one of them may be killed meanwhile.
+        with anyio.fail_after(JOIN_TIMEOUT_S):
+            async with aclosing(self._operator.fleet.watch(interval_s=POLL_S)) as fleets:
+                async for fleet in fleets:
+                    if any(
+                        member.ref.replica_id == replica and member.state is ReplicaState.READY
+                        for member in fleet
+                    ):
+                        break
         self.faults.joined = replica
         self._board.say(f"{replica} has joined")
 
@@ -240,5 +251,5 @@ async def _exit_code(child: Child) -> int | None:
     """Of a process that is about to end by itself; None if it does not in time."""
     with anyio.move_on_after(EXIT_TIMEOUT_S):
         while child.running:  # noqa: ASYNC110 - nobody tells when a child ends
-            await anyio.sleep(EXIT_POLL_S)
+            await anyio.sleep(POLL_S)
     return child.exit_code
