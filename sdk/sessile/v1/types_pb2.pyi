@@ -441,7 +441,7 @@ class Usage(_message.Message):
     input_tokens: _builtins.int
     """Tokens of context before the first output token: the ledger's length at that point."""
     cached_tokens: _builtins.int
-    """Of these, how many the first attempt found in the KV cache (or imported into it)."""
+    """Of these, how many the attempt that ended the turn found in the KV cache (or imported into it)."""
     output_tokens: _builtins.int
     """Tokens generated."""
     def __init__(
@@ -870,7 +870,7 @@ class RunTurnRequest(_message.Message):
 
     @_builtins.property
     def params(self) -> Global___SamplingParams:
-        """Sampling of this turn. Ignored on a repeat."""
+        """Sampling of this turn. On a repeat with messages: the same (the digest covers both)."""
 
     @_builtins.property
     def precondition(self) -> Global___Precondition:
