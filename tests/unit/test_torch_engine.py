@@ -10,12 +10,13 @@ import anyio
 import pytest
 
 from tests.support.engines import EngineHarness, EngineSize, started
+from tests.support.models import bundled_model
 from tests.support.tiny_llama import tiny_llama
 from workers.engines.port import EngineFailed
 from workers.engines.registry import create_backend
 from workers.engines.torch.config import TorchEngineConfig
 from workers.engines.torch.engine import TorchEngine
-from workers.engines.torch.model_store import BUNDLED_MODEL, ModelUnavailable, model_folder
+from workers.engines.torch.model_store import BUNDLED_MODEL, ModelUnavailable
 from workers.engines.torch.runner import ModelRunner, Part, StepResult
 
 pytestmark = [pytest.mark.anyio, pytest.mark.model]
@@ -131,10 +132,7 @@ def test_contradictory_settings_are_refused() -> None:
 
 async def test_the_bundled_model_makes_sense_and_counts_digits() -> None:
     """Through the real tokenizer and weights, as a replica hosts them."""
-    try:
-        model_folder(BUNDLED_MODEL)
-    except ModelUnavailable as error:
-        pytest.skip(str(error))
+    bundled_model()
     from workers.text.port import ChatMessage, LastTurn, Role
 
     backend = create_backend("torch", {"kv_memory_mb": "64"}, time.monotonic)
