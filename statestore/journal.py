@@ -23,12 +23,14 @@ from statestore.ports import (
 )
 from statestore.records import (
     Epoch,
+    LedgerPiece,
     Position,
     ReplicaRef,
     ReplicaRegistration,
     Session,
     StoreLimits,
     Turn,
+    TurnContext,
     TurnSpec,
 )
 from statestore.script_runner import RetryPolicy, ScriptRunner, script_call
@@ -36,6 +38,8 @@ from statestore.script_runner import RetryPolicy, ScriptRunner, script_call
 MAX_TURNS_PER_READ = 1000
 READ_PIECE_TOKENS = 1 << 16
 """Tokens of one ledger read: bounds how long one read occupies the server."""
+PIECES_PER_READ = 16
+"""Of one pipeline: bounds what one round trip brings."""
 MAX_DETAILS_BYTES = 8192
 CALL_KEY_BYTES = 8
 
@@ -73,14 +77,30 @@ class RedisJournal:
         return outcome.session if isinstance(outcome, SessionWritten) else None
 
     async def get_turn(self, session_id: str, turn_id: str) -> Turn | None:
-        (reply,) = await self._scripts.run(
-            script_call("read_turn", [keys.session_key(session_id)], [turn_id])
-        )
-        kind, *rest = replies.items(reply)
-        if kind == b"turn":
-            return replies.turn(rest[0])
-        replies.outcome(reply)
-        return None
+        call = script_call("read_session", [keys.session_key(session_id)], [turn_id])
+        (reply,) = await self._scripts.run(call)
+        if not isinstance(replies.outcome(reply), SessionWritten):
+            return None
+        return replies.optional_turn(replies.items(reply)[3])
+
+    async def get_turn_context(
+        self, session_id: str, turn_id: str, tokens_from: int
+    ) -> TurnContext | None:
+        try:
+            call = script_call(
+                "read_session",
+                [keys.session_key(session_id), keys.ledger_key(session_id)],
+                [turn_id, max(tokens_from, 0), READ_PIECE_TOKENS],
+            )
+        except ValueError:
+            return None
+        (reply,) = await self._scripts.run(call)
+        outcome = replies.outcome(reply)
+        if not isinstance(outcome, SessionWritten):
+            return None
+        turn, start, tokens = replies.items(reply)[3:]
+        piece = LedgerPiece(replies.number(start), unpack_tokens(replies.data(tokens)))
+        return TurnContext(outcome.session, replies.optional_turn(turn), piece)
 
     async def get_turns(self, session_id: str, start: int, count: int) -> tuple[Turn, ...]:
         (reply,) = await self._scripts.run(
@@ -96,26 +116,35 @@ class RedisJournal:
         replies.outcome(reply)
         return ()
 
-    async def read_tokens(self, session: Session, start: int, end: int) -> list[int]:
-        tokens: list[int] = []
-        sources = [(s.ledger_id, s.start, s.end) for s in session.segments]
-        sources.append((session.session_id, session.own_base, session.head.length))
-        for ledger_id, base, limit in sources:
-            at, until = max(start, base), min(end, limit)
-            while at < until:
-                piece_end = min(until, at + READ_PIECE_TOKENS)
-                piece = await self._read_ledger(ledger_id, at - base, piece_end - base)
-                tokens += piece
-                if len(piece) < piece_end - at:
-                    return tokens
-                at = piece_end
-        return tokens
+    async def read_tokens(
+        self, session: Session, start: int, end: int, known: LedgerPiece | None = None
+    ) -> list[int]:
+        if known is None or known.end <= start or end <= known.start:
+            return await self._read_pieces(_pieces(session, start, end))
+        before = await self._read_pieces(_pieces(session, start, known.start))
+        if len(before) < known.start - start:
+            return before
+        inside = known.tokens[max(start - known.start, 0) : end - known.start]
+        after = await self._read_pieces(_pieces(session, known.end, end))
+        return before + inside + after
 
-    async def _read_ledger(self, ledger_id: str, start: int, end: int) -> list[int]:
-        (reply,) = await self._scripts.run(
-            script_call("read_ledger", [keys.ledger_key(ledger_id)], [4 * start, 4 * end - 1])
-        )
-        return unpack_tokens(replies.data(reply))
+    async def _read_pieces(self, pieces: Sequence[tuple[str, int, int]]) -> list[int]:
+        """Joins pieces [(ledger, start, end)], up to the first that the store has less of."""
+        tokens: list[int] = []
+        for first in range(0, len(pieces), PIECES_PER_READ):
+            some = pieces[first : first + PIECES_PER_READ]
+            found = await self._scripts.run(
+                *(
+                    script_call("read_ledger", [keys.ledger_key(ledger)], [4 * at, 4 * until - 1])
+                    for ledger, at, until in some
+                )
+            )
+            for (_, start, end), reply in zip(some, found, strict=True):
+                piece = unpack_tokens(replies.data(reply))
+                tokens += piece
+                if len(piece) < end - start:
+                    return tokens
+        return tokens
 
     # -- turns --------------------------------------------------------------------------------
 
@@ -316,6 +345,20 @@ def _check_head(expected: Position, tokens: Sequence[int], head: Position) -> No
         raise ValueError(
             f"{expected.length} + {len(tokens)} tokens do not end at position {head.length}"
         )
+
+
+def _pieces(session: Session, start: int, end: int) -> list[tuple[str, int, int]]:
+    """Where tokens ``[start, end)`` are, in bounded pieces: (ledger, first, last in its string)."""
+    sources = [(s.ledger_id, s.start, s.end) for s in session.segments]
+    sources.append((session.session_id, session.own_base, session.head.length))
+    pieces: list[tuple[str, int, int]] = []
+    for ledger_id, base, limit in sources:
+        last = min(end, limit)
+        pieces += (
+            (ledger_id, at - base, min(last, at + READ_PIECE_TOKENS) - base)
+            for at in range(max(start, base), last, READ_PIECE_TOKENS)
+        )
+    return pieces
 
 
 def _epoch_args(epoch: Epoch) -> tuple[int, bytes]:

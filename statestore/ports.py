@@ -21,6 +21,7 @@ from typing import Protocol
 from statestore.records import (
     Epoch,
     Lease,
+    LedgerPiece,
     NewSession,
     Position,
     ReplicaRecord,
@@ -31,6 +32,7 @@ from statestore.records import (
     SessionState,
     SweepReport,
     Turn,
+    TurnContext,
     TurnResult,
     TurnSpec,
 )
@@ -118,6 +120,14 @@ class TurnBegun:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnResumed:
+    """The turn is RUNNING under the caller's epoch, in a new attempt; the records after it."""
+
+    session: Session
+    turn: Turn
+
+
+@dataclass(frozen=True, slots=True)
 class TurnExists:
     """A turn with this id is already there (running, interrupted or ended)."""
 
@@ -178,7 +188,7 @@ BeginOutcome = (
     | LimitReached
     | Missing
 )
-ResumeOutcome = TurnBegun | TurnEnded | TurnUnknown | Fenced | Refused | Missing
+ResumeOutcome = TurnResumed | TurnEnded | TurnUnknown | Fenced | Refused | Missing
 AppendOutcome = Appended | TurnEnded | HeadMismatch | Fenced | TurnUnknown | Missing
 RepairOutcome = Appended | TurnEnded | HeadMismatch | Fenced | Refused | Missing
 CancelOutcome = TurnEnded | TurnUnknown | Missing
@@ -239,9 +249,18 @@ class JournalPort(Protocol):
         """Turns by index, in order, ended and active; at most ``count`` (bounded by 1000)."""
         ...
 
-    async def read_tokens(self, session: Session, start: int, end: int) -> list[int]:
-        """Tokens ``[start, end)`` over the segments and the own ledger. Shorter if the store has
-        fewer. Reads in bounded pieces."""
+    async def get_turn_context(
+        self, session_id: str, turn_id: str, tokens_from: int
+    ) -> TurnContext | None:
+        """Session, turn and ledger from ``tokens_from`` on (a bounded piece of what is the
+        session's own) in one round trip. None if there is no such session."""
+        ...
+
+    async def read_tokens(
+        self, session: Session, start: int, end: int, known: LedgerPiece | None = None
+    ) -> list[int]:
+        """Tokens ``[start, end)`` over the segments and the own ledger; those that ``known`` holds
+        are not read again. Shorter if the store has fewer. Reads in bounded pieces."""
         ...
 
     async def begin_turn(

@@ -204,6 +204,30 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class LedgerPiece:
+    """Tokens of a ledger from position ``start`` on."""
+
+    start: int
+    tokens: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnContext:
+    """What a replica needs to begin a turn or go on with it, read at one moment."""
+
+    session: Session
+    turn: Turn | None
+    """The turn asked for, if the session has it."""
+    ledger: LedgerPiece
+    """Of the session's own ledger: begins later than asked for if that part is inherited, and
+    ends before the head if there is more than one read may bring."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaRegistration:
     """What a replica says about itself once per incarnation. ``details`` is opaque JSON text
     (model limits, fingerprints, endpoints) of at most 8 KiB."""

@@ -20,6 +20,7 @@ from statestore.ports import (
     TurnEnded,
     TurnExists,
     TurnInProgress,
+    TurnResumed,
     TurnTombstoned,
     TurnUnknown,
 )
@@ -51,6 +52,7 @@ Outcome = (
     | HeadMismatch
     | LimitReached
     | TurnBegun
+    | TurnResumed
     | TurnExists
     | TurnConflict
     | TurnEnded
@@ -83,6 +85,8 @@ def outcome(reply: Reply) -> Outcome | None:
             return LimitReached(text(rest[0]))
         case b"begun":
             return TurnBegun(turn(rest[0]))
+        case b"resumed":
+            return TurnResumed(session(rest), turn(rest[2]))
         case b"exists":
             return TurnExists(turn(rest[0]))
         case b"conflict":
@@ -161,6 +165,11 @@ def turn(reply: Reply) -> Turn:
         )
     except (ValueError, TypeError) as error:
         raise StoreCorrupt(f"turn {f['id']!r} cannot be read: {error}") from error
+
+
+def optional_turn(reply: Reply) -> Turn | None:
+    """The same, or None for a turn that is not there."""
+    return None if reply is None else turn(reply)
 
 
 def turn_args(turn: Turn) -> list[Arg]:

@@ -12,10 +12,16 @@ end
 local stale = fenced(s, ARGV[1], ARGV[2])
 if stale then return stale end
 
+local function resumed()
+  local reply = session_reply('resumed', s.key, s.now)
+  reply[4] = turn(s, id)
+  return reply
+end
+
 local t = 't:' .. id .. ':'
 local v = call('HMGET', KEYS[1], t .. 'call', t .. 'attempt', t .. 'attempt_from', t .. 'stalled',
   t .. 'planned')
-if v[1] == ARGV[4] then return {'begun', turn(s, id)} end
+if v[1] == ARGV[4] then return resumed() end
 
 local stalled = tonumber(v[4])
 if tonumber(s.length) > tonumber(v[3]) then
@@ -38,4 +44,4 @@ put(s, t .. 'replica', s.owner)
 put(s, t .. 'replica_inc', s.owner_inc)
 put(s, t .. 'call', ARGV[4])
 save(s)
-return {'begun', turn(s, id)}
+return resumed()

@@ -12,6 +12,7 @@ from statestore.ports import (
     SessionWritten,
     TurnBegun,
     TurnEnded,
+    TurnResumed,
 )
 from statestore.records import (
     NO_EPOCH,
@@ -86,7 +87,7 @@ async def test_a_session_can_be_taken_for_nobody_and_placed_later(store: RedisSt
     placed = await store.place("ses_f", outcome.session.epoch, B, b"next")
     assert isinstance(placed, SessionWritten)
     assert placed.session.previous_owner == A
-    assert isinstance(await store.resume_turn("ses_f", placed.session.epoch, "t1"), TurnBegun)
+    assert isinstance(await store.resume_turn("ses_f", placed.session.epoch, "t1"), TurnResumed)
 
 
 async def test_epochs_lost_with_the_servers_writes_are_not_granted_again(
@@ -191,7 +192,7 @@ async def test_a_running_turn_moves_without_using_up_its_attempts(store: RedisSt
         assert turn.status is TurnStatus.INTERRUPTED
         owner.epoch = outcome.session.epoch
         resumed = await store.resume_turn("ses_f", owner.epoch, "t1")
-        assert isinstance(resumed, TurnBegun)
+        assert isinstance(resumed, TurnResumed)
         assert resumed.turn.attempt == attempt
 
 

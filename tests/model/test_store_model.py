@@ -25,6 +25,7 @@ from statestore.ports import (
     TurnEnded,
     TurnExists,
     TurnInProgress,
+    TurnResumed,
     TurnTombstoned,
     TurnUnknown,
 )
@@ -285,7 +286,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert isinstance(outcome, TurnEnded)
             session.end(TurnStatus.FAILED)
         else:
-            assert isinstance(outcome, TurnBegun)
+            assert isinstance(outcome, TurnResumed)
+            assert outcome.session.head == position_of(session.tokens)
             turn.status, turn.attempt_from = TurnStatus.RUNNING, len(session.tokens)
         self.check(session)
 

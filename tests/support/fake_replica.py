@@ -29,6 +29,7 @@ from statestore.ports import (
     TurnBegun,
     TurnEnded,
     TurnExists,
+    TurnResumed,
 )
 from statestore.records import (
     Epoch,
@@ -221,7 +222,7 @@ class FakeReplica:
             outcome = await self.store.resume_turn(turn.session_id, epoch, turn.turn_id)
             if isinstance(outcome, TurnEnded):
                 return self._replayed(outcome.turn, salt, ledger), True
-            if not isinstance(outcome, TurnBegun):
+            if not isinstance(outcome, TurnResumed):
                 raise NotOwner(f"resume: {outcome}")
             run = Run(outcome.turn, epoch, digest)
             run.tokens = _journalled(salt, ledger, outcome.turn)

@@ -76,6 +76,24 @@ class LossyExecutor:
         await self._inner.aclose()
 
 
+class CountingExecutor:
+    """Another executor, with a note of what was sent."""
+
+    def __init__(self, inner: ScriptExecutor) -> None:
+        self._inner = inner
+        self.round_trips: list[list[str]] = []
+        """Names of the scripts of each pipeline."""
+
+    async def execute(
+        self, calls: Sequence[ScriptCall], timeout_s: float
+    ) -> list[Reply | StoreError]:
+        self.round_trips.append([call.script.name for call in calls])
+        return await self._inner.execute(calls, timeout_s)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
 class PatientStore(RedisStore):
     """Repeats unanswered appends, as the journal does."""
 

@@ -329,12 +329,10 @@ class TurnOpening:
                 return ended
             case store.TurnUnknown():
                 return None
-            case store.TurnBegun(turn=resumed):
-                pass
+            case store.TurnResumed(session=session, turn=resumed):
+                pass  # the ledger may have grown between our look and the take-over
             case _:
                 raise refusal(session.session_id, outcome)
-        # Read again: the ledger may have grown between our look and the take-over.
-        session = await self._get_session(give_up_at)
         resident = await self._ports.residency.load(self._ports.store, session, salt)
         resident.own(self._epoch, session.turn_index)
         start = resumed.output_start.length
