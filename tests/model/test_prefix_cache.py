@@ -321,6 +321,15 @@ def test_pins_are_bounded_and_the_first_to_expire_is_given_up() -> None:
     assert cache.drop(hashes_of("aa")) == 0
 
 
+def test_pins_stay_bounded_when_one_is_renewed() -> None:
+    cache = PrefixCache(8, lambda: 0.0, max_pins=2)
+    for path, ttl_s in (("a", 1.0), ("a", 9.0), ("b", 2.0), ("c", 3.0)):
+        filled(cache, path)
+        cache.pin(path, hashes_of(path), ttl_s)
+    assert cache.pinned_pages == 2
+    assert cache.drop(hashes_of("b")) == 1, "the one that expires first is given up"
+
+
 def test_releasing_a_page_twice_is_refused() -> None:
     cache = PrefixCache(2, lambda: 0.0)
     pages = cache.allocate(1)

@@ -243,7 +243,7 @@ class PrefixCache:
         self.unpin(pin_id)
         if not run:
             return 0
-        if len(self._pins) >= self.max_pins:
+        while len(self._pins) >= self.max_pins:
             self._drop_first_expiring()
         pin = _Pin(run, self.clock() + ttl_s)
         self._pins[pin_id] = pin
