@@ -292,7 +292,8 @@ class Scheduler:
         if self._cache.free_pages < self._info.capacity_pages // 2:
             return 0
         limit = len(generation.request.tokens) + generation.request.max_new_tokens
-        return min(GROWTH_PAGES, self._pages_for(limit) - len(generation.pages))
+        ahead = self._pages_for(limit) - len(generation.pages)
+        return min(GROWTH_PAGES, self._cache.free_pages, ahead)
 
     def _preempt(self, generation: Generation) -> None:
         """Back to the queue; what it computed stays cached as long as there is room."""
