@@ -164,12 +164,31 @@ async def test_an_import_needs_the_ledgers_own_digest() -> None:
 async def test_pages_of_another_layout_are_not_exported() -> None:
     async with world() as w:
         first, _ = await two_replicas(w)
-        request = pb.ExportKvRequest(session_id=SESSION, kv_fingerprint=b"other", block_hashes=[])
+        request = pb.ExportKvRequest(
+            session_id=SESSION, source=ref(first), kv_fingerprint=b"other", block_hashes=[]
+        )
         with pytest.raises(errors.MigrationRefused):
             await first.app.export_kv(request)
         request.kv_fingerprint = first.engine.info.kv_fingerprint
         request.block_hashes.append(b"z" * 16)
         assert (await first.app.export_kv(request)).offered_pages == 0
+
+
+@in_virtual_time
+async def test_pages_are_pulled_from_the_incarnation_that_was_meant_only() -> None:
+    async with world() as w:
+        first, second = await two_replicas(w)
+        request = import_request(first, (await w.session()).head)
+        request.source.incarnation -= 1
+        answer = await second.app.import_session(request)
+        assert answer.pages == 0
+        assert f"this is {first.ref}, not " in answer.detail
+        assert w.channel.pulls == 0
+        unnamed = pb.ExportKvRequest(
+            session_id=SESSION, kv_fingerprint=first.engine.info.kv_fingerprint
+        )
+        with pytest.raises(errors.NotOwner):
+            await first.app.export_kv(unnamed)
 
 
 async def switched(w: World, target: RunningReplica, head: types_pb2.Position) -> Session:

@@ -114,6 +114,9 @@ class KvTransfer:
         """Leave to pull the longest resident run of the wanted blocks. A block's hash contains its
         tenant's salt, so who can name a block may have it."""
         info = self._engine.info
+        meant = ReplicaRef(request.source.replica_id, request.source.incarnation)
+        if meant != self._ref:
+            raise NotOwner(f"this is {self._ref}, not {meant}")
         if request.kv_fingerprint != info.kv_fingerprint:
             raise MigrationRefused("the replicas' KV pages are not exchangeable")
         if len(request.block_hashes) > MAX_BLOCKS:
@@ -164,7 +167,7 @@ class KvTransfer:
                         received, detail, again = await self._attempt(
                             resident, hashes, source_endpoint, source
                         )
-                    except PagesExhausted as error:
+                    except (PagesExhausted, NotOwner, MigrationRefused) as error:
                         detail, again = str(error), False
                     except (SessileError, OSError, TimeoutError) as error:
                         detail = f"{type(error).__name__}: {error}"
@@ -189,9 +192,8 @@ class KvTransfer:
         try:
             request = pb.ExportKvRequest(
                 session_id=resident.session_id,
-                target=types_pb2.ReplicaRef(
-                    replica_id=self._ref.replica_id, incarnation=self._ref.incarnation
-                ),
+                source=_wire(source),
+                target=_wire(self._ref),
                 kv_fingerprint=info.kv_fingerprint,
                 block_hashes=wanted,
                 lease_ms=round(self._pull_timeout_s * 1000),
@@ -199,7 +201,7 @@ class KvTransfer:
             offer = await self._peers.export_kv(endpoint, request, EXPORT_TIMEOUT_S)
             pages = offer.offered_pages
             if pages > len(wanted) or len(offer.checksums) != pages:
-                raise NotOwner(f"{source} offers {pages} pages of {len(wanted)}")
+                raise MigrationRefused(f"{source} offers {pages} pages of {len(wanted)}")
             if pages == 0:
                 return 0, f"{source} holds none of the {len(wanted)} missing pages", False
             if offer.page_bytes != info.page_bytes:
@@ -230,3 +232,7 @@ class KvTransfer:
         """The ledger position that ``pages`` resident pages cover."""
         length = pages * self._engine.info.page_size
         return Position(length, resident.digest_at(length))
+
+
+def _wire(ref: ReplicaRef) -> types_pb2.ReplicaRef:
+    return types_pb2.ReplicaRef(replica_id=ref.replica_id, incarnation=ref.incarnation)

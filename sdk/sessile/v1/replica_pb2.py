@@ -26,7 +26,7 @@ from sessile.v1 import session_pb2 as sessile_dot_v1_dot_session__pb2
 from sessile.v1 import types_pb2 as sessile_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sessile/v1/replica.proto\x12\nsessile.v1\x1a\x18sessile/v1/session.proto\x1a\x16sessile/v1/types.proto\"M\n\nPrefixPlan\x12\x17\n\x0fsource_endpoint\x18\x01 \x01(\t\x12&\n\x06source\x18\x02 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\"\xd6\x01\n\x13\x44ispatchTurnRequest\x12(\n\x04turn\x18\x01 \x01(\x0b\x32\x1a.sessile.v1.RunTurnRequest\x12 \n\x05\x65poch\x18\x02 \x01(\x0b\x32\x11.sessile.v1.Epoch\x12\'\n\x07replica\x18\x03 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12&\n\x06prefix\x18\x05 \x01(\x0b\x32\x16.sessile.v1.PrefixPlan\x12\x12\n\nattempt_id\x18\x06 \x01(\t\"6\n\x0fStopTurnRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07turn_id\x18\x02 \x01(\t\"#\n\x10StopTurnResponse\x12\x0f\n\x07stopped\x18\x01 \x01(\x08\"o\n\x0fHandOverRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12 \n\x05\x65poch\x18\x02 \x01(\x0b\x32\x11.sessile.v1.Epoch\x12\x14\n\x0cmigration_id\x18\x03 \x01(\t\x12\x10\n\x08lease_ms\x18\x04 \x01(\x04\"G\n\x10HandOverResponse\x12\"\n\x04head\x18\x01 \x01(\x0b\x32\x14.sessile.v1.Position\x12\x0f\n\x07turn_id\x18\x02 \x01(\t\"@\n\x14\x41\x62ortHandOverRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cmigration_id\x18\x02 \x01(\t\"\x17\n\x15\x41\x62ortHandOverResponse\"\x8d\x01\n\x0f\x45xportKvRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12&\n\x06target\x18\x02 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12\x16\n\x0ekv_fingerprint\x18\x03 \x01(\x0c\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x03(\x0c\x12\x10\n\x08lease_ms\x18\x05 \x01(\x04\"w\n\x10\x45xportKvResponse\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x15\n\rdata_endpoint\x18\x02 \x01(\t\x12\x15\n\roffered_pages\x18\x03 \x01(\r\x12\x12\n\npage_bytes\x18\x04 \x01(\x04\x12\x11\n\tchecksums\x18\x05 \x03(\x06\"\xc8\x01\n\x14ImportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cmigration_id\x18\x02 \x01(\t\x12\x17\n\x0fsource_endpoint\x18\x03 \x01(\t\x12&\n\x06source\x18\x04 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12#\n\x05up_to\x18\x05 \x01(\x0b\x32\x14.sessile.v1.Position\x12\x10\n\x08lease_ms\x18\x06 \x01(\x04\x12\x0e\n\x06tenant\x18\x07 \x01(\t\"t\n\x15ImportSessionResponse\x12&\n\x08verified\x18\x01 \x01(\x0b\x32\x14.sessile.v1.Position\x12\r\n\x05pages\x18\x02 \x01(\r\x12\x14\n\x0c\x62ytes_copied\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"\xa0\x01\n\x15ReleaseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12 \n\x05\x65poch\x18\x02 \x01(\x0b\x32\x11.sessile.v1.Epoch\x12\x0f\n\x07\x64rop_kv\x18\x03 \x01(\x08\x12*\n\x08moved_to\x18\x04 \x01(\x0b\x32\x18.sessile.v1.TurnRedirect\x12\x14\n\x0cmigration_id\x18\x05 \x01(\t\"*\n\x16ReleaseSessionResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\"U\n\x10ReadTurnsRequest\x12\x31\n\x07request\x18\x01 \x01(\x0b\x32 .sessile.v1.GetTranscriptRequest\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"J\n\x11ReadTurnsResponse\x12\x35\n\ntranscript\x18\x01 \x01(\x0b\x32!.sessile.v1.GetTranscriptResponse\"C\n\x12SetDrainingRequest\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\x12\x1b\n\x13shutdown_when_empty\x18\x02 \x01(\x08\"*\n\x13SetDrainingResponse\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t2\xcf\x05\n\x0eReplicaService\x12I\n\x0c\x44ispatchTurn\x12\x1f.sessile.v1.DispatchTurnRequest\x1a\x16.sessile.v1.TurnStream0\x01\x12\x45\n\x08StopTurn\x12\x1b.sessile.v1.StopTurnRequest\x1a\x1c.sessile.v1.StopTurnResponse\x12\x45\n\x08HandOver\x12\x1b.sessile.v1.HandOverRequest\x1a\x1c.sessile.v1.HandOverResponse\x12T\n\rAbortHandOver\x12 .sessile.v1.AbortHandOverRequest\x1a!.sessile.v1.AbortHandOverResponse\x12\x45\n\x08\x45xportKv\x12\x1b.sessile.v1.ExportKvRequest\x1a\x1c.sessile.v1.ExportKvResponse\x12T\n\rImportSession\x12 .sessile.v1.ImportSessionRequest\x1a!.sessile.v1.ImportSessionResponse\x12W\n\x0eReleaseSession\x12!.sessile.v1.ReleaseSessionRequest\x1a\".sessile.v1.ReleaseSessionResponse\x12H\n\tReadTurns\x12\x1c.sessile.v1.ReadTurnsRequest\x1a\x1d.sessile.v1.ReadTurnsResponse\x12N\n\x0bSetDraining\x12\x1e.sessile.v1.SetDrainingRequest\x1a\x1f.sessile.v1.SetDrainingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sessile/v1/replica.proto\x12\nsessile.v1\x1a\x18sessile/v1/session.proto\x1a\x16sessile/v1/types.proto\"M\n\nPrefixPlan\x12\x17\n\x0fsource_endpoint\x18\x01 \x01(\t\x12&\n\x06source\x18\x02 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\"\xd6\x01\n\x13\x44ispatchTurnRequest\x12(\n\x04turn\x18\x01 \x01(\x0b\x32\x1a.sessile.v1.RunTurnRequest\x12 \n\x05\x65poch\x18\x02 \x01(\x0b\x32\x11.sessile.v1.Epoch\x12\'\n\x07replica\x18\x03 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12&\n\x06prefix\x18\x05 \x01(\x0b\x32\x16.sessile.v1.PrefixPlan\x12\x12\n\nattempt_id\x18\x06 \x01(\t\"6\n\x0fStopTurnRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07turn_id\x18\x02 \x01(\t\"#\n\x10StopTurnResponse\x12\x0f\n\x07stopped\x18\x01 \x01(\x08\"o\n\x0fHandOverRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12 \n\x05\x65poch\x18\x02 \x01(\x0b\x32\x11.sessile.v1.Epoch\x12\x14\n\x0cmigration_id\x18\x03 \x01(\t\x12\x10\n\x08lease_ms\x18\x04 \x01(\x04\"G\n\x10HandOverResponse\x12\"\n\x04head\x18\x01 \x01(\x0b\x32\x14.sessile.v1.Position\x12\x0f\n\x07turn_id\x18\x02 \x01(\t\"@\n\x14\x41\x62ortHandOverRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cmigration_id\x18\x02 \x01(\t\"\x17\n\x15\x41\x62ortHandOverResponse\"\xb5\x01\n\x0f\x45xportKvRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12&\n\x06target\x18\x02 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12\x16\n\x0ekv_fingerprint\x18\x03 \x01(\x0c\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x03(\x0c\x12\x10\n\x08lease_ms\x18\x05 \x01(\x04\x12&\n\x06source\x18\x06 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\"w\n\x10\x45xportKvResponse\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x15\n\rdata_endpoint\x18\x02 \x01(\t\x12\x15\n\roffered_pages\x18\x03 \x01(\r\x12\x12\n\npage_bytes\x18\x04 \x01(\x04\x12\x11\n\tchecksums\x18\x05 \x03(\x06\"\xc8\x01\n\x14ImportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cmigration_id\x18\x02 \x01(\t\x12\x17\n\x0fsource_endpoint\x18\x03 \x01(\t\x12&\n\x06source\x18\x04 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12#\n\x05up_to\x18\x05 \x01(\x0b\x32\x14.sessile.v1.Position\x12\x10\n\x08lease_ms\x18\x06 \x01(\x04\x12\x0e\n\x06tenant\x18\x07 \x01(\t\"t\n\x15ImportSessionResponse\x12&\n\x08verified\x18\x01 \x01(\x0b\x32\x14.sessile.v1.Position\x12\r\n\x05pages\x18\x02 \x01(\r\x12\x14\n\x0c\x62ytes_copied\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"\xa0\x01\n\x15ReleaseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12 \n\x05\x65poch\x18\x02 \x01(\x0b\x32\x11.sessile.v1.Epoch\x12\x0f\n\x07\x64rop_kv\x18\x03 \x01(\x08\x12*\n\x08moved_to\x18\x04 \x01(\x0b\x32\x18.sessile.v1.TurnRedirect\x12\x14\n\x0cmigration_id\x18\x05 \x01(\t\"*\n\x16ReleaseSessionResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\"U\n\x10ReadTurnsRequest\x12\x31\n\x07request\x18\x01 \x01(\x0b\x32 .sessile.v1.GetTranscriptRequest\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"J\n\x11ReadTurnsResponse\x12\x35\n\ntranscript\x18\x01 \x01(\x0b\x32!.sessile.v1.GetTranscriptResponse\"C\n\x12SetDrainingRequest\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\x12\x1b\n\x13shutdown_when_empty\x18\x02 \x01(\x08\"*\n\x13SetDrainingResponse\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t2\xcf\x05\n\x0eReplicaService\x12I\n\x0c\x44ispatchTurn\x12\x1f.sessile.v1.DispatchTurnRequest\x1a\x16.sessile.v1.TurnStream0\x01\x12\x45\n\x08StopTurn\x12\x1b.sessile.v1.StopTurnRequest\x1a\x1c.sessile.v1.StopTurnResponse\x12\x45\n\x08HandOver\x12\x1b.sessile.v1.HandOverRequest\x1a\x1c.sessile.v1.HandOverResponse\x12T\n\rAbortHandOver\x12 .sessile.v1.AbortHandOverRequest\x1a!.sessile.v1.AbortHandOverResponse\x12\x45\n\x08\x45xportKv\x12\x1b.sessile.v1.ExportKvRequest\x1a\x1c.sessile.v1.ExportKvResponse\x12T\n\rImportSession\x12 .sessile.v1.ImportSessionRequest\x1a!.sessile.v1.ImportSessionResponse\x12W\n\x0eReleaseSession\x12!.sessile.v1.ReleaseSessionRequest\x1a\".sessile.v1.ReleaseSessionResponse\x12H\n\tReadTurns\x12\x1c.sessile.v1.ReadTurnsRequest\x1a\x1d.sessile.v1.ReadTurnsResponse\x12N\n\x0bSetDraining\x12\x1e.sessile.v1.SetDrainingRequest\x1a\x1f.sessile.v1.SetDrainingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,25 +50,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ABORTHANDOVERRESPONSE']._serialized_start=731
   _globals['_ABORTHANDOVERRESPONSE']._serialized_end=754
   _globals['_EXPORTKVREQUEST']._serialized_start=757
-  _globals['_EXPORTKVREQUEST']._serialized_end=898
-  _globals['_EXPORTKVRESPONSE']._serialized_start=900
-  _globals['_EXPORTKVRESPONSE']._serialized_end=1019
-  _globals['_IMPORTSESSIONREQUEST']._serialized_start=1022
-  _globals['_IMPORTSESSIONREQUEST']._serialized_end=1222
-  _globals['_IMPORTSESSIONRESPONSE']._serialized_start=1224
-  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=1340
-  _globals['_RELEASESESSIONREQUEST']._serialized_start=1343
-  _globals['_RELEASESESSIONREQUEST']._serialized_end=1503
-  _globals['_RELEASESESSIONRESPONSE']._serialized_start=1505
-  _globals['_RELEASESESSIONRESPONSE']._serialized_end=1547
-  _globals['_READTURNSREQUEST']._serialized_start=1549
-  _globals['_READTURNSREQUEST']._serialized_end=1634
-  _globals['_READTURNSRESPONSE']._serialized_start=1636
-  _globals['_READTURNSRESPONSE']._serialized_end=1710
-  _globals['_SETDRAININGREQUEST']._serialized_start=1712
-  _globals['_SETDRAININGREQUEST']._serialized_end=1779
-  _globals['_SETDRAININGRESPONSE']._serialized_start=1781
-  _globals['_SETDRAININGRESPONSE']._serialized_end=1823
-  _globals['_REPLICASERVICE']._serialized_start=1826
-  _globals['_REPLICASERVICE']._serialized_end=2545
+  _globals['_EXPORTKVREQUEST']._serialized_end=938
+  _globals['_EXPORTKVRESPONSE']._serialized_start=940
+  _globals['_EXPORTKVRESPONSE']._serialized_end=1059
+  _globals['_IMPORTSESSIONREQUEST']._serialized_start=1062
+  _globals['_IMPORTSESSIONREQUEST']._serialized_end=1262
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_start=1264
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=1380
+  _globals['_RELEASESESSIONREQUEST']._serialized_start=1383
+  _globals['_RELEASESESSIONREQUEST']._serialized_end=1543
+  _globals['_RELEASESESSIONRESPONSE']._serialized_start=1545
+  _globals['_RELEASESESSIONRESPONSE']._serialized_end=1587
+  _globals['_READTURNSREQUEST']._serialized_start=1589
+  _globals['_READTURNSREQUEST']._serialized_end=1674
+  _globals['_READTURNSRESPONSE']._serialized_start=1676
+  _globals['_READTURNSRESPONSE']._serialized_end=1750
+  _globals['_SETDRAININGREQUEST']._serialized_start=1752
+  _globals['_SETDRAININGREQUEST']._serialized_end=1819
+  _globals['_SETDRAININGRESPONSE']._serialized_start=1821
+  _globals['_SETDRAININGRESPONSE']._serialized_end=1863
+  _globals['_REPLICASERVICE']._serialized_start=1866
+  _globals['_REPLICASERVICE']._serialized_end=2585
 # @@protoc_insertion_point(module_scope)

@@ -272,6 +272,7 @@ class ExportKvRequest(_message.Message):
     KV_FINGERPRINT_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session whose pages are wanted."""
     kv_fingerprint: _builtins.bytes
@@ -286,6 +287,10 @@ class ExportKvRequest(_message.Message):
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Chained block hashes wanted, in order; the source offers the longest resident run."""
 
+    @_builtins.property
+    def source(self) -> _types_pb2.ReplicaRef:
+        """The replica meant; another incarnation answers NOT_OWNER."""
+
     def __init__(
         self,
         *,
@@ -294,10 +299,11 @@ class ExportKvRequest(_message.Message):
         kv_fingerprint: _builtins.bytes = ...,
         block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
         lease_ms: _builtins.int = ...,
+        source: _types_pb2.ReplicaRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "kv_fingerprint", b"kv_fingerprint", "lease_ms", b"lease_ms", "session_id", b"session_id", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "kv_fingerprint", b"kv_fingerprint", "lease_ms", b"lease_ms", "session_id", b"session_id", "source", b"source", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
