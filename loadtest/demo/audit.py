@@ -88,7 +88,9 @@ def _check_turn(
         found.hanging += 1
         found.problems.append(f"{name}: turn {turn.turn_id} is {status or 'not in the store'}")
         return int(end or 0)
-    span = range(int(start), int(end))
+    if int(end) > len(ledger):
+        found.problems.append(f"{name}: turn {turn.turn_id} ends at {end} of {len(ledger)} tokens")
+    span = range(int(start), min(int(end), len(ledger)))
     received = Counter[int]()
     for arrival in turn.arrivals:
         for position, token in enumerate(arrival.token_ids, arrival.position):
@@ -98,7 +100,7 @@ def _check_turn(
     found.checked += len(span)
     found.lost += sum(position not in received for position in span)
     found.repeated += sum(count - 1 for count in received.values())
-    return span.stop
+    return int(end)
 
 
 def _field(store: RawKeys, key: str, name: str) -> str:

@@ -131,6 +131,7 @@ class Director:
 
     async def _move_idle_session(self, target: str = "") -> None:
         agent = await self._moment("an agent in its tool gap", lambda: self._hold_idle(target))
+        before = agent.finished_turns
         try:
             self._board.say(
                 f"moving the idle session of {agent.name} from {agent.replica}"
@@ -147,6 +148,11 @@ class Director:
         self._board.say(
             f"moved {agent.name} to {migration.target}: {migration.verified_tokens} tokens of KV "
             f"verified, {migration.bytes_copied / 1e6:.1f} MB in {migration.duration_ms:.0f} ms"
+        )
+        # The proof of the move; a fault before it is done would spoil it.
+        await self._moment(
+            f"the next turn of {agent.name} at its end",
+            lambda: True if agent.finished_turns > before or agent.error else None,
         )
 
     def _hold_idle(self, target: str) -> AgentState | None:

@@ -44,14 +44,19 @@ class Spread:
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """How much of every prompt came from a KV cache. Ideal: everything that had been computed for
-    the same session before, and the shared system prompt but for the very first session. A turn
-    that was handed over before its first token may find more than that; ``reused_tokens`` counts
-    no turn beyond its ideal."""
+    the same session before, and the shared system prompt but for the very first session.
+
+    A turn reports what its last attempt found. After a fail-over that counts, with what had to be
+    computed again. After a hand-over it says nothing of the attempt that began the turn, so that
+    those turns are left out of the comparison."""
 
     input_tokens: int
     cached_tokens: int
     reused_tokens: int
+    """Of ``ideal_tokens``; no turn counts beyond its ideal."""
     ideal_tokens: int
+    left_out: int
+    """Turns that were handed over."""
 
     @property
     def share_of_ideal(self) -> float:
@@ -72,7 +77,7 @@ class MovedIdle:
     """None: no turn followed."""
     next_ttft_ms: float | None
     covered: bool
-    """The next turn found everything that was verified."""
+    """The next turn ran at the target and found everything that was verified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,7 @@ class Report:
     altered_tokens: int
     hanging_turns: int
     ttft_ms: dict[str, Spread]
-    """By how the turn began: first, pinned, moved (its KV came along), recomputed."""
+    """By how the turn began: first, pinned, moved (its KV was there), recomputed."""
     failover_gap_ms: Spread
     """Pauses of streams whose replica was killed in mid-turn."""
     hand_over_gap_ms: Spread
@@ -100,9 +105,10 @@ class Report:
     gateway_gap_ms: Spread
     """Longest pause of each stream that had to connect again."""
     moved_with_kv: int
-    """Sessions moved by an operator or a drain, their KV verified at the target."""
+    """Changes of replica, in mid-turn or between turns and for whatever reason, after which the
+    session's earlier context was found in the KV cache."""
     moved_by_recompute: int
-    """Sessions that went on after a kill, or moved without KV: in mid-turn or with their next."""
+    """The other ones."""
     moved_idle: list[MovedIdle]
     drain: dict[str, Any]
     killed_replica: str
@@ -129,6 +135,7 @@ def make_report(
     """``faults`` is None for a run without."""
     prefix = _prefix(agents, common_prefix(audit.ledgers))
     moves = [(move.event.reason, move.gap_s) for turn in _turns(agents) for move in turn.moves()]
+    changes = list(_changes(agents))
     done = faults or Faults()
     moved_idle = [_moved_idle(move) for move in done.idle_moves]
     drained = done.drained
@@ -149,13 +156,8 @@ def make_report(
         failover_gap_ms=_gaps(moves, MoveReason.FAILOVER),
         hand_over_gap_ms=_gaps(moves, MoveReason.MIGRATION),
         gateway_gap_ms=Spread.of(list(_gateway_gaps(agents, done))),
-        moved_with_kv=sum(move.covered for move in moved_idle)
-        + (drained.progress.moved_with_kv if drained else 0),
-        moved_by_recompute=sum(reason is MoveReason.FAILOVER for reason, _ in moves)
-        + sum(
-            _kind(turn, before) == "recomputed" and not turn.moved
-            for turn, before in _finished_with_previous(agents)
-        ),
+        moved_with_kv=sum(changes),
+        moved_by_recompute=len(changes) - sum(changes),
         moved_idle=moved_idle,
         drain={}
         if drained is None
@@ -196,7 +198,7 @@ def _finished_with_previous(
 
 
 def _prefix(agents: Sequence[AgentState], shared: int) -> Prefix:
-    given = cached = reused = ideal = 0
+    given = cached = reused = ideal = left_out = 0
     computed_before = 0  # of the system prompt: nothing for the very first session
     for turn, previous in _finished_with_previous(agents):
         assert turn.finished is not None
@@ -207,22 +209,43 @@ def _prefix(agents: Sequence[AgentState], shared: int) -> Prefix:
             reusable, computed_before = computed_before, shared
         given += usage.input_tokens
         cached += usage.cached_tokens
-        reused += min(usage.cached_tokens, reusable)
-        ideal += reusable
-    return Prefix(given, cached, reused, ideal)
+        if any(event.reason is MoveReason.MIGRATION for _, event in turn.moved):
+            left_out += 1
+        else:
+            reused += min(usage.cached_tokens, reusable)
+            ideal += reusable
+    return Prefix(given, cached, reused, ideal, left_out)
+
+
+def _found_kv(turn: TurnLog, previous: TurnLog | None) -> bool:
+    """The turn's last attempt found what the session's earlier turns (for a first turn: what an
+    earlier attempt) had computed."""
+    if turn.finished is None:
+        return False
+    computed = turn.output_start
+    if previous is not None and previous.finished is not None:
+        computed = previous.finished.end.length
+    # The last token has no KV yet, and a page counts only when it is full.
+    return turn.finished.usage.cached_tokens >= computed - 2 * PAGE_TOKENS
+
+
+def _changes(agents: Sequence[AgentState]) -> Iterator[bool]:
+    """Every change of replica that an agent saw: whether the KV was there. A turn that moved in its
+    middle too is judged by its last attempt, the only one that it reports on."""
+    for turn, previous in _finished_with_previous(agents):
+        between = previous is not None and turn.replica != previous.last_replica
+        for _ in range(between + len(turn.moved)):
+            yield _found_kv(turn, previous)
 
 
 def _kind(turn: TurnLog, previous: TurnLog | None) -> str:
-    """How a turn began. A fail-over before its first token counts as recomputed."""
-    if turn.moved and turn.arrivals and turn.moved[0][0] < turn.arrivals[0].at_s:
-        return "moved" if turn.moved[0][1].reason is MoveReason.MIGRATION else "recomputed"
-    if previous is None or previous.finished is None or turn.finished is None:
-        return "first"
-    if turn.replica == previous.last_replica:
-        return "pinned"
-    # The last output token has no KV yet, and a page counts only when it is full.
-    came_along = previous.finished.end.length - 2 * PAGE_TOKENS
-    return "moved" if turn.finished.usage.cached_tokens >= came_along else "recomputed"
+    """How a turn began."""
+    if not (turn.moved and turn.arrivals and turn.moved[0][0] < turn.arrivals[0].at_s):
+        if previous is None or previous.finished is None:
+            return "first"
+        if turn.replica == previous.last_replica:
+            return "pinned"
+    return "moved" if _found_kv(turn, previous) else "recomputed"
 
 
 def _ttft(agents: Sequence[AgentState]) -> dict[str, Spread]:
@@ -264,6 +287,10 @@ def _moved_idle(move: IdleMove) -> MovedIdle:
         covered=(
             migration.moved
             and migration.verified_tokens > 0
+            # A turn that moved on again was served by somebody else's pages.
+            and turn is not None
+            and turn.replica == migration.target.replica_id
+            and not turn.moved
             and cached is not None
             and cached >= migration.verified_tokens
         ),
@@ -288,7 +315,9 @@ def _fault_problems(
     if not any(move.covered for move in moved_idle):
         yield "no idle session moved with verified pages that its next turn found cached"
     turns = {turn.turn_id: turn for turn in _turns(agents)}
-    if (kill := faults.replica_kill) and not turns[kill.turn_id].moved:
+    if (kill := faults.replica_kill) and not any(
+        event.reason is MoveReason.FAILOVER for _, event in turns[kill.turn_id].moved
+    ):
         yield f"the turn that ran on {kill.victim} when it was killed did not move"
     if kill := faults.gateway_kill:
         result = turns[kill.turn_id].result

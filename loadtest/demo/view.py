@@ -107,12 +107,13 @@ def summary(report: Report) -> RenderableType:
          f"{prefix.input_tokens} / {prefix.cached_tokens} / {report.output_tokens}"),
         ("prefix reuse", f"{prefix.cached_tokens / max(prefix.input_tokens, 1):.1%} of input, "
                          f"{prefix.share_of_ideal:.1%} of the ideal"),
+        ("handed over, not in the ratio", f"{prefix.left_out} turns"),
         ("output tokens checked", str(report.checked_tokens)),
         ("lost / repeated / altered",
          f"{report.lost_tokens} / {report.repeated_tokens} / {report.altered_tokens}"),
         ("turns left hanging", str(report.hanging_turns)),
-        ("sessions moved", f"{report.moved_with_kv} with KV, "
-                           f"{report.moved_by_recompute} by recompute"),
+        ("changes of replica", f"{report.moved_with_kv} with KV, "
+                               f"{report.moved_by_recompute} by recompute"),
     ):  # fmt: skip
         facts.add_row(name, value)
     for move in report.moved_idle:

@@ -76,8 +76,14 @@ def test_a_stream_is_held_against_the_raw_ledger(
 
 @pytest.mark.parametrize(
     "store",
-    [Store(status="RUNNING"), Store(status=""), Store(active="turn"), Store(ledger=(*LEDGER, 1))],
-    ids=["running", "unknown", "active", "tail"],
+    [
+        Store(status="RUNNING"),
+        Store(status=""),
+        Store(active="turn"),
+        Store(ledger=(*LEDGER, 1)),
+        Store(ledger=LEDGER[:-1]),
+    ],
+    ids=["running", "unknown", "active", "tail", "cut"],
 )
 def test_what_the_store_did_not_finish_is_a_problem(store: Store) -> None:
     found = audit(store, [received((3, (100, 101, 102, 103, 104)))])
