@@ -288,3 +288,42 @@ async def test_a_source_that_is_gone_is_a_connection_error() -> None:
         endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
     with pytest.raises(ConnectionRefusedError):
         await pull_pages(endpoint, bytes(16), Reservation(), 8, PAGE_BYTES, 5.0)
+
+
+async def test_nothing_arrives_in_a_page_after_its_pull_was_cancelled() -> None:
+    first, cut_off = anyio.Event(), anyio.Event()
+
+    async def answer(stream: anyio.abc.SocketStream) -> None:
+        async with stream:
+            await stream.receive(HELLO.size)
+            await stream.send(OFFERED + b"x" * (PAGE_BYTES + 100))
+            first.set()
+            with suppress(anyio.BrokenResourceError):
+                while True:
+                    await stream.send(b"y" * PAGE_BYTES)
+        cut_off.set()
+
+    into = Reservation()
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+        endpoint = f"127.0.0.1:{listener.extra(anyio.abc.SocketAttribute.local_port)}"
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(listener.serve, answer)
+            with anyio.CancelScope() as pulling:
+                async with anyio.create_task_group() as pulls:
+                    pulls.start_soon(pull_pages, endpoint, bytes(16), into, 8, PAGE_BYTES, 5.0)
+                    await first.wait()
+                    while into.buffers[1][0] == 0:
+                        await anyio.lowlevel.checkpoint()
+                    pulling.cancel()
+            left = [bytes(buffer) for buffer in into.buffers]
+            with anyio.fail_after(5):
+                await cut_off.wait()
+            tasks.cancel_scope.cancel()
+    assert left[0] == b"x" * PAGE_BYTES
+    assert [bytes(buffer) for buffer in into.buffers] == left
+
+
+@pytest.mark.parametrize("endpoint", ["", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http"])
+async def test_an_endpoint_that_is_none_is_a_failed_transfer(endpoint: str) -> None:
+    with pytest.raises(TransferFailed, match="host:port"):
+        await pull_pages(endpoint, bytes(16), Reservation(), 8, PAGE_BYTES, 5.0)

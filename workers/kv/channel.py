@@ -8,11 +8,10 @@ ticket; whoever presents it gets exactly the pages it stands for, once, before i
     source → target   offer   magic, version, status, pages, page_bytes   20 bytes
                       pages, back to back, then end of stream
 
-Both ends work on plain non-blocking sockets: the source sends from the export's own memory, the
-target receives into the engine's reserved pages, nothing is copied in between. (A transport with
-a ``BufferedProtocol`` would receive as directly, but may still write to a page that was released
-when its pull was cancelled.) What arrives is not trusted: the engine's ``commit`` verifies each
-page's checksum. The channel's own check is that exactly the announced bytes came.
+The source sends from the export's own memory on a plain non-blocking socket, the target receives
+into the engine's reserved pages by a ``BufferedProtocol``, nothing is copied in between. What
+arrives is not trusted: the engine's ``commit`` verifies each page's checksum. The channel's own
+check is that exactly the announced bytes came.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import anyio
 import anyio.abc
@@ -196,10 +196,7 @@ class KvServer:
 
     async def _serve_connection(self, connection: socket.socket) -> None:
         try:
-            with anyio.fail_after(self._limits.hello_timeout_s):
-                hello = memoryview(bytearray(HELLO.size))
-                await _receive_into(connection, hello)
-            issued = self._redeem(hello)
+            issued = self._redeem(await self._receive_hello(connection))
             if issued is None:
                 self.stats.refused += 1
                 await self._send(connection, OFFER.pack(MAGIC, VERSION, Status.REFUSED, 0, 0))
@@ -212,7 +209,17 @@ class KvServer:
             self._connections.discard(connection)
             connection.close()
 
-    def _redeem(self, hello: memoryview) -> _Issued | None:
+    async def _receive_hello(self, connection: socket.socket) -> bytes:
+        hello = b""
+        with anyio.fail_after(self._limits.hello_timeout_s):
+            while missing := HELLO.size - len(hello):
+                data = await asyncio.get_running_loop().sock_recv(connection, missing)
+                if not data:
+                    raise TransferFailed(f"the peer closed after {len(hello)} bytes of its hello")
+                hello += data
+        return hello
+
+    def _redeem(self, hello: bytes) -> _Issued | None:
         """The export that a hello is entitled to; its ticket is used up."""
         magic, version, _, presented = HELLO.unpack(hello)
         found: _Issued | None = None
@@ -272,33 +279,102 @@ async def pull_pages(
 ) -> int:
     """Receives ``pages`` pages into the reservation's buffers, from index 0; returns the bytes.
 
-    Neither commits nor releases the reservation. Raises TransferFailed or another OSError if the
-    source refuses, breaks off or announces other sizes, and TimeoutError after ``timeout_s``.
+    Neither commits nor releases the reservation; once this returns or raises, nothing is written to
+    it any more. Raises TransferFailed or another OSError if the source refuses, breaks off or
+    announces other sizes, and TimeoutError after ``timeout_s``.
     """
-    with anyio.fail_after(timeout_s):
-        connection = await _connect(endpoint)
-        try:
-            await asyncio.get_running_loop().sock_sendall(
-                connection, HELLO.pack(MAGIC, VERSION, 0, ticket)
+    host, _, port = endpoint.rpartition(":")
+    if not port.isdecimal():
+        raise TransferFailed(f"{endpoint!r} is not host:port")
+    receiver = _PageReceiver(ticket, reservation, pages, page_bytes)
+    try:
+        with anyio.fail_after(timeout_s):
+            await asyncio.get_running_loop().create_connection(
+                lambda: receiver, host.strip("[]"), int(port)
             )
-            offer = memoryview(bytearray(OFFER.size))
-            await _receive_into(connection, offer)
-            _check_offer(offer, pages, page_bytes)
-            unyielded = 0
-            for index in range(pages):
-                buffer = reservation.buffer(index)
-                if buffer.nbytes != page_bytes:
-                    raise ValueError(f"page {index} has {buffer.nbytes} bytes, not {page_bytes}")
-                await _receive_into(connection, buffer)
-                unyielded += page_bytes
-                if unyielded >= YIELD_BYTES:
-                    unyielded = 0
-                    await anyio.lowlevel.checkpoint()
-            if await asyncio.get_running_loop().sock_recv(connection, 1):
-                raise TransferFailed(f"{endpoint} sent more than the {pages} pages it announced")
-        finally:
-            connection.close()
+            await receiver.ended.wait()
+    finally:
+        receiver.close()
+    if receiver.failure is not None:
+        raise receiver.failure
     return pages * page_bytes
+
+
+class _PageReceiver(asyncio.BufferedProtocol):
+    """Presents the ticket and has the event loop receive the offer, then page after page straight
+    into the reservation's buffers. ``ended`` is set when the stream ended as it should, or after a
+    ``failure``.
+
+    The event loop asks for a buffer and fills it in one go, so a page is written to only while this
+    is open: :meth:`close` ends the reading, and there is no page to be had after it.
+    """
+
+    def __init__(self, ticket: bytes, reservation: PageImport, pages: int, page_bytes: int) -> None:
+        self.ended = anyio.Event()
+        self.failure: Exception | None = None
+        self._hello = HELLO.pack(MAGIC, VERSION, 0, ticket)
+        self._reservation = reservation
+        self._pages = pages
+        self._page_bytes = page_bytes
+        self._transport: asyncio.WriteTransport | None = None
+        self._next_page = 0
+        self._offer = self._part = self._rest = memoryview(bytearray(OFFER.size))
+        """``_part`` is being received: the offer, then a page; ``_rest`` is missing of it. Both are
+        empty after the last page."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)
+        self._transport.write(self._hello)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        del sizehint
+        return self._rest or memoryview(bytearray(1))
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self.ended.is_set():
+            return
+        if not self._rest:
+            self._end(TransferFailed(f"more than the {self._pages} announced pages came"))
+            return
+        self._rest = self._rest[nbytes:]
+        if not self._rest:
+            try:
+                self._begin_next_part()
+            except Exception as error:  # noqa: BLE001 - whatever it is, pull_pages raises it
+                self._end(error)
+
+    def eof_received(self) -> None:
+        done, size = len(self._part) - len(self._rest), len(self._part)
+        early = TransferFailed(f"the peer closed after {done} of {size} bytes")
+        self._end(early if self._part else None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(exc or TransferFailed("the connection was closed"))
+
+    def close(self) -> None:
+        """Receives nothing more."""
+        self._part = self._rest = self._offer[:0]
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _begin_next_part(self) -> None:
+        if self._part is self._offer:
+            _check_offer(self._offer, self._pages, self._page_bytes)
+        if self._next_page == self._pages:
+            self._part = self._rest
+            return
+        buffer = self._reservation.buffer(self._next_page)
+        if buffer.nbytes != self._page_bytes:
+            raise ValueError(
+                f"page {self._next_page} has {buffer.nbytes} bytes, not {self._page_bytes}"
+            )
+        self._part = self._rest = buffer
+        self._next_page += 1
+
+    def _end(self, failure: Exception | None) -> None:
+        if not self.ended.is_set():
+            self.failure = failure
+            self.ended.set()
 
 
 def _check_offer(offer: memoryview, pages: int, page_bytes: int) -> None:
@@ -312,38 +388,3 @@ def _check_offer(offer: memoryview, pages: int, page_bytes: int) -> None:
             f"announced {offered_pages} pages of {offered_bytes} bytes, "
             f"expected {pages} of {page_bytes}"
         )
-
-
-async def _connect(endpoint: str) -> socket.socket:
-    """A connected non-blocking socket; the first address that answers."""
-    host, _, port = endpoint.rpartition(":")
-    loop = asyncio.get_running_loop()
-    addresses = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    failure: OSError = TransferFailed(f"{endpoint} has no address")
-    for family, kind, protocol, _, address in addresses:
-        connection = socket.socket(family, kind, protocol)
-        try:
-            connection.setblocking(False)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(connection, address)
-        except OSError as error:
-            connection.close()
-            failure = error
-        except BaseException:
-            connection.close()
-            raise
-        else:
-            return connection
-    raise failure
-
-
-async def _receive_into(connection: socket.socket, buffer: memoryview) -> None:
-    """Fills the buffer. Raises TransferFailed at an early end of stream."""
-    loop = asyncio.get_running_loop()
-    view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
-    done = 0
-    while done < view.nbytes:
-        count = await loop.sock_recv_into(connection, view[done:])
-        if count == 0:
-            raise TransferFailed(f"the peer closed after {done} of {view.nbytes} bytes")
-        done += count
