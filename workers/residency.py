@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from gateway.core.errors import DataLoss, Unavailable
 from statestore.digest import RollingDigest, pack_tokens
 from statestore.ports import JournalPort
-from statestore.records import NO_EPOCH, Epoch, Position, Session, Turn
+from statestore.records import NO_EPOCH, Epoch, LedgerPiece, Position, Session, Turn
 from statestore.replica_info import MAX_LEADING
 from workers.engines.port import Engine, EngineInfo
 from workers.kv.blocks import next_hash, root_hash
@@ -106,16 +106,27 @@ class Residency:
     def get(self, session_id: str) -> ResidentSession | None:
         return self._sessions.get(session_id)
 
-    async def load(self, store: JournalPort, session: Session, salt: bytes) -> ResidentSession:
+    async def load(
+        self,
+        store: JournalPort,
+        session: Session,
+        salt: bytes,
+        known: LedgerPiece | None = None,
+    ) -> ResidentSession:
         """The session's ledger up to ``session.head``, verified by its digest; reads only what is
-        missing. Raises DataLoss if the ledger does not match its own digest, Unavailable if it
-        changed while it was read, and what the store raises."""
+        neither resident nor ``known`` from a read before. Raises DataLoss if the ledger does not
+        match its own digest, Unavailable if it changed while it was read, and what the store
+        raises."""
         resident = self._sessions.get(session.session_id)
-        if resident is not None and await self._catch_up(store, resident, session):
+        if resident is not None and await self._catch_up(store, resident, session, known):
             self._sessions.move_to_end(session.session_id)
             return resident
         fresh = ResidentSession(session.session_id, session.tenant, salt, RollingDigest(salt))
-        if not await self._catch_up(store, fresh, session):
+        # Once more without ``known``: the ledger may have been repaired since that was read.
+        if not (
+            await self._catch_up(store, fresh, session, known)
+            or await self._catch_up(store, fresh, session)
+        ):
             now = await store.get_session(session.session_id)
             if now is None or now.version != session.version:
                 raise Unavailable(f"session {session.session_id} changed while it was read")
@@ -128,13 +139,17 @@ class Residency:
         return fresh
 
     async def _catch_up(
-        self, store: JournalPort, resident: ResidentSession, session: Session
+        self,
+        store: JournalPort,
+        resident: ResidentSession,
+        session: Session,
+        known: LedgerPiece | None = None,
     ) -> bool:
         """Brings a copy to the session's head, if the copy is a prefix of it."""
         have, want = len(resident.tokens), session.head.length
         if have > want:
             return False
-        missing = await store.read_tokens(session, have, want) if want > have else []
+        missing = await store.read_tokens(session, have, want, known) if want > have else []
         if len(missing) != want - have:
             raise Unavailable(f"session {session.session_id}: the ledger changed while it was read")
         state = resident.digest.copy()

@@ -24,12 +24,12 @@ from gateway.core.errors import (
 )
 from statestore import ports as store
 from statestore.digest import RollingDigest
-from statestore.records import Epoch, Position, Session, SessionState, Turn
+from statestore.records import Epoch, Position, Session, SessionState, Turn, TurnContext
 from workers.journal import until_answered
 from workers.residency import ResidentSession
 from workers.text.port import BadMessages, LastTurn
 from workers.turn.output import TurnOutput
-from workers.turn.ports import TurnPorts, refusal
+from workers.turn.ports import TurnPorts, read_context, refusal
 from workers.turn.repair import repair
 from workers.turn.request import (
     DEFAULT_TIMEOUT_MS,
@@ -145,31 +145,30 @@ class TurnOpening:
         self._epoch = epoch
         self._seed = ports.draw_seed()
 
-    async def open(self, session: Session, turn: Turn | None, salt: bytes) -> Opened | Turn:
+    async def open(self, context: TurnContext, salt: bytes) -> Opened | Turn:
         """Begins the turn, or resumes it if it exists. An ended turn is returned as it is.
 
         Retries while the store does not answer, until the turn's deadline. Raises SessileErrors.
         """
+        turn = context.turn
         timeout_ms = turn.spec.timeout_ms if turn else self._turn.timeout_ms
         give_up_at = anyio.current_time() + (timeout_ms or DEFAULT_TIMEOUT_MS) / 1000
         for _ in range(MAX_RACES):
-            session = await self._restored(session, give_up_at)
-            if session.active_turn_id == self._turn.turn_id and turn is None:
-                turn = await self._get_turn(give_up_at)
+            context = await self._restored(context, give_up_at)
             opened: Opened | Turn | None
-            if turn is not None:
-                opened = await self._resume(session, turn, salt, give_up_at)
+            if context.turn is not None:
+                opened = await self._resume(context, context.turn, salt, give_up_at)
             else:
-                opened = await self._begin(session, salt, give_up_at)
+                opened = await self._begin(context, salt, give_up_at)
             if opened is not None:
                 return opened
-            session = await self._get_session(give_up_at)
-            turn = await self._get_turn(give_up_at)
+            context = await self._look(give_up_at)
         raise Unavailable(f"session {self._turn.session_id} keeps changing; try again")
 
-    async def _restored(self, session: Session, give_up_at: float) -> Session:
+    async def _restored(self, context: TurnContext, give_up_at: float) -> TurnContext:
         """Checks that the session is open and ours; if the store has forgotten what this epoch
         wrote and this replica still holds it, puts it back first."""
+        session = context.session
         if session.state is not SessionState.OPEN:
             raise refusal(session.session_id, store.Refused(session.state))
         resident = self._ports.residency.get(session.session_id)
@@ -186,11 +185,11 @@ class TurnOpening:
                     f"session {session.session_id}: turn {outcome.turn.spec.turn_id} ended "
                     "otherwise after the store lost writes"
                 )
-            return await self._get_session(give_up_at)
+            return await self._look(give_up_at)
         owner = session.owner
         if owner is None or owner.replica != self._ports.ref or owner.epoch != self._epoch:
             raise NotOwner(f"session {session.session_id} is not owned under this epoch")
-        return session
+        return context
 
     @staticmethod
     def _behind(session: Session, resident: ResidentSession) -> bool:
@@ -206,9 +205,10 @@ class TurnOpening:
     # -- a new turn -----------------------------------------------------------------------------
 
     async def _begin(
-        self, session: Session, salt: bytes, give_up_at: float
+        self, context: TurnContext, salt: bytes, give_up_at: float
     ) -> Opened | Turn | None:
         """None: the session changed meanwhile; look again."""
+        session = context.session
         if session.active_turn_id is not None:
             raise refusal(session.session_id, store.Refused(session.state, session.active_turn_id))
         if self._turn.HasField("precondition"):
@@ -216,7 +216,9 @@ class TurnOpening:
         fingerprint = self._ports.codec.token_fingerprint
         if session.token_fingerprint and session.token_fingerprint != fingerprint:
             raise NotOwner(f"session {session.session_id} needs another tokenizer or template")
-        resident = await self._ports.residency.load(self._ports.store, session, salt)
+        resident = await self._ports.residency.load(
+            self._ports.store, session, salt, context.ledger
+        )
         tokens = self._render(session, resident)
         state = resident.digest.copy()
         state.update(tokens)
@@ -308,7 +310,7 @@ class TurnOpening:
     # -- a turn that exists ---------------------------------------------------------------------
 
     async def _resume(
-        self, session: Session, turn: Turn, salt: bytes, give_up_at: float
+        self, context: TurnContext, turn: Turn, salt: bytes, give_up_at: float
     ) -> Opened | Turn | None:
         if turn.status.ended:
             return turn
@@ -320,7 +322,7 @@ class TurnOpening:
             )
         outcome = await until_answered(
             lambda: self._ports.store.resume_turn(
-                session.session_id, self._epoch, turn.spec.turn_id
+                self._turn.session_id, self._epoch, turn.spec.turn_id
             ),
             give_up_at,
         )
@@ -332,8 +334,10 @@ class TurnOpening:
             case store.TurnResumed(session=session, turn=resumed):
                 pass  # the ledger may have grown between our look and the take-over
             case _:
-                raise refusal(session.session_id, outcome)
-        resident = await self._ports.residency.load(self._ports.store, session, salt)
+                raise refusal(self._turn.session_id, outcome)
+        resident = await self._ports.residency.load(
+            self._ports.store, session, salt, context.ledger
+        )
         resident.own(self._epoch, session.turn_index)
         start = resumed.output_start.length
         tokens = resident.tokens
@@ -351,20 +355,9 @@ class TurnOpening:
         plan = _plan(self._ports, resumed)
         return Opened(resumed, resident, plan, output, deadline, began=False)
 
-    async def _get_session(self, give_up_at: float) -> Session:
-        session_id = self._turn.session_id
-        session = await until_answered(
-            lambda: self._ports.store.get_session(session_id), give_up_at
-        )
-        if session is None:
-            raise refusal(session_id, store.Missing())
-        return session
-
-    async def _get_turn(self, give_up_at: float) -> Turn | None:
-        session_id, turn_id = self._turn.session_id, self._turn.turn_id
-        return await until_answered(
-            lambda: self._ports.store.get_turn(session_id, turn_id), give_up_at
-        )
+    async def _look(self, give_up_at: float) -> TurnContext:
+        turn = self._turn
+        return await read_context(self._ports, turn.session_id, turn.turn_id, give_up_at)
 
 
 def _plan(ports: TurnPorts, turn: Turn) -> TurnPlan:

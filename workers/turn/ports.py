@@ -20,7 +20,7 @@ from gateway.core.errors import (
     Unavailable,
 )
 from statestore.ports import Fenced, JournalPort, LimitReached, Missing, Refused
-from statestore.records import ReplicaRef, Session, SessionState
+from statestore.records import ReplicaRef, Session, SessionState, TurnContext
 from workers.config import TurnLimits
 from workers.engines.port import Engine
 from workers.journal import Journal, until_answered
@@ -108,3 +108,19 @@ async def read_session(
     if session is None or (tenant is not None and session.tenant != tenant):
         raise refusal(session_id, Missing())
     return session
+
+
+async def read_context(
+    ports: TurnPorts, session_id: str, turn_id: str, give_up_at: float
+) -> TurnContext:
+    """The session, the turn if it exists, and what of the ledger is not resident here: everything
+    an opening needs, in one round trip. Raises NotFound, and StoreUnavailable past ``give_up_at``
+    (the loop's clock)."""
+    resident = ports.residency.get(session_id)
+    have = len(resident.tokens) if resident is not None else 0
+    context = await until_answered(
+        lambda: ports.store.get_turn_context(session_id, turn_id, have), give_up_at
+    )
+    if context is None:
+        raise refusal(session_id, Missing())
+    return context

@@ -15,12 +15,12 @@ from sessile.v1 import replica_pb2 as pb
 from sessile.v1 import types_pb2
 
 from gateway.core.errors import NotFound, NotOwner, Overloaded, TurnInProgress, Unavailable
-from statestore.records import Epoch, Position, Session, Turn
-from workers.journal import until_answered
+from statestore.ports import Missing
+from statestore.records import Epoch, Position, Session, Turn, TurnContext
 from workers.turn.cursor import Replay, TurnView, accepted_event
 from workers.turn.ending import Broken, Redirected
 from workers.turn.opening import Opened, TurnOpening, check_input, read_output, resume_index
-from workers.turn.ports import TurnPorts, read_session
+from workers.turn.ports import TurnPorts, read_context, refusal
 from workers.turn.request import body_of
 from workers.turn.run import TurnRun
 
@@ -88,7 +88,8 @@ class TurnRuns:
         for _ in range(MAX_RACES):
             run, created = self._runs.get(turn.session_id), False
             if run is None or run.turn_id != turn.turn_id:
-                session, stored = await self._read(request, give_up_at)
+                context = await self._read(request, give_up_at)
+                session, stored = context.session, context.turn
                 if stored is not None and stored.status.ended:
                     return await self._replay(request, session, stored, give_up_at)
                 if stored is None and turn.attach_only:
@@ -96,7 +97,7 @@ class TurnRuns:
                 salt = await self._ports.salts.of(session.tenant, give_up_at)
                 run = self._runs.get(turn.session_id)
                 if run is None:
-                    run, created = self._start(request, epoch, session, stored, salt), True
+                    run, created = self._start(request, epoch, context, salt), True
             if run.epoch < epoch:
                 # The session was taken from this replica and given back: the old run is fenced.
                 await self.end(run, Broken(NotOwner("the session has a newer epoch")))
@@ -116,8 +117,7 @@ class TurnRuns:
         self,
         request: pb.DispatchTurnRequest,
         epoch: Epoch,
-        session: Session,
-        stored: Turn | None,
+        context: TurnContext,
         salt: bytes,
     ) -> TurnRun:
         if self._closed:
@@ -132,7 +132,7 @@ class TurnRuns:
         opening = TurnOpening(self._ports, request, epoch)
 
         async def open_turn() -> Opened | Turn:
-            return await opening.open(session, stored, salt)
+            return await opening.open(context, salt)
 
         async def pull(opened: Opened) -> None:
             await self._ports.pull_prefix(opened.resident, request.prefix)
@@ -189,15 +189,12 @@ class TurnRuns:
         accepted = accepted_event(stored, seed, cached_tokens=0, attached=True)
         return Found(Replay(stored, output), accepted, first)
 
-    async def _read(
-        self, request: pb.DispatchTurnRequest, give_up_at: float
-    ) -> tuple[Session, Turn | None]:
+    async def _read(self, request: pb.DispatchTurnRequest, give_up_at: float) -> TurnContext:
         turn = request.turn
-        session = await read_session(self._ports.store, turn.session_id, request.tenant, give_up_at)
-        stored = await until_answered(
-            lambda: self._ports.store.get_turn(turn.session_id, turn.turn_id), give_up_at
-        )
-        return session, stored
+        context = await read_context(self._ports, turn.session_id, turn.turn_id, give_up_at)
+        if context.session.tenant != request.tenant:
+            raise refusal(turn.session_id, Missing())
+        return context
 
 
 def _position(turn: types_pb2.RunTurnRequest) -> Position | None:
