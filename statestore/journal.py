@@ -102,19 +102,24 @@ class RedisJournal:
         piece = LedgerPiece(replies.number(start), unpack_tokens(replies.data(tokens)))
         return TurnContext(outcome.session, replies.optional_turn(turn), piece)
 
-    async def get_turns(self, session_id: str, start: int, count: int) -> tuple[Turn, ...]:
-        (reply,) = await self._scripts.run(
+    async def get_turns(self, session: Session, start: int, count: int) -> tuple[Turn, ...]:
+        first = max(start, 0)
+        until = first + min(count, MAX_TURNS_PER_READ)
+        own_first = session.segments[-1].end_turn if session.segments else 0
+        sources = [(s.ancestor_id, s.first_turn, s.end_turn) for s in session.segments]
+        sources.append((session.session_id, own_first, until))
+        calls = [
             script_call(
-                "read_turns",
-                [keys.session_key(session_id)],
-                [max(start, 0), min(count, MAX_TURNS_PER_READ)],
+                "read_turns", [keys.session_key(source)], [max(first, begin), min(until, end)]
             )
-        )
-        kind, *rest = replies.items(reply)
-        if kind == b"turns":
-            return tuple(replies.turn(item) for item in replies.items(rest[0]))
-        replies.outcome(reply)
-        return ()
+            for source, begin, end in sources
+            if max(first, begin) < min(until, end)
+        ]
+        turns: list[Turn] = []
+        for reply in await self._scripts.run(*calls):
+            replies.outcome(reply)
+            turns += (replies.turn(item) for item in replies.items(replies.items(reply)[1]))
+        return tuple(turns)
 
     async def read_tokens(
         self, session: Session, start: int, end: int, known: LedgerPiece | None = None
@@ -349,7 +354,7 @@ def _check_head(expected: Position, tokens: Sequence[int], head: Position) -> No
 
 def _pieces(session: Session, start: int, end: int) -> list[tuple[str, int, int]]:
     """Where tokens ``[start, end)`` are, in bounded pieces: (ledger, first, last in its string)."""
-    sources = [(s.ledger_id, s.start, s.end) for s in session.segments]
+    sources = [(s.ancestor_id, s.start, s.end) for s in session.segments]
     sources.append((session.session_id, session.own_base, session.head.length))
     pieces: list[tuple[str, int, int]] = []
     for ledger_id, base, limit in sources:

@@ -40,7 +40,8 @@ def ledger_key(ledger_id: str) -> str:
 
 
 def refs_key(session_id: str) -> str:
-    """Hash of the family: how many sessions refer to each ledger, and how far."""
+    """Hash of the family: how many sessions refer to each session's tokens and turns (itself
+    included), and how far."""
     return f"sessile:{{{family_of(session_id)}}}:refs"
 
 

@@ -78,7 +78,7 @@ class Fenced:
     owner: ReplicaRef | None
     data_loss: bool = False
     """The store lost writes and the two histories cannot be joined: it granted the epoch's number
-    twice (with another nonce), or a repair would rewrite tokens that a fork refers to."""
+    twice (with another nonce), or a repair would rewrite what a fork refers to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class TurnUnknown:
     """No such turn (a cancel leaves a tombstone)."""
 
 
-OpenOutcome = SessionWritten | LimitReached
+OpenOutcome = SessionWritten | Refused
 PlaceOutcome = SessionWritten | EpochLost | Refused | Missing
 TakeOutcome = SessionWritten | EpochLost | Refused | Missing
 BeginOutcome = (
@@ -192,7 +192,7 @@ ResumeOutcome = TurnResumed | TurnEnded | TurnUnknown | Fenced | Refused | Missi
 AppendOutcome = Appended | TurnEnded | HeadMismatch | Fenced | TurnUnknown | Missing
 RepairOutcome = Appended | TurnEnded | HeadMismatch | Fenced | Refused | Missing
 CancelOutcome = TurnEnded | TurnUnknown | Missing
-ForkOutcome = SessionWritten | HeadMismatch | LimitReached | Refused | Missing
+ForkOutcome = SessionWritten | HeadMismatch | Refused | Missing
 SwitchOutcome = SessionWritten | EpochLost | HeadMismatch | Refused | Missing
 
 
@@ -245,8 +245,9 @@ class JournalPort(Protocol):
 
     async def get_turn(self, session_id: str, turn_id: str) -> Turn | None: ...
 
-    async def get_turns(self, session_id: str, start: int, count: int) -> tuple[Turn, ...]:
-        """Turns by index, in order, ended and active; at most ``count`` (bounded by 1000)."""
+    async def get_turns(self, session: Session, start: int, count: int) -> tuple[Turn, ...]:
+        """Turns by index, in order, inherited ones too, ended and active; at most ``count``
+        (bounded by 1000)."""
         ...
 
     async def get_turn_context(
@@ -311,7 +312,10 @@ class JournalPort(Protocol):
 class SessionStore(JournalPort, Protocol):
     """Everything; used by gateways."""
 
-    async def open_session(self, new: NewSession) -> OpenOutcome: ...
+    async def open_session(self, new: NewSession) -> OpenOutcome:
+        """Makes the session, or finds it there. Refused as CLOSED if it was purged while forks of
+        it live on."""
+        ...
 
     async def place(
         self, session_id: str, expected: Epoch, owner: ReplicaRef, nonce: bytes
@@ -341,7 +345,7 @@ class SessionStore(JournalPort, Protocol):
     async def close(self, session_id: str, retention_ms: int | None) -> SessionWritten | Missing:
         """CLOSED for good; a running turn ends CANCELLED; 0 purges at once (the returned record is
         then the last one). Idempotent. Ownership ends; ``previous_owner`` may still hold KV.
-        Ledgers live on while a fork refers to them."""
+        Tokens and turns that forks refer to live on as long as these."""
         ...
 
     async def fork(
@@ -351,7 +355,8 @@ class SessionStore(JournalPort, Protocol):
         at_turn_index: int | None,
         labels: tuple[tuple[str, str], ...],
     ) -> ForkOutcome:
-        """A child of the same family whose ledger is this one's up to a turn boundary."""
+        """A child of the same family whose ledger and turns are this one's up to a turn boundary,
+        by reference. Ids of inherited turns are not ids of the child."""
         ...
 
     async def list_sessions(self, tenant: str, cursor: str, count: int) -> SessionPage:

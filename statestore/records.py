@@ -85,12 +85,14 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens ``[start, end)`` of a session's ledger live in ledger ``ledger_id`` at the same
-    positions (a fork refers to its ancestors' ledgers and copies nothing)."""
+    """Tokens ``[start, end)`` and turns ``[first_turn, end_turn)`` of a session are those of
+    ``ancestor_id``, at the same positions (a fork refers to its ancestors and copies nothing)."""
 
-    ledger_id: str
+    ancestor_id: str
     start: int
     end: int
+    first_turn: int
+    end_turn: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ class Session:
     """Turns ended so far; also the index of the active turn."""
     active_turn_id: str | None
     segments: tuple[Segment, ...]
-    """Inherited part of the ledger, in order, without gaps from 0; empty unless forked."""
+    """Inherited tokens and turns, in order, without gaps from 0; empty unless forked."""
     own_base: int
     """Position of the first token in the session's own ledger key."""
     preamble: bytes
@@ -275,7 +277,7 @@ class StoreLimits:
 
     max_turns_per_session: int = 4096
     max_segments: int = 32
-    """A fork that would need more ancestor segments copies instead."""
+    """A fork that would inherit from more ancestors copies instead: one generation in that many."""
     max_append_tokens: int = 1 << 20
     default_retention_ms: int = 3_600_000
     max_retention_ms: int = 30 * 24 * 3_600_000

@@ -53,8 +53,7 @@ class RedisStore(RedisJournal):
         call = script_call(
             "open",
             [
-                keys.session_key(new.session_id),
-                keys.ledger_key(new.session_id),
+                *_record_and_ledger(new.session_id),
                 keys.refs_key(new.session_id),
             ],
             [
@@ -108,18 +107,18 @@ class RedisStore(RedisJournal):
         return outcome
 
     async def _purge(self, session: Session) -> bool:
-        """Deletes a closed session past its retention; True if it is gone. A session inherits the
-        same ledgers for life, so they can be named from a record read earlier."""
+        """Deletes a closed session past its retention; True if it is gone. A session has the same
+        ancestors for life, so they can be named from a record read earlier."""
         session_id = session.session_id
-        ledgers = [session_id, *(segment.ledger_id for segment in session.segments)]
+        ancestors = [segment.ancestor_id for segment in session.segments]
         call = script_call(
             "purge",
             [
-                keys.session_key(session_id),
+                *_record_and_ledger(session_id),
                 keys.refs_key(session_id),
-                *(keys.ledger_key(ledger) for ledger in ledgers),
+                *(key for ancestor in ancestors for key in _record_and_ledger(ancestor)),
             ],
-            ledgers,
+            [session_id, *ancestors],
         )
         (reply,) = await self._scripts.run(call)
         if isinstance(replies.outcome(reply), Refused):
@@ -140,6 +139,7 @@ class RedisStore(RedisJournal):
         parent = await self.get_session(session_id)
         if parent is None:
             return Missing()
+        sources = [*(segment.ancestor_id for segment in parent.segments), session_id]
         call = script_call(
             "fork",
             [
@@ -147,8 +147,7 @@ class RedisStore(RedisJournal):
                 keys.session_key(child_id),
                 keys.refs_key(session_id),
                 keys.ledger_key(child_id),
-                *(keys.ledger_key(segment.ledger_id) for segment in parent.segments),
-                keys.ledger_key(session_id),
+                *(key for source in sources for key in _record_and_ledger(source)),
             ],
             [
                 session_id,
@@ -386,6 +385,10 @@ class RedisStore(RedisJournal):
             fixes.append(script_call("due_fix", [keys.DUE], [session_id, score, next_ms]))
         await self._scripts.run(*fixes)
         return SweepReport(tuple(expired), tuple(purged), len(due))
+
+
+def _record_and_ledger(session_id: str) -> tuple[str, str]:
+    return keys.session_key(session_id), keys.ledger_key(session_id)
 
 
 def _written(found: replies.Outcome | None) -> _Written:

@@ -254,7 +254,7 @@ def _ref(replica_id: Reply, incarnation: Reply) -> ReplicaRef:
 
 def _segments(packed: str) -> tuple[Segment, ...]:
     parts = (part.split(":") for part in packed.split(",") if part)
-    return tuple(Segment(ledger, int(start), int(end)) for ledger, start, end in parts)
+    return tuple(Segment(ancestor, *map(int, bounds)) for ancestor, *bounds in parts)
 
 
 def _migration(f: dict[str, Reply], now_ms: int) -> Migration | None:

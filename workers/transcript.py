@@ -35,7 +35,7 @@ async def read_transcript(
         )
     count = min(request.max_turns or DEFAULT_TURNS, MAX_TURNS)
     first = request.from_turn_index
-    turns = await ports.store.get_turns(session.session_id, first, count)
+    turns = await ports.store.get_turns(session, first, count)
     response = pb.GetTranscriptResponse()
     for turn in turns:
         tokens = await _tokens(ports, session, turn)

@@ -20,7 +20,6 @@ from gateway.app.services import Services
 from gateway.core.errors import (
     InvalidRequest,
     NotFound,
-    Overloaded,
     SessileError,
     TurnInProgress,
     Unavailable,
@@ -29,7 +28,6 @@ from gateway.core.errors import (
 from statestore.digest import RollingDigest
 from statestore.ports import (
     HeadMismatch,
-    LimitReached,
     Missing,
     Refused,
     SessionWritten,
@@ -82,12 +80,10 @@ class Sessions:
                 labels=tuple(sorted(request.labels.items())),
             )
             outcome = await self._store.open_session(new)
-            if isinstance(outcome, LimitReached):
-                raise Overloaded(f"the store's bound is reached: {outcome.what}")
-            existing = outcome.session
-        if existing.tenant != tenant or existing.preamble != asked:
+            existing = outcome.session if isinstance(outcome, SessionWritten) else None
+        if existing is None or existing.tenant != tenant or existing.preamble != asked:
             raise InvalidRequest(
-                "the request id was used to open a session with other content",
+                "the request id was used to open a session with other content, or one now gone",
                 reason="REQUEST_ID_REUSED",
                 hint="Use a new request id for a new session.",
             )
@@ -159,8 +155,6 @@ class Sessions:
                 raise unknown_session(request.session_id)
             case Refused(state):
                 raise not_open(parent, state)
-            case LimitReached(what):
-                raise Overloaded(f"the store's bound is reached: {what}")
             case HeadMismatch():
                 raise Unavailable("the ledger is being repaired", retry_after_ms=200)
 

@@ -29,7 +29,7 @@ async def check_agent(world: World, agent: Agent) -> list[str]:
     if session is None:
         return [f"{agent.name}: the session is gone"]
     ledger = await world.store.read_tokens(session, 0, session.head.length)
-    turns = await world.store.get_turns(agent.session_id, 0, 1000)
+    turns = await world.store.get_turns(session, 0, 1000)
     salt = await world.store.tenant_salt(session.tenant)
     found = [*agent.violations, *check_ledger(session, turns, ledger, salt)]
     by_id = {turn.spec.turn_id: turn for turn in turns}

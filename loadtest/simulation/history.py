@@ -128,8 +128,12 @@ async def _liveness(plan: HistoryPlan, agents: list[Agent]) -> list[str]:
 async def _report(
     seed: int, built: World, agents: list[Agent], storm: Storm, found: list[str]
 ) -> HistoryReport:
+    sessions = [await built.store.get_session(agent.session_id) for agent in agents]
     stored = [
-        turn for agent in agents for turn in await built.store.get_turns(agent.session_id, 0, 1000)
+        turn
+        for session in sessions
+        if session is not None
+        for turn in await built.store.get_turns(session, 0, 1000)
     ]
     return HistoryReport(
         seed=seed,

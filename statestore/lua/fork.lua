@@ -1,12 +1,13 @@
--- Makes a child whose ledger is the parent's up to a turn boundary. Tokens are not copied, unless
--- the child would inherit from too many ledgers; the records of the inherited turns are.
--- KEYS: parent, child, refs, child's ledger, then the ledgers of the parent's segments, the
--- parent's own last.  ARGV: parent id, child id, turn index or '', labels, most segments.
+-- Makes a child whose ledger and turns are the parent's up to a turn boundary. Nothing is copied,
+-- unless the child would inherit from too many sessions.
+-- KEYS: parent, child, refs, child's ledger, then record and ledger of each of the parent's
+-- ancestors and, last, of the parent.  ARGV: parent id, child id, turn index or '', labels, most
+-- segments.
 local s, none = load(KEYS[1])
 if not s then return none end
 if call('EXISTS', KEYS[2]) == 1 then
   local child, unreadable = load(KEYS[2])
-  if not child then return unreadable end
+  if not child then return taken(unreadable) end
   if call('HGET', KEYS[2], 'parent') ~= ARGV[1] then return refused(child) end
   return written(child)
 end
@@ -17,43 +18,53 @@ if turns < 0 or turns > s.turn_index then return mismatch(s) end
 
 local v = call('HMGET', KEYS[1], 'root', 'tenant', 'model', 'preamble', 'leading', 'fingerprint',
   'segments', 'prev', 'prev_inc')
-local length, digest = '0', v[1]
-if turns > 0 then
-  local last = call('HGET', KEYS[1], 'ti:' .. int(turns - 1))
-  local at = call('HMGET', KEYS[1], turn_field(last, 'end_len'), turn_field(last, 'end_digest'))
-  length, digest = at[1], at[2]
-end
-local position = tonumber(length)
-
--- What the child inherits: the parent's segments and its own ledger, cut off at the boundary.
 local sources = parse_segments(v[7])
-sources[#sources + 1] = {id = ARGV[1], first = s.own_base, last = tonumber(s.length)}
+sources[#sources + 1] =
+  {id = ARGV[1], first = s.own_base, first_turn = inherited_turns(sources), end_turn = s.turn_index}
+-- Each source is cut off at the boundary, whose position its last inherited turn knows.
+local length, digest = '0', v[1]
 local inherited = {}
-for i, segment in ipairs(sources) do
-  local last = math.min(segment.last, position)
-  if last > segment.first then
-    inherited[#inherited + 1] =
-      {id = segment.id, first = segment.first, last = last, key = KEYS[4 + i]}
+for i, source in ipairs(sources) do
+  source.record, source.ledger = KEYS[3 + 2 * i], KEYS[4 + 2 * i]
+  source.end_turn = math.min(source.end_turn, turns)
+  if source.end_turn > source.first_turn then
+    local last = call('HGET', source.record, 'ti:' .. int(source.end_turn - 1))
+    local at = call('HMGET', source.record, turn_field(last, 'end_len'),
+      turn_field(last, 'end_digest'))
+    length, digest = at[1], at[2]
+    source.last = tonumber(length)
+    inherited[#inherited + 1] = source
   end
 end
 
 call('SET', KEYS[4], '')
 call('HSET', KEYS[3], 'n:' .. ARGV[2], '1')
-local own_base = position
+local own_base = length
 if #inherited > tonumber(ARGV[5]) then
-  for _, segment in ipairs(inherited) do
-    local bytes = 4 * (segment.last - segment.first)
-    call('APPEND', KEYS[4], call('GETRANGE', segment.key, '0', int(bytes - 1)))
+  for _, source in ipairs(inherited) do
+    local bytes = 4 * (source.last - source.first)
+    if bytes > 0 then
+      call('APPEND', KEYS[4], call('GETRANGE', source.ledger, '0', int(bytes - 1)))
+    end
+    for index = source.first_turn, source.end_turn - 1 do
+      local id = call('HGET', source.record, 'ti:' .. int(index))
+      -- Filed under what is no UTF-8, so that it is no turn id of the child's clients.
+      write_turn(KEYS[2], '\255' .. int(index), index, turn_values(source.record, id))
+    end
   end
-  inherited, own_base = {}, 0
+  inherited, own_base = {}, '0'
 end
-for _, segment in ipairs(inherited) do
-  call('HINCRBY', KEYS[3], 'n:' .. segment.id, 1)
-  -- How far anyone refers to that ledger: a repair must not truncate it below this.
-  local furthest = tonumber(call('HGET', KEYS[3], 'e:' .. segment.id) or '0')
-  if segment.last > furthest then
-    call('HSET', KEYS[3], 'e:' .. segment.id, int(segment.last))
+-- How far anyone refers to a session's ledger and turns: a repair must not go back before that, and
+-- a purge keeps that much.
+local function raise(field, value)
+  if value > tonumber(call('HGET', KEYS[3], field) or '0') then
+    call('HSET', KEYS[3], field, int(value))
   end
+end
+for _, source in ipairs(inherited) do
+  call('HINCRBY', KEYS[3], 'n:' .. source.id, 1)
+  raise('tokens:' .. source.id, source.last)
+  raise('turns:' .. source.id, source.end_turn)
 end
 
 local prev, prev_inc = v[8], v[9] or '0'
@@ -62,19 +73,8 @@ call('HSET', KEYS[2],
   'schema', int(SCHEMA), 'min_reader', int(SCHEMA), 'id', ARGV[2], 'tenant', v[2], 'model', v[3],
   'state', 'OPEN', 'epoch', '0', 'nonce', '', 'owner', '', 'owner_inc', '0', 'length', length,
   'digest', digest, 'root', v[1], 'turn_index', int(turns), 'active', '', 'deadline', '0',
-  'segments', format_segments(inherited), 'own_base', int(own_base), 'preamble', v[4],
+  'segments', format_segments(inherited), 'own_base', own_base, 'preamble', v[4],
   'leading', v[5], 'fingerprint', v[6], 'labels', ARGV[4], 'parent', ARGV[1], 'mig', '',
   'created', int(s.now), 'updated', int(s.now), 'prev', prev, 'prev_inc', prev_inc,
   'version', '1')
-for i = 0, turns - 1 do
-  local id = call('HGET', KEYS[1], 'ti:' .. int(i))
-  local copy = {'ti:' .. int(i), id}
-  for k, value in ipairs(turn_values(KEYS[1], id)) do
-    if value then
-      copy[#copy + 1] = turn_field(id, TURN_FIELDS[k])
-      copy[#copy + 1] = value
-    end
-  end
-  call('HSET', KEYS[2], unpack(copy))
-end
 return session_reply('written', KEYS[2], s.now)

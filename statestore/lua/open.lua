@@ -4,7 +4,7 @@ local us = now_us()
 local now = math.floor(us / 1000)
 if call('EXISTS', KEYS[1]) == 1 then
   local s, none = load(KEYS[1])
-  if not s then return none end
+  if not s then return taken(none) end
   return written(s)
 end
 -- The ledger exists from the start: hot scripts declare only keys that exist.

@@ -30,6 +30,10 @@ local function load(key, turn_id)
   if tonumber(v[2]) > SCHEMA then
     return nil, {'schema', v[2]}
   end
+  -- Kept for its forks only; see purge.lua.
+  if v[3] == 'PURGED' then
+    return nil, {'missing'}
+  end
   local us = now_us()
   return {
     key = key, changes = {}, us = us, now = math.floor(us / 1000), turn_status = v[1],
@@ -71,6 +75,18 @@ local function turn_values(key, turn_id)
     names[i] = turn_field(turn_id, name)
   end
   return call('HMGET', key, unpack(names))
+end
+
+-- Writes a turn as it is, under an id of its own in this record.
+local function write_turn(key, id, index, values)
+  local fields = {'ti:' .. int(index), id}
+  for i, name in ipairs(TURN_FIELDS) do
+    if values[i] then
+      fields[#fields + 1] = turn_field(id, name)
+      fields[#fields + 1] = values[i]
+    end
+  end
+  call('HSET', key, unpack(fields))
 end
 
 -- All fields of a turn that exists. An active turn's output ends where its ledger does.
@@ -150,6 +166,11 @@ local function refused(s)
   return {'refused', s.state, s.active}
 end
 
+-- To whoever would make a session anew that was purged while forks still refer to it.
+local function taken(none)
+  return none[1] == 'missing' and {'refused', 'CLOSED', ''} or none
+end
+
 local function mismatch(s)
   return {'mismatch', s.length, s.digest, s.epoch, s.nonce}
 end
@@ -172,20 +193,40 @@ local function fenced_writer(s, epoch, nonce)
   return fenced(s, epoch, nonce)
 end
 
--- Inherited segments: 'ledger:start:end' joined by commas. A segment starts where its ledger does,
--- so position p of it is at byte 4 * (p - start) of that ledger.
+-- Cuts a ledger off, or leaves it as it is if it has no more.
+local function truncate(ledger, tokens)
+  if call('STRLEN', ledger) > 4 * tokens then
+    call('SET', ledger, tokens > 0 and call('GETRANGE', ledger, '0', int(4 * tokens - 1)) or '')
+  end
+end
+
+-- Inherited segments, 'session:start:end:first turn:end turn' joined by commas: whose tokens and
+-- turns these are. A segment starts where that session's own ledger and turns do, so position p of
+-- it is at byte 4 * (p - start) of that ledger.
 local function parse_segments(text)
   local list = {}
-  for id, first, last in string.gmatch(text, '([^:,]+):(%d+):(%d+)') do
-    list[#list + 1] = {id = id, first = tonumber(first), last = tonumber(last)}
+  for id, first, last, first_turn, end_turn in
+      string.gmatch(text, '([^:,]+):(%d+):(%d+):(%d+):(%d+)') do
+    list[#list + 1] = {
+      id = id, first = tonumber(first), last = tonumber(last),
+      first_turn = tonumber(first_turn), end_turn = tonumber(end_turn),
+    }
   end
   return list
+end
+
+-- The index of a session's own first turn.
+local function inherited_turns(segments)
+  return #segments > 0 and segments[#segments].end_turn or 0
 end
 
 local function format_segments(list)
   local parts = {}
   for i, segment in ipairs(list) do
-    parts[i] = segment.id .. ':' .. int(segment.first) .. ':' .. int(segment.last)
+    parts[i] = table.concat({
+      segment.id, int(segment.first), int(segment.last),
+      int(segment.first_turn), int(segment.end_turn),
+    }, ':')
   end
   return table.concat(parts, ',')
 end

@@ -1,16 +1,31 @@
--- Deletes a closed session whose retention is over, and each ledger that no session refers to now.
--- KEYS: session, refs, own ledger, inherited ledgers.  ARGV: ids of these ledgers, own first.
+-- Deletes a closed session whose retention is over, but for the tokens and turns that forks refer
+-- to: these go with the last of the forks.
+-- KEYS: session, ledger, refs, then record and ledger of each ancestor.  ARGV: session id, ids of
+-- the ancestors.
 local s, none = load(KEYS[1])
 if not s then return none end
-if s.state ~= 'CLOSED' or tonumber(call('HGET', KEYS[1], 'purge_at')) > s.now then
-  return refused(s)
+local v = call('HMGET', KEYS[1], 'purge_at', 'segments')
+if s.state ~= 'CLOSED' or tonumber(v[1]) > s.now then return refused(s) end
+
+local function release(id, record, ledger)
+  if call('HINCRBY', KEYS[3], 'n:' .. id, -1) > 0 then return false end
+  call('DEL', record, ledger)
+  call('HDEL', KEYS[3], 'n:' .. id, 'tokens:' .. id, 'turns:' .. id)
+  return true
 end
-call('DEL', KEYS[1])
-for i = 3, #KEYS do
-  local id = ARGV[i - 2]
-  if call('HINCRBY', KEYS[2], 'n:' .. id, -1) <= 0 then
-    call('DEL', KEYS[i])
-    call('HDEL', KEYS[2], 'n:' .. id, 'e:' .. id)
+
+local id = ARGV[1]
+if not release(id, KEYS[1], KEYS[2]) then
+  local far = call('HMGET', KEYS[3], 'tokens:' .. id, 'turns:' .. id)
+  truncate(KEYS[2], tonumber(far[1]) - s.own_base)
+  local kept = {}
+  for index = inherited_turns(parse_segments(v[2])), tonumber(far[2]) - 1 do
+    local turn_id = call('HGET', KEYS[1], 'ti:' .. int(index))
+    kept[#kept + 1] = {index = index, id = turn_id, values = turn_values(KEYS[1], turn_id)}
   end
+  call('DEL', KEYS[1])
+  call('HSET', KEYS[1], 'min_reader', int(SCHEMA), 'state', 'PURGED')
+  for _, t in ipairs(kept) do write_turn(KEYS[1], t.id, t.index, t.values) end
 end
+for i = 2, #ARGV do release(ARGV[i], KEYS[2 * i], KEYS[2 * i + 1]) end
 return {'purged'}

@@ -36,18 +36,23 @@ for _, t in ipairs(given) do
   end
 end
 
--- Neither the tokens of an ancestor nor tokens that a fork refers to can be replaced.
+-- Neither the tokens of an ancestor nor tokens and turns that a fork refers to can be replaced.
 local keep, length = tonumber(ARGV[9]), tonumber(s.length)
 local diverged = {'fenced', s.epoch, s.nonce, s.owner, s.owner_inc, 1}
-if keep < s.own_base or keep > length then return diverged end
+local far = call('HMGET', KEYS[3], 'tokens:' .. ARGV[15], 'turns:' .. ARGV[15])
+local forked_tokens, forked_turns = tonumber(far[1] or '0'), tonumber(far[2] or '0')
+local past = tonumber(ARGV[14]) + (ARGV[13] ~= '' and 1 or 0)
+if keep < s.own_base or keep > length or past < forked_turns
+    or (keep < length and keep < forked_tokens) then
+  return diverged
+end
+for _, t in ipairs(given) do
+  local id = call('HGET', KEYS[1], 'ti:' .. t.index)
+  t.replaces = id and id ~= t.id
+  if t.replaces and tonumber(t.index) < forked_turns then return diverged end
+end
 if keep < length then
-  local furthest = tonumber(call('HGET', KEYS[3], 'e:' .. ARGV[15]) or '0')
-  if keep < furthest then return diverged end
-  local kept = ''
-  if keep > s.own_base then
-    kept = call('GETRANGE', KEYS[2], '0', int(4 * (keep - s.own_base) - 1))
-  end
-  call('SET', KEYS[2], kept)
+  truncate(KEYS[2], keep - s.own_base)
 end
 if #ARGV[10] > 0 then call('APPEND', KEYS[2], ARGV[10]) end
 
@@ -64,10 +69,8 @@ local function forget(index)
   return true
 end
 for _, t in ipairs(given) do
-  local id = call('HGET', KEYS[1], 'ti:' .. t.index)
-  if id and id ~= t.id then forget(tonumber(t.index)) end
+  if t.replaces then forget(tonumber(t.index)) end
 end
-local past = tonumber(ARGV[14]) + (ARGV[13] ~= '' and 1 or 0)
 while forget(past) do past = past + 1 end
 
 local deadline = '0'

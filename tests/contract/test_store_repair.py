@@ -26,14 +26,14 @@ from statestore.records import (
 )
 from statestore.records import Owner as Ownership
 from statestore.redis_store import RedisStore
-from tests.support.owners import EMPTY, STOP, A, B, Owner, position_of
+from tests.support.owners import EMPTY, STOP, A, B, Owner, position_of, session_of
 from tests.support.stores import ANSWERING, Backend
 
 pytestmark = pytest.mark.anyio
 
 
 async def known_turns(store: RedisStore) -> list[Turn]:
-    return list(await store.get_turns("ses_f", 0, 100))
+    return list(await store.get_turns(await session_of(store, "ses_f"), 0, 100))
 
 
 async def check(store: RedisStore, owner: Owner) -> None:
@@ -291,3 +291,28 @@ async def test_a_lost_registration_is_written_back_by_the_next_heartbeat(
     assert await store.heartbeat(ref, 7, "{}")
     (record,) = await store.fleet()
     assert (record.ref, record.details, record.heartbeat) == (ref, '{"k":1}', 7)
+
+
+async def test_a_repair_does_not_replace_turns_that_a_fork_inherits(
+    backend: Backend, store: RedisStore
+) -> None:
+    first = await Owner.of(store)
+    saved = await backend.save()
+    outcome = await store.take("ses_f", first.epoch, B, b"nonce")
+    assert isinstance(outcome, SessionWritten)
+    second = Owner(store, "ses_f", B, outcome.session.epoch)
+    await second.begun("t2", ())
+    await second.write(commit=STOP)
+    turns = await known_turns(store)
+    await backend.roll_back(saved)
+    # The same ledger, but another turn, and a fork that has it.
+    await first.begun("t1", ())
+    await first.write(commit=STOP)
+    await store.fork("ses_f", "ses_f.c", None, ())
+    child = await session_of(store, "ses_f.c")
+    inherited = await store.get_turns(child, 0, 9)
+    diverged = Fenced(first.epoch, A, data_loss=True)
+    for repaired, index in ((turns, 1), ([], 0)):
+        repair = second.repair(EMPTY, first.epoch, keep=0, turns=repaired, turn_index=index)
+        assert await store.repair(repair) == diverged
+    assert await store.get_turns(child, 0, 9) == inherited

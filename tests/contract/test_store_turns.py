@@ -42,6 +42,7 @@ from tests.support.owners import (
     B,
     Owner,
     position_of,
+    session_of,
     spec,
 )
 from tests.support.stores import ANSWERING, Backend, store_on
@@ -120,13 +121,13 @@ async def test_turns_follow_one_another_and_read_back_by_index(store: RedisStore
     for name in ("t1", "t:2", "t1:status"):
         await owner.run_turn(name, [7, 8])
     await owner.begun("t4")
-    turns = await store.get_turns("ses_f", 0, 10)
+    turns = await store.get_turns(await session_of(store, "ses_f"), 0, 10)
     assert [turn.spec.turn_id for turn in turns] == ["t1", "t:2", "t1:status", "t4"]
     assert [turn.index for turn in turns] == [0, 1, 2, 3]
     assert [turn.input_start for turn in turns] == [0, 5, 10, 15]
     assert turns[-1].output_end == owner.head
-    assert await store.get_turns("ses_f", 1, 2) == turns[1:3]
-    assert await store.get_turns("ses_f", 4, 10) == ()
+    assert await store.get_turns(await session_of(store, "ses_f"), 1, 2) == turns[1:3]
+    assert await store.get_turns(await session_of(store, "ses_f"), 4, 10) == ()
     assert await store.get_turn("ses_f", "unknown") is None
 
 

@@ -59,12 +59,18 @@ class SessionModel:
     turns: list[TurnModel] = field(default_factory=list)
     owned: bool = False
     former: list[Epoch] = field(default_factory=list)
+    inherited: int = 0
+    """Turns that are its ancestors': their ids are not ids of this session."""
     tombstones: set[str] = field(default_factory=set)
     last_append: Append | None = None
 
     @property
     def active(self) -> TurnModel | None:
         return self.turns[-1] if self.turns and not self.turns[-1].status.ended else None
+
+    @property
+    def own_turns(self) -> list[TurnModel]:
+        return self.turns[self.inherited :]
 
     @property
     def boundaries(self) -> list[int]:
@@ -81,8 +87,9 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.Runner()
         self.resources = AsyncExitStack()
-        backend = self.run(self.resources.enter_async_context(type(self).backend()))
-        self.store: RedisStore = store_on(backend, LIMITS)
+        server = type(self).backend
+        self.server = self.run(self.resources.enter_async_context(server()))
+        self.store: RedisStore = store_on(self.server, LIMITS)
         self.sessions: list[SessionModel] = []
         self.numbers = itertools.count()
         self.open()
@@ -129,6 +136,7 @@ class StoreMachine(RuleBasedStateMachine):
             TurnModel(turn.turn_id, turn.start, turn.status, turn.end)
             for turn in parent.turns[:count]
         ]
+        child.inherited = count
         assert len(outcome.session.segments) <= LIMITS.max_segments
         self.sessions.append(child)
         self.place(child)
@@ -192,7 +200,7 @@ class StoreMachine(RuleBasedStateMachine):
                 token_fingerprint=FINGERPRINT,
             )
         )
-        known = next((turn for turn in session.turns if turn.turn_id == turn_id), None)
+        known = next((turn for turn in session.own_turns if turn.turn_id == turn_id), None)
         if known is not None and known.status.ended:
             assert isinstance(outcome, TurnExists)
         elif epoch != session.epoch or not session.owned:
@@ -222,7 +230,7 @@ class StoreMachine(RuleBasedStateMachine):
         elsewhere: bool,
     ) -> None:
         session = self.pick(data, lambda it: stale or it.active is not None)
-        turn = session.turns[-1] if session.turns else None
+        turn = session.turns[-1] if session.own_turns else None
         head = [*session.tokens, 1] if elsewhere else session.tokens
         append = Append(
             session.session_id,
@@ -297,7 +305,7 @@ class StoreMachine(RuleBasedStateMachine):
         active = data.draw(RARELY) and session.active
         turn_id = active.turn_id if active else f"t{number}"
         outcome = self.run(self.store.cancel_turn(session.session_id, turn_id))
-        if turn_id in {turn.turn_id for turn in session.turns}:
+        if turn_id in {turn.turn_id for turn in session.own_turns}:
             assert isinstance(outcome, TurnEnded)
             if session.active and session.active.turn_id == turn_id:
                 session.end(TurnStatus.CANCELLED)
@@ -318,7 +326,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert session.turn_index == len(model.boundaries) - 1
         tokens = self.run(self.store.read_tokens(session, 0, len(model.tokens) + 1))
         assert tokens == model.tokens
-        turns = self.run(self.store.get_turns(model.session_id, 0, 100))
+        turns = self.run(self.store.get_turns(session, 0, 100))
         assert [(turn.spec.turn_id, turn.status, turn.output_start.length) for turn in turns] == [
             (turn.turn_id, turn.status, turn.start) for turn in model.turns
         ]
@@ -330,6 +338,12 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             for session in self.sessions:
                 self.check(session)
+            while self.sessions:
+                gone = self.sessions.pop(next(self.numbers) % len(self.sessions))
+                self.run(self.store.close(gone.session_id, 0))
+                for session in self.sessions:
+                    self.check(session)
+            assert not any("{f" in key for key in self.run(self.server.keys()))
         finally:
             self.run(self.resources.aclose())
             self.loop.close()

@@ -68,6 +68,13 @@ async def opened(store: SessionStore, session_id: str = "ses_f") -> Session:
     return outcome.session
 
 
+async def session_of(store: SessionStore, session_id: str) -> Session:
+    """A session that has to be there."""
+    session = await store.get_session(session_id)
+    assert session is not None
+    return session
+
+
 class Owner:
     """Writes turns of one session. ``tokens`` are the whole ledger as this owner knows it."""
 

@@ -43,6 +43,10 @@ class Backend(Protocol):
 
     async def keys(self) -> set[str]: ...
 
+    async def fields(self, key: str) -> set[bytes]:
+        """Names of the fields of a hash."""
+        ...
+
 
 def store_on(backend: Backend, limits: StoreLimits | None = None) -> RedisStore:
     """A store that repeats unanswered calls at once."""
@@ -56,7 +60,8 @@ class LossyBackend:
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
         self.executor = LossyExecutor(inner.executor)
-        self.save, self.roll_back, self.keys = inner.save, inner.roll_back, inner.keys
+        self.save, self.roll_back = inner.save, inner.roll_back
+        self.keys, self.fields = inner.keys, inner.fields
 
 
 class LossyExecutor:
@@ -120,6 +125,10 @@ class SimulatedBackend:
     async def keys(self) -> set[str]:
         return {key.decode() for key in self.executor.snapshot()}
 
+    async def fields(self, key: str) -> set[bytes]:
+        value = self.executor.peek(key)
+        return set(value) if isinstance(value, dict) else set()
+
 
 class ServerBackend:
     """A real server or Cluster, with a connection of its own for raw commands."""
@@ -144,6 +153,9 @@ class ServerBackend:
 
     async def keys(self) -> set[str]:
         return {key.decode() for key in await self._raw_keys()}
+
+    async def fields(self, key: str) -> set[bytes]:
+        return set(await self.raw.hkeys(key))
 
     async def _raw_keys(self) -> list[bytes]:
         return [key async for key in self.raw.scan_iter()]

@@ -139,7 +139,7 @@ def test_every_turn_says_what_one_undisturbed_replica_would(seed: int) -> None:
                 else:
                     assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
                     assert heard.tokens == said
-            assert len(await w.store.get_turns(SESSION, 0, 99)) == TURNS
+            assert len(await w.store.get_turns(await w.session(), 0, 99)) == TURNS
 
     run(main, seed)
 

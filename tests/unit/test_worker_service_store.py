@@ -48,7 +48,7 @@ def test_lost_requests_and_lost_answers_lose_and_repeat_nothing(seed: int) -> No
             await w.open()
             await w.give(replica)
             draw = random.Random(seed)
-            kinds = [Fault.REQUEST_LOST, Fault.REPLY_LOST, Fault.NONE]
+            kinds = [Fault.REQUEST_LOST, Fault.REPLY_LOST, Fault.NONE, Fault.NONE]
             request = await w.request(replica)
             w.executor.fault = lambda call: draw.choice(kinds)
             heard = await listen(replica, request)
@@ -196,7 +196,7 @@ async def test_lost_turns_are_put_back_before_the_next_one_begins() -> None:
         for heard in (first, second, third):
             start = heard.accepted.output_start.length
             assert heard.tokens == ledger[start : start + 20]
-        assert [t.spec.turn_id for t in await w.store.get_turns(SESSION, 0, 9)] == [
+        assert [t.spec.turn_id for t in await w.store.get_turns(await w.session(), 0, 9)] == [
             "t1", "t2", "t3",
         ]  # fmt: skip
 
