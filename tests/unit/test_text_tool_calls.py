@@ -9,12 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.tokenizers import template
+from tests.support.codecs import load_tiny_codec
+from tests.support.tokenizers import byte_level_tokenizer, template
 from workers.text.tool_calls import parse_hermes, parse_llama3, parser_for
 
-FIXTURES = Path(__file__).parent.parent / "data" / "tool_calls.json"
+DATA = Path(__file__).parent.parent / "data"
 PARSERS = {"hermes": parse_hermes, "llama3": parse_llama3}
-TYPICAL = json.loads(FIXTURES.read_text(encoding="utf-8"))
+TYPICAL = json.loads((DATA / "tool_calls.json").read_text(encoding="utf-8"))
+"""Written by hand after the formats' documentation."""
+RECORDED = json.loads((DATA / "tool_calls_recorded.json").read_text(encoding="utf-8"))
+"""Written by models; the file says where each was recorded."""
 
 
 @pytest.mark.parametrize("case", TYPICAL, ids=lambda case: f"{case['format']}-{case['case']}")
@@ -24,12 +28,36 @@ def test_typical_outputs(case: dict[str, object]) -> None:
     assert [call.id for call in found] == [f"call_turn-1_{n}" for n in range(len(found))]
 
 
+@pytest.mark.parametrize("case", RECORDED["cases"], ids=lambda case: case["where"].split("/")[-1])
+def test_recorded_outputs(case: dict[str, object]) -> None:
+    assert case["source"] in RECORDED["sources"]
+    found = PARSERS[str(case["format"])](str(case["text"]), "turn-1")
+    assert [[call.name, json.loads(call.arguments)] for call in found] == case["calls"]
+
+
 def test_the_format_is_chosen_by_the_template() -> None:
     assert parser_for(template("qwen25")) is parse_hermes
     assert parser_for(template("llama3")) is parse_llama3
     assert parser_for(template("smollm2")) is None
     assert parser_for("<tool_call>\n<function=name>") is None
     assert parser_for("<tool_call>name\n<arg_key>") is None
+
+
+def test_marks_of_calls_are_text_even_where_they_are_special_tokens() -> None:
+    tokenizer = json.loads(byte_level_tokenizer())
+    for token in tokenizer["added_tokens"]:
+        token["special"] = True  # as Hermes 2 Pro has <tool_call>
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    brace = tokenizer["model"]["vocab"]["{"]
+    for name, marks in (
+        ("llama3", ["<|python_tag|>"]),
+        ("qwen25", ["<tool_call>", "</tool_call>"]),
+    ):
+        folder = load_tiny_codec(name, json.dumps(tokenizer)).folder()
+        text = folder.push(
+            [ids["<|eot_id|>"], ids[marks[0]], brace, *(ids[it] for it in marks[1:])]
+        )
+        assert text == marks[0] + "{" + "".join(marks[1:])
 
 
 def test_a_call_in_a_models_reasoning_is_no_call() -> None:
@@ -79,7 +107,8 @@ def test_what_templates_write_is_read_back(
 
 
 _PIECES = st.sampled_from(
-    ["<tool_call>", "</tool_call>", '{"name": "f", ', '"arguments": {}}', '"parameters": {', "}}",
+    ["'", "True", "1e9999", "<tool_call>", "</tool_call>",
+     '{"name": "f", ', '"arguments": {}}', '"parameters": {', "}}",
      "{", "}", "[", "]", '"', "\\", "\n", ";", "<|python_tag|>", "NaN", "\\ud800", '"f"', ":", "x"]
 )  # fmt: skip
 

@@ -37,10 +37,11 @@ from workers.text.rendering import (
 from workers.text.special_text import SpecialText, unused_mark
 from workers.text.template_probe import probe
 from workers.text.token_bytes import byte_table
-from workers.text.tool_calls import parser_for
+from workers.text.tool_calls import MARKS, parser_for
 
-CODEC_VERSION = 1
-"""Part of the token fingerprint; grows whenever the same messages would give other tokens."""
+CODEC_VERSION = 2
+"""Part of the token fingerprint; grows whenever the same messages would give other tokens, or the
+same tokens other text."""
 
 
 def load_hf_codec(folder: Path, now: Callable[[], datetime]) -> HfCodec:
@@ -106,12 +107,13 @@ class HfCodec:
         self._end_of_turn = (special | control)[self._shape.end_of_turn]
         self._closing = self._encode(self._shape.before_end + self._shape.end_of_turn)
         self._stops = tuple(dict.fromkeys([self._end_of_turn, *stop_token_ids]))
+        self._parse = parser_for(template)
         silent = frozenset(self._stops)
+        marks = {it["id"]: it["content"].encode() for it in added if it["content"] in MARKS}
         self._bytes = tuple(
-            b"" if token_id in silent else data
+            b"" if token_id in silent else marks.get(token_id, data)
             for token_id, data in enumerate(byte_table(tokenizer_json))
         )
-        self._parse = parser_for(template)
         self._fingerprint = _fingerprint(tokenizer_json, template, special_tokens, self._stops)
 
     @property

@@ -129,7 +129,7 @@ class TextCodec(Protocol):
         ...
 
     def folder(self, stop: Sequence[str] = (), min_tokens: int = 0) -> Folder:
-        """A detokeniser for one turn; end-of-turn and other special tokens give no text."""
+        """A detokeniser for one turn; special tokens give no text, unless they mark tool calls."""
         ...
 
     def parse_tool_calls(self, text: str, turn_id: str) -> tuple[Call, ...]:
