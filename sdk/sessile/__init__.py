@@ -15,113 +15,22 @@
 ``sessile.sync`` has the same for code without an event loop, ``sessile.v1`` the generated stubs.
 """
 
-from sessile.client import Sessile
-from sessile.errors import (
-    AccessDenied,
-    ContextTooLong,
-    DataLoss,
-    DeadlineExceeded,
-    InternalError,
-    InvalidRequest,
-    MigrationFailed,
-    MigrationRefused,
-    NotFound,
-    Overloaded,
-    ProtocolError,
-    SessileError,
-    SessionClosed,
-    SessionSuspended,
-    StaleClient,
-    TurnCancelled,
-    TurnConflict,
-    TurnFailed,
-    TurnInProgress,
-    Unavailable,
-    WrongState,
-)
-from sessile.events import (
-    Accepted,
-    Finished,
-    Moved,
-    MoveReason,
-    Tokens,
-    TurnEvent,
-    Waiting,
-    WaitReason,
-)
-from sessile.fleet import DrainProgress, Fleet, Migration, Replica, ReplicaLoad, ReplicaState
-from sessile.messages import Message, Role, Sampling, Tool, ToolCall
-from sessile.records import (
-    FinishReason,
-    Position,
-    ReplicaRef,
-    SessionInfo,
-    SessionState,
-    TranscriptTurn,
-    TurnResult,
-    TurnStatus,
-    Usage,
-)
-from sessile.session import Session
-from sessile.transport import RetryPolicy, Runtime
-from sessile.turn import OnAbandon, Turn
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Accepted",
-    "AccessDenied",
-    "ContextTooLong",
-    "DataLoss",
-    "DeadlineExceeded",
-    "DrainProgress",
-    "FinishReason",
-    "Finished",
-    "Fleet",
-    "InternalError",
-    "InvalidRequest",
-    "Message",
-    "Migration",
-    "MigrationFailed",
-    "MigrationRefused",
-    "MoveReason",
-    "Moved",
-    "NotFound",
-    "OnAbandon",
-    "Overloaded",
-    "Position",
-    "ProtocolError",
-    "Replica",
-    "ReplicaLoad",
-    "ReplicaRef",
-    "ReplicaState",
-    "RetryPolicy",
-    "Role",
-    "Runtime",
-    "Sampling",
-    "Sessile",
-    "SessileError",
-    "Session",
-    "SessionClosed",
-    "SessionInfo",
-    "SessionState",
-    "SessionSuspended",
-    "StaleClient",
-    "Tokens",
-    "Tool",
-    "ToolCall",
-    "TranscriptTurn",
-    "Turn",
-    "TurnCancelled",
-    "TurnConflict",
-    "TurnEvent",
-    "TurnFailed",
-    "TurnInProgress",
-    "TurnResult",
-    "TurnStatus",
-    "Unavailable",
-    "Usage",
-    "WaitReason",
-    "Waiting",
-    "WrongState",
-]
+if TYPE_CHECKING:
+    from sessile._exports import *  # noqa: F403
+    from sessile._exports import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> object:
+        """Loads the client at its first use: servers need the stubs in ``sessile.v1`` only."""
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module 'sessile' has no attribute {name!r}")
+        from sessile import _exports
+
+        return getattr(_exports, name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})
