@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 
-from grpc import aio
-
-from sessile import errors
 from sessile.records import ReplicaRef, enum_from_pb
 from sessile.transport import Transport
 from sessile.v1 import fleet_pb2 as pb
-
-WATCH_S = 3600.0
-"""A watch is opened anew after this time at the latest."""
 
 
 class ReplicaState(enum.StrEnum):
@@ -95,7 +90,8 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class DrainProgress:
-    """Sessions of a draining replica; the last one has ``done``."""
+    """Sessions of a draining replica; the last one has ``done``. ``failed`` are those among
+    ``remaining`` whose last try to move failed."""
 
     moved_with_kv: int
     moved_without_kv: int
@@ -137,38 +133,28 @@ class Fleet:
     async def watch(self, *, interval_s: float = 0.5) -> AsyncGenerator[list[Replica], None]:
         """The fleet now and after changes, at most once in ``interval_s``, until the generator is
         closed. Connects again as often as the retry policy allows."""
-        attempts = self._transport.attempts(float("inf"))
-        request = pb.WatchFleetRequest(interval_ms=round(interval_s * 1000))
-        while True:
-            gateway = self._transport.gateway
-            call = gateway.fleet.WatchFleet(
-                request, timeout=WATCH_S, metadata=self._transport.metadata
-            )
-            try:
-                async for response in call:
-                    attempts.progressed()
-                    yield [Replica.from_pb(replica) for replica in response.replicas]
-            except aio.AioRpcError as rpc_error:
-                error = errors.from_rpc(rpc_error)
-                if not isinstance(error, errors.DeadlineExceeded):
-                    await attempts.failed(error, gateway)
-            finally:
-                call.cancel()
+        states = self._transport.follow(
+            lambda gateway: gateway.fleet.WatchFleet,
+            pb.WatchFleetRequest(interval_ms=round(interval_s * 1000)),
+        )
+        async with aclosing(states):
+            async for response in states:
+                yield [Replica.from_pb(replica) for replica in response.replicas]
 
     async def drain(
         self, replica_id: str, *, timeout_s: float = 120.0, shutdown: bool = False
     ) -> AsyncGenerator[DrainProgress, None]:
         """Empties a replica and reports progress; with ``shutdown`` its process ends when it is
-        empty. Not repeated on failure: call again to go on."""
-        call = self._transport.gateway.fleet.DrainReplica(
+        empty. Goes on through another gateway if one is lost; the moves are counted anew then."""
+        steps = self._transport.follow(
+            lambda gateway: gateway.fleet.DrainReplica,
             pb.DrainReplicaRequest(
                 replica_id=replica_id, timeout_ms=round(timeout_s * 1000), shutdown=shutdown
             ),
-            timeout=timeout_s + self._transport.timeout_s,
-            metadata=self._transport.metadata,
+            timeout_s=timeout_s + self._transport.timeout_s,
         )
-        try:
-            async for response in call:
+        async with aclosing(steps):
+            async for response in steps:
                 yield DrainProgress(
                     moved_with_kv=response.moved_with_kv,
                     moved_without_kv=response.moved_without_kv,
@@ -176,10 +162,6 @@ class Fleet:
                     failed=response.failed,
                     done=response.done,
                 )
-        except aio.AioRpcError as error:
-            raise errors.from_rpc(error) from error
-        finally:
-            call.cancel()
 
     async def migrate(
         self,

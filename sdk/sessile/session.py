@@ -9,11 +9,9 @@ await session.close()
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Unpack
 
-from grpc import aio
-
-from sessile import errors
 from sessile.events import Accepted, Finished
 from sessile.messages import Input, Sampling, messages_to_pb, sampling_to_pb
 from sessile.records import Position, SessionInfo, TranscriptTurn, TurnStatus
@@ -23,8 +21,6 @@ from sessile.v1 import session_pb2
 from sessile.v1 import types_pb2 as pb
 
 TRANSCRIPT_PAGE = 100
-WATCH_S = 3600.0
-"""A watch is opened anew after this time at the latest."""
 
 
 class Session:
@@ -189,24 +185,14 @@ class Session:
 
     async def watch(self) -> AsyncGenerator[SessionInfo, None]:
         """The record now and after each change (changes in quick succession are merged), until the
-        generator is closed. Connects again as often as the retry policy allows."""
-        attempts = self._transport.attempts(float("inf"))
-        request = session_pb2.WatchSessionRequest(session_id=self.session_id)
-        while True:
-            gateway = self._transport.gateway
-            call = gateway.sessions.WatchSession(
-                request, timeout=WATCH_S, metadata=self._transport.metadata
-            )
-            try:
-                async for response in call:
-                    attempts.progressed()
-                    yield SessionInfo.from_pb(response.session)
-            except aio.AioRpcError as rpc_error:
-                error = errors.from_rpc(rpc_error)
-                if not isinstance(error, errors.DeadlineExceeded):
-                    await attempts.failed(error, gateway)
-            finally:
-                call.cancel()
+        session is closed. Connects again as often as the retry policy allows."""
+        states = self._transport.follow(
+            lambda gateway: gateway.sessions.WatchSession,
+            session_pb2.WatchSessionRequest(session_id=self.session_id),
+        )
+        async with aclosing(states):
+            async for response in states:
+                yield SessionInfo.from_pb(response.session)
 
     def _turn(
         self, request: pb.RunTurnRequest, timeout_s: float | None, on_abandon: OnAbandon

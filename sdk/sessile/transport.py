@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -30,6 +31,8 @@ Response = TypeVar("Response")
 TENANT_KEY = "x-sessile-tenant"
 MAX_MESSAGE_BYTES = 64 << 20
 KEEPALIVE_MS = 10_000
+STREAM_S = 3600.0
+"""A followed stream is opened anew after this time at the latest."""
 CLEANUP_S = 2.0
 """How long an abandoned turn's cancel may take, and how long ``close()`` waits for such calls."""
 
@@ -70,6 +73,7 @@ class Gateway:
 
 
 Method = Callable[[Gateway], aio.UnaryUnaryMultiCallable[Request, Response]]
+StreamMethod = Callable[[Gateway], aio.UnaryStreamMultiCallable[Request, Response]]
 
 
 def _connect(target: str, credentials: grpc.ChannelCredentials | None) -> Gateway:
@@ -166,6 +170,32 @@ class Transport:
                 )
             except aio.AioRpcError as error:
                 await attempts.failed(errors.from_rpc(error), gateway)
+
+    async def follow(
+        self,
+        method: StreamMethod[Request, Response],
+        request: Request,
+        *,
+        timeout_s: float = math.inf,
+    ) -> AsyncGenerator[Response, None]:
+        """A stream that may be opened again at any time, until the server ends it or ``timeout_s``
+        is over. Failures in a row without a message are bounded by the retry policy."""
+        attempts = self.attempts(timeout_s)
+        while True:
+            gateway = self.gateway
+            limit_s = min(attempts.time_left_s(), STREAM_S)
+            call = method(gateway)(request, timeout=limit_s, metadata=self.metadata)
+            try:
+                async for response in call:
+                    attempts.progressed()
+                    yield response
+                return
+            except aio.AioRpcError as rpc_error:
+                error = errors.from_rpc(rpc_error)
+                if not isinstance(error, errors.DeadlineExceeded) or limit_s < STREAM_S:
+                    await attempts.failed(error, gateway)
+            finally:
+                call.cancel()
 
     async def clean_up(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Runs a short last step even if the caller is being cancelled: the task belongs to this

@@ -162,6 +162,29 @@ async def test_a_watch_goes_on_after_a_cut(gateway: FakeGateway) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_watch_ends_with_its_session(gateway: FakeGateway) -> None:
+    closed = session()
+    closed.state = session_pb2.SESSION_STATE_CLOSED
+    gateway.answers += [session_pb2.WatchSessionResponse(session=s) for s in (session(), closed)]
+    async with client_of(gateway) as client, asyncio.timeout(5):
+        states = [info.state async for info in client.session("ses_a").watch()]
+    assert states == [SessionState.OPEN, SessionState.CLOSED]
+    assert len(gateway.seen) == 1
+
+
+@pytest.mark.anyio
+async def test_a_drain_goes_on_through_another_gateway(gateway: FakeGateway) -> None:
+    gateway.answers += [
+        fleet_pb2.DrainReplicaResponse(moved_with_kv=1, remaining=1),
+        Cut(),
+        fleet_pb2.DrainReplicaResponse(moved_with_kv=1, done=True),
+    ]
+    async with Sessile(["127.0.0.1:1", gateway.target], runtime=Runtime(sleep=no_wait)) as client:
+        steps = [step async for step in client.fleet.drain("r1")]
+    assert [(step.remaining, step.done) for step in steps] == [(1, False), (0, True)]
+
+
+@pytest.mark.anyio
 async def test_operators_see_and_drain_replicas(gateway: FakeGateway) -> None:
     gateway.answers.append(listing("r1", "r2"))
     async with client_of(gateway) as client:
@@ -231,14 +254,3 @@ def test_the_sync_face_has_the_same_names() -> None:
         with pytest.raises(RuntimeError, match="with"):
             client.session("ses_a")
     assert threading.active_count() <= threads + 1  # gRPC keeps its poller
-
-
-def test_the_sync_face_covers_the_async_one() -> None:
-    def public(cls: type) -> set[str]:
-        return {name for name in dir(cls) if not name.startswith("_")}
-
-    import sessile
-
-    for name in ("Sessile", "Session", "Fleet"):
-        assert public(getattr(sessile, name)) <= public(getattr(sessile_sync, name))
-    assert public(sessile.Turn) - {"aclose"} == public(sessile_sync.Turn) - {"close"}
