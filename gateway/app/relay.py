@@ -44,13 +44,14 @@ class Outbox:
         return self._bytes >= self._limit_bytes
 
     async def put(self, chunk: bytes) -> None:
-        """Queues a message, first waiting until there is room."""
-        while self.full:
-            self._emptied = anyio.Event()
-            await self._emptied.wait()
+        """Queues a message, then waits until there is room for another: who is cancelled in the
+        wait has not lost what the cursor counts as delivered."""
         self._chunks.append(chunk)
         self._bytes += len(chunk)
         self._filled.set()
+        while self.full:
+            self._emptied = anyio.Event()
+            await self._emptied.wait()
 
     def close(self, failure: SessileError | None = None) -> None:
         """Nothing more follows; what is queued is still sent, then ``failure`` ends the stream."""
@@ -101,8 +102,9 @@ class TurnCursor:
                 self.token_messages += 1
                 kept.append(self._last_tokens)
                 continue
-            passed = self._pass(kind, message[start:end])
-            whole = whole and passed is not None and len(passed) == end - start
+            event = message[start:end]
+            passed = self._pass(kind, event)
+            whole = whole and passed is event
             if passed:
                 kept.append(passed)
         return message if whole else b"".join(kept)

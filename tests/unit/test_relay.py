@@ -114,6 +114,18 @@ def test_the_client_sees_one_accepted_and_moved_instead_of_the_others() -> None:
     assert more == tokens(6, 2)
 
 
+def test_a_move_of_the_same_size_as_what_it_replaces_is_shown() -> None:
+    cursor = TurnCursor(None, False)
+    cursor.feed(message(accepted(REF_A)))
+    moved = pb.TurnMoved(
+        to=REF_B, reason=pb.TurnMoved.REASON_FAILOVER, attempt=2, **{"from": REF_A}
+    )
+    replaced = accepted(REF_B, attempt=2)
+    replaced.accepted.turn_id = "t" * (1 + moved.ByteSize() - replaced.accepted.ByteSize())
+    assert len(message(replaced)) == len(message(pb.TurnEvent(moved=moved)))
+    assert parsed(cursor.feed(message(replaced))) == [pb.TurnEvent(moved=moved)]
+
+
 def test_a_planned_move_is_named_as_one_and_the_next_is_not() -> None:
     cursor = TurnCursor(None, False)
     cursor.feed(message(accepted(REF_A)))
@@ -166,11 +178,11 @@ async def test_a_full_outbox_pauses_its_reader_until_the_client_takes_something(
     outbox = Outbox(100)
     chunk = b"x" * 60
     await outbox.put(chunk)
-    await outbox.put(chunk)
-    assert outbox.full
     with anyio.move_on_after(5.0) as blocked:
         await outbox.put(chunk)
     assert blocked.cancelled_caught
+    assert outbox.full
+    # The cursor counts it as delivered: a cancelled wait must not lose it.
     assert outbox.waiting_bytes == 120
     received: list[bytes] = []
 
