@@ -1,6 +1,6 @@
 """How fast the KV data channel is by itself: two processes on loopback, no engine.
 
-    python -m loadtest.bench.kv_channel [--megabytes 256] [--runs 9] [--page-kib 2880] [--uvloop]
+    python -m loadtest.bench.kv_channel [--megabytes 256] [--runs 9] [--page-kib 720] [--uvloop]
 
 Beside it runs what this machine reaches at best with one blocking stream between two processes
 (``sendall`` and ``recv_into``), because absolute figures of a shared machine mean little. Nothing
@@ -58,7 +58,7 @@ class Memory:
 
     buffer = view
 
-    def commit(self, pages: Sequence[PageMeta]) -> int:
+    async def commit(self, pages: Sequence[PageMeta]) -> int:
         return len(pages)
 
     def release(self) -> None:
@@ -157,7 +157,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=256)
-    parser.add_argument("--page-kib", type=int, default=2880)
+    parser.add_argument("--page-kib", type=int, default=720)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--uvloop", action="store_true")
     options = parser.parse_args()

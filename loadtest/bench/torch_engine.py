@@ -232,14 +232,14 @@ async def _move(series: Series, source: Driver, target: Driver) -> None:
         server = KvServer("127.0.0.1", 0)
         await tasks.start(server.serve)
         began = time.perf_counter()
-        incoming = target.engine.reserve_import(NAMESPACE, prompt, 0, len(hashes))
+        incoming = target.engine.reserve_import(hashes, 0, len(hashes))
         export = source.engine.export_pages(hashes)
         metas = list(export.pages)
         ticket = server.issue_ticket(export, 60.0)
         page_bytes = target.engine.info.page_bytes
         await pull_pages(server.endpoint, ticket, incoming, len(metas), page_bytes, 60.0)
         pulled_at = time.perf_counter()
-        taken = incoming.commit(metas)
+        taken = await incoming.commit(metas)
         done_at = time.perf_counter()
         tasks.cancel_scope.cancel()
     if taken != len(hashes):

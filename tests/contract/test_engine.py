@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
 import anyio
@@ -15,6 +15,7 @@ from workers.engines.port import (
     PageMeta,
     PagesExhausted,
     Sampling,
+    StepOutput,
 )
 
 pytestmark = pytest.mark.anyio
@@ -244,6 +245,33 @@ async def test_a_context_that_never_fits_fails_alone(start: Start) -> None:
         assert (await it.end_of(other)).error is None
 
 
+async def test_what_waits_for_the_pages_of_a_context_that_does_not_fit_goes_on(
+    start: Start,
+) -> None:
+    async with start(EngineSize(capacity_pages=8)) as it:
+        page = it.engine.info.page_size
+        growing = it.request(it.prompt(1, 8 * page - 2), 20)
+        waiting = it.request(it.prompt(2, 3 * page), 4)
+        assert (await it.end_of(growing)).error is not None
+        assert (await it.end_of(waiting)).finish is EngineFinish.MAX_TOKENS
+
+
+async def test_a_request_in_answer_to_a_failure_is_served(start: Start) -> None:
+    async with start(EngineSize(capacity_pages=8)) as it:
+        page, on_step, asked = it.engine.info.page_size, it.on_step, list[str]()
+
+        def ask_again(outputs: Sequence[StepOutput]) -> None:
+            on_step(outputs)
+            if not asked:
+                asked.append(it.request(it.prompt(3, 9), 4))
+
+        it.on_output = ask_again
+        too_long, other = it.request(it.prompt(1, 9 * page), 4), it.request(it.prompt(2, 9), 20)
+        assert (await it.end_of(too_long)).error is not None
+        assert (await it.end_of(asked[0])).finish is EngineFinish.MAX_TOKENS
+        assert (await it.end_of(other)).finish is EngineFinish.MAX_TOKENS
+
+
 async def test_scarce_pages_delay_but_do_not_change_output(start: Start, it: EngineHarness) -> None:
     page = it.engine.info.page_size
     prompts = [it.prompt(seed, 2 * page + 1) for seed in range(5)]
@@ -261,7 +289,7 @@ async def test_exported_pages_continue_identically_elsewhere(
     ledger = [*prompt, *output.tokens[:8]]
     async with start(EngineSize()) as other:
         assert other.engine.info.kv_fingerprint == it.engine.info.kv_fingerprint
-        taken = copy_pages(it, other, ledger)
+        taken = await copy_pages(it, other, ledger)
         assert taken == len(ledger) // it.engine.info.page_size
         assert other.engine.resident_pages(other.hashes(ledger)) == taken
         rest = await other.generate(ledger, 8, sampling=NOISY)
@@ -271,17 +299,17 @@ async def test_exported_pages_continue_identically_elsewhere(
         )
 
 
-def copy_pages(
+async def copy_pages(
     source: EngineHarness, target: EngineHarness, tokens: list[int], *, corrupt: int = -1
 ) -> int:
     """Moves what is resident of a context; flips a bit in one page on the way if asked."""
     export = source.engine.export_pages(source.hashes(tokens))
-    incoming = target.engine.reserve_import(b"tenant", tokens, 0, len(export.pages))
+    incoming = target.engine.reserve_import(target.hashes(tokens), 0, len(export.pages))
     for index in range(len(export.pages)):
         incoming.buffer(index)[:] = export.view(index)
         if index == corrupt:
             incoming.buffer(index)[7] ^= 1
-    taken = incoming.commit(export.pages)
+    taken = await incoming.commit(export.pages)
     incoming.release()
     export.release()
     export.release()
@@ -294,7 +322,7 @@ async def test_a_corrupted_page_is_refused_with_all_after_it(
     prompt = it.prompt(1, 5 * it.engine.info.page_size)
     await it.generate(prompt, 2)
     async with start(EngineSize()) as other:
-        assert copy_pages(it, other, prompt, corrupt=2) == 2
+        assert await copy_pages(it, other, prompt, corrupt=2) == 2
         assert other.engine.resident_pages(other.hashes(prompt)) == 2
         assert other.engine.load().free_pages == other.engine.info.capacity_pages
 
@@ -304,10 +332,10 @@ async def test_a_page_of_another_block_is_refused(start: Start, it: EngineHarnes
     await it.generate(prompt, 2)
     export = it.engine.export_pages(it.hashes(prompt))
     async with start(EngineSize()) as other:
-        incoming = other.engine.reserve_import(b"tenant", prompt, 0, 2)
+        incoming = other.engine.reserve_import(other.hashes(prompt), 0, 2)
         incoming.buffer(0)[:] = export.view(1)
         meta = PageMeta(export.pages[1].block_hash, export.pages[1].checksum)
-        assert incoming.commit([meta]) == 0
+        assert await incoming.commit([meta]) == 0
         incoming.release()
     export.release()
 
@@ -320,10 +348,10 @@ async def test_an_import_continues_a_resident_prefix(start: Start, it: EngineHar
         first = other.engine.resident_pages(other.hashes(prompt))
         assert first == 3
         export = it.engine.export_pages(it.hashes(prompt))
-        incoming = other.engine.reserve_import(b"tenant", prompt, first, 3)
+        incoming = other.engine.reserve_import(other.hashes(prompt), first, 3)
         for index in range(3):
             incoming.buffer(index)[:] = export.view(first + index)
-        assert incoming.commit(export.pages[first:]) == 3
+        assert await incoming.commit(export.pages[first:]) == 3
         incoming.release()
         export.release()
         expected = await it.generate(prompt, 6)
@@ -341,9 +369,9 @@ async def test_exported_pages_cannot_be_evicted(start: Start) -> None:
             await it.generate(it.prompt(seed, 3 * page), 2)
         assert [bytes(export.view(i)) for i in range(3)] == before
         with pytest.raises(PagesExhausted):
-            it.engine.reserve_import(b"tenant", it.prompt(9, 6 * page), 0, 6)
+            it.engine.reserve_import(it.hashes(it.prompt(9, 6 * page)), 0, 6)
         export.release()
-        it.engine.reserve_import(b"tenant", it.prompt(9, 6 * page), 0, 6).release()
+        it.engine.reserve_import(it.hashes(it.prompt(9, 6 * page)), 0, 6).release()
 
 
 async def test_an_export_from_the_middle_of_a_context_holds_what_is_before_it(
@@ -359,7 +387,7 @@ async def test_an_export_from_the_middle_of_a_context_holds_what_is_before_it(
         it.engine.check_integrity()
         assert it.engine.load().free_pages == 4
         with pytest.raises(PagesExhausted):
-            it.engine.reserve_import(b"tenant", it.prompt(9, 5 * page), 0, 5)
+            it.engine.reserve_import(it.hashes(it.prompt(9, 5 * page)), 0, 5)
         for seed in range(2, 6):
             await it.generate(it.prompt(seed, 3 * page), 2)
         assert [bytes(export.view(i)) for i in range(2)] == before
@@ -394,7 +422,7 @@ async def test_pins_yield_to_reservations_and_generations(start: Start) -> None:
         prompt = it.prompt(1, 4 * page + 1)
         await it.generate(prompt, 1)
         it.engine.pin("p", it.hashes(prompt), ttl_s=60.0)
-        incoming = it.engine.reserve_import(b"tenant", it.prompt(2, 6 * page), 0, 6)
+        incoming = it.engine.reserve_import(it.hashes(it.prompt(2, 6 * page)), 0, 6)
         assert it.engine.resident_pages(it.hashes(prompt)) == 2
         incoming.release()
         await it.generate(it.prompt(3, 7 * page + 1), 2)
@@ -408,15 +436,15 @@ async def test_reservations_are_all_or_nothing(start: Start) -> None:
         prompt = it.prompt(1, 2 * page + 1)
         await it.generate(prompt, 1)
         wanted = it.prompt(2, 9 * page)
-        first = it.engine.reserve_import(b"tenant", wanted, 0, 5)
+        first = it.engine.reserve_import(it.hashes(wanted), 0, 5)
         with pytest.raises(PagesExhausted):
-            it.engine.reserve_import(b"tenant", it.prompt(3, 9 * page), 0, 4)
+            it.engine.reserve_import(it.hashes(it.prompt(3, 9 * page)), 0, 4)
         assert it.engine.resident_pages(it.hashes(prompt)) == 2, "a refusal evicts nothing"
         first.release()
         first.release()
         assert it.engine.load().free_pages == 8
         with pytest.raises(PagesExhausted):
-            it.engine.reserve_import(b"tenant", wanted, 0, 9)
+            it.engine.reserve_import(it.hashes(wanted), 0, 9)
 
 
 async def test_drop_frees_what_nothing_else_needs(it: EngineHarness) -> None:

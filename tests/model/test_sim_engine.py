@@ -147,7 +147,7 @@ def reserve(engine: SimEngine, context: list[int]) -> list[PageImport]:
     hashes = engine.block_hashes(NAMESPACE, context)
     first = engine.resident_pages(hashes)
     try:
-        return [engine.reserve_import(NAMESPACE, context, first, len(hashes) - first)]
+        return [engine.reserve_import(hashes, first, len(hashes) - first)]
     except PagesExhausted:
         return []
 

@@ -16,7 +16,7 @@ from statestore.executor import Script
 from statestore.scripts import load_script
 from workers.engines.port import GenerateRequest, PageMeta
 from workers.engines.sim.engine import SimEngine
-from workers.engines.sim.pages import SimImport
+from workers.kv.pages import IncomingPages, checksum
 from workers.turn import cursor
 from workers.turn.cursor import TurnView
 
@@ -62,12 +62,14 @@ def deliver_before_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
 def take_any_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """I5: pages are used without a look at their checksums."""
 
-    def commit(self: SimImport, pages: Sequence[PageMeta]) -> int:
-        right = [self._memory.checksum(page) for page in self._reservation.pages]
-        seen = [PageMeta(m.block_hash, c) for m, c in zip(pages, right, strict=False)]
-        return self._reservation.commit(seen)
+    commit = IncomingPages.commit
 
-    monkeypatch.setattr(SimImport, "commit", commit)
+    async def wrong(self: IncomingPages, pages: Sequence[PageMeta]) -> int:
+        found = [checksum(self.buffer(index)) for index in range(len(pages))]
+        seen = [PageMeta(m.block_hash, c) for m, c in zip(pages, found, strict=True)]
+        return await commit(self, seen)
+
+    monkeypatch.setattr(IncomingPages, "commit", wrong)
 
 
 def resume_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:

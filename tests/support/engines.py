@@ -18,6 +18,7 @@ from workers.engines.port import (
     EngineFailed,
     EngineFinish,
     GenerateRequest,
+    OnStep,
     Sampling,
     StepOutput,
 )
@@ -52,6 +53,8 @@ class EngineHarness:
         self.engine = engine
         self.outputs: dict[str, list[StepOutput]] = {}
         self.failures: list[EngineFailed] = []
+        self.on_output: OnStep = self.on_step
+        """Told of every step; a test may put its own in front."""
         self._changed = anyio.Event()
         self._count = 0
 
@@ -165,7 +168,7 @@ async def started(
 ) -> AsyncIterator[EngineHarness]:
     """A started engine; its books are checked at the end."""
     harness = EngineHarness(ENGINES[name](size, clock))
-    await harness.engine.start(harness.on_step, harness.failures.append)
+    await harness.engine.start(lambda outputs: harness.on_output(outputs), harness.failures.append)
     try:
         yield harness
         harness.engine.check_integrity()

@@ -11,8 +11,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from workers.engines.port import Sampling
 from workers.engines.torch.config import PAGE_SIZE, TorchEngineConfig
 from workers.engines.torch.runner import ModelRunner, Part
@@ -39,7 +37,7 @@ class Continuation:
         config = TorchEngineConfig(model=self.model, device="cpu", kv_pages=self.capacity_pages)
         runner = ModelRunner(Path(self.model), config)
         for page, content in zip(self.pages, self.contents, strict=False):
-            runner.pool.write(page, torch.frombuffer(bytearray(content), dtype=torch.uint8))
+            runner.pool.write(page, memoryview(bytearray(content)))
         return decode(
             runner,
             self.tokens,

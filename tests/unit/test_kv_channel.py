@@ -77,7 +77,7 @@ class Reservation:
     def buffer(self, index: int) -> memoryview:
         return memoryview(self.buffers[index])
 
-    def commit(self, pages: Sequence[PageMeta]) -> int:
+    async def commit(self, pages: Sequence[PageMeta]) -> int:
         raise AssertionError("the channel never commits")
 
     def release(self) -> None:

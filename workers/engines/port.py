@@ -4,7 +4,8 @@ An engine knows nothing of sessions, turns, text or the store. It runs *generati
 that grows by sampled tokens), batches them as it likes, and keeps the KV of past contexts in a
 prefix cache of fixed-size pages that can be pinned, exported to and imported from peers.
 
-Threading: every method is called on the event loop's thread and returns quickly; an engine that
+Threading: every method (:meth:`PageExport.view` apart) is called on the event loop's thread and
+returns quickly; an engine that
 computes does so in a thread of its own and delivers each step's outputs on the event loop through
 the ``on_step`` callback, in order, once per step for all generations that gained tokens.
 """
@@ -142,7 +143,7 @@ class PageExport(Protocol):
 
     def view(self, index: int) -> memoryview:
         """The page's ``page_bytes`` bytes, read-only; valid until :meth:`release`. A page that is
-        not contiguous in memory may be gathered into a buffer here."""
+        not contiguous in memory may be gathered into a buffer here; any thread may call this."""
         ...
 
     def release(self) -> None:
@@ -158,11 +159,11 @@ class PageImport(Protocol):
         """``page_bytes`` writable bytes for the page ``index``, 0 <= index < pages reserved."""
         ...
 
-    def commit(self, pages: Sequence[PageMeta]) -> int:
+    async def commit(self, pages: Sequence[PageMeta]) -> int:
         """Verifies the checksums of the first ``len(pages)`` buffers, scatters them, and enters
-        them in the prefix cache as the blocks of ``tokens`` given at reservation. Stops at the
-        first page whose checksum or block hash is wrong; returns how many were taken. Releases
-        everything else."""
+        them in the prefix cache as the blocks given at reservation. Stops at the first page whose
+        checksum or block hash is wrong; returns how many were taken. Releases everything else. If
+        it is cancelled, :meth:`release` is still to be called."""
         ...
 
     def release(self) -> None:
@@ -227,10 +228,11 @@ class Engine(Protocol):
         ...
 
     def reserve_import(
-        self, namespace: bytes, tokens: Sequence[int], first_page: int, pages: int
+        self, block_hashes: Sequence[bytes], first_page: int, pages: int
     ) -> PageImport:
-        """Reserves ``pages`` pages for blocks ``first_page …`` of ``tokens``, evicting cache (soft
-        pins last) if needed. Raises PagesExhausted, and reserves all or nothing."""
+        """Reserves ``pages`` pages for blocks ``first_page …`` of a context with these block hashes
+        (those before must be resident, else ValueError), evicting cache (soft pins last) if needed.
+        Raises PagesExhausted, and reserves all or nothing."""
         ...
 
     def load(self) -> EngineLoad: ...

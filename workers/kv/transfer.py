@@ -188,7 +188,7 @@ class KvTransfer:
         info = self._engine.info
         have = self._engine.resident_pages(hashes)
         wanted = hashes[have:]
-        reservation = self._engine.reserve_import(resident.salt, resident.tokens, have, len(wanted))
+        reservation = self._engine.reserve_import(hashes, have, len(wanted))
         try:
             request = pb.ExportKvRequest(
                 session_id=resident.session_id,
@@ -218,7 +218,7 @@ class KvTransfer:
                 PageMeta(name, checksum)
                 for name, checksum in zip(wanted, offer.checksums, strict=False)
             ]
-            taken = reservation.commit(metas)
+            taken = await reservation.commit(metas)
         finally:
             reservation.release()
         self.stats.pulled_pages += taken

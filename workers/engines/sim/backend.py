@@ -11,15 +11,10 @@ from workers.engines.sim.engine import SimEngine
 from workers.text.bytes_codec import BytesCodec
 
 
-def create_engine(config: SimConfig, clock: Callable[[], float]) -> SimEngine:
-    """A sim engine whose steps run on the event loop's timers."""
-    return SimEngine(config, clock)
-
-
 def create_backend(options: Mapping[str, str], clock: Callable[[], float]) -> Backend:
     """Options are the fields of SimConfig and SimTiming."""
     names = {field.name for field in dataclasses.fields(SimTiming)}
     timing = {name: text for name, text in options.items() if name in names}
     rest = {name: text for name, text in options.items() if name not in names}
     config = parse_options(SimConfig, rest, timing=parse_options(SimTiming, timing))
-    return Backend(create_engine(config, clock), BytesCodec())
+    return Backend(SimEngine(config, clock), BytesCodec())

@@ -12,14 +12,16 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-import xxhash
 
 LAYOUT_VERSION = 1
 """Of a page on the wire; part of the KV fingerprint."""
 
 
 class KvPool:
-    """Fixed memory for ``pages`` pages. Which page holds what is not known here."""
+    """Fixed memory for ``pages`` pages (a :class:`workers.kv.pages.PageMemory`). Which page holds
+    what is not known here."""
+
+    blocking = True
 
     def __init__(
         self,
@@ -45,18 +47,10 @@ class KvPool:
         raw = self._data[:, :, :, page].contiguous().view(torch.uint8).cpu()
         return raw.reshape(-1).numpy().data.toreadonly()
 
-    def write(self, page: int, raw: torch.Tensor) -> None:
-        """Fills the page from ``page_bytes`` bytes in wire form (uint8, on the CPU)."""
-        self._data[:, :, :, page].copy_(raw.view(self._data.dtype).view(self._page_shape))
-
-    def checksum(self, page: int) -> int:
-        """xxh3-64 of the page in wire form."""
-        return checksum(self.read(page))
-
-
-def checksum(raw: memoryview) -> int:
-    """xxh3-64 of a page's bytes."""
-    return xxhash.xxh3_64_intdigest(raw)
+    def write(self, page: int, raw: memoryview) -> None:
+        """Fills the page from ``page_bytes`` bytes in wire form."""
+        content = torch.frombuffer(raw, dtype=self._data.dtype)
+        self._data[:, :, :, page].copy_(content.view(self._page_shape))
 
 
 def page_runs(pages: Sequence[int]) -> list[tuple[int, int]]:

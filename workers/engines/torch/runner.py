@@ -25,6 +25,7 @@ from workers.engines.torch.kv_pool import LAYOUT_VERSION, KvPool
 from workers.engines.torch.model_store import silence_progress_bars
 from workers.engines.torch.packed_linear import pack_linear_layers
 from workers.engines.torch.sampling import Draw, choose
+from workers.kv.pages import checksum
 
 
 class UnsupportedModel(Exception):
@@ -121,7 +122,7 @@ class ModelRunner:
         results = tuple(
             PartResult(
                 None if part.draw is None else next(tokens),
-                {page: self.pool.checksum(page) for page in part.filled},
+                {page: checksum(self.pool.read(page)) for page in part.filled},
             )
             for part in parts
         )
