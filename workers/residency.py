@@ -38,7 +38,7 @@ class ResidentSession:
     turn_index: int = 0
     """Turns ended, as far as this replica knows; meaningful under :attr:`epoch`."""
     recent: deque[Turn] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_TURNS))
-    """Turns that ended here under :attr:`epoch`, in order of their index."""
+    """The last turns, if they ended here under :attr:`epoch`; in order, without gaps."""
     _hashes: list[bytes] = field(default_factory=list)
 
     @property
@@ -52,14 +52,15 @@ class ResidentSession:
 
     def own(self, epoch: Epoch, turn_index: int) -> None:
         """Starts to speak for the session under ``epoch``; what an earlier epoch knew of ended
-        turns no longer counts."""
-        if epoch != self.epoch:
+        turns no longer counts, nor what was known before a turn that ended elsewhere: a repair
+        could not put that one back."""
+        if epoch != self.epoch or (self.recent and self.recent[-1].index + 1 != turn_index):
             self.recent.clear()
         self.epoch = epoch
         self.turn_index = turn_index
 
     def ended(self, turn: Turn) -> None:
-        """A turn of this session ended."""
+        """A turn of this session ended here."""
         self.recent.append(turn)
         self.turn_index = turn.index + 1
 

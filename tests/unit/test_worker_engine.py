@@ -10,7 +10,7 @@ from sessile.v1 import types_pb2
 
 from gateway.core import errors
 from statestore.digest import RollingDigest
-from statestore.records import NO_EPOCH, Epoch
+from statestore.records import NO_EPOCH, Epoch, Position, Turn, TurnSpec, TurnStatus
 from tests.support.replica_world import SESSION, TENANT, in_virtual_time, listen, world
 from workers.config import TurnLimits
 from workers.engines.port import EngineOverloaded
@@ -139,15 +139,30 @@ def test_block_names_grow_with_the_session_and_are_the_engines() -> None:
         assert session.head == RollingDigest.of(session.salt, session.tokens).position()
 
 
+def ended_turn(index: int) -> Turn:
+    at = Position(0, b"")
+    spec = TurnSpec(f"t{index}", b"", b"", 1000)
+    return Turn(spec, index, TurnStatus.COMMITTED, 1, 0, at, at, 0, None)
+
+
 def test_what_another_epoch_knew_of_ended_turns_does_not_count() -> None:
     session = resident(SESSION)
     session.own(Epoch(1, b"a"), 3)
-    session.recent.append(None)  # type: ignore[arg-type]
+    session.ended(ended_turn(3))
     session.own(Epoch(1, b"a"), 4)
     assert len(session.recent) == 1
     session.own(Epoch(2, b"b"), 4)
     assert not session.recent
     session.own(NO_EPOCH, 4)
+
+
+def test_turns_before_one_that_ended_elsewhere_do_not_count() -> None:
+    session = resident(SESSION)
+    session.own(Epoch(1, b"a"), 3)
+    session.ended(ended_turn(3))
+    session.own(Epoch(1, b"a"), 5)
+    session.ended(ended_turn(5))
+    assert [turn.index for turn in session.recent] == [5]
 
 
 def test_the_least_recently_used_idle_session_is_forgotten_first() -> None:

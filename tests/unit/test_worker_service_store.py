@@ -16,6 +16,7 @@ from workers.config import TurnLimits
 from workers.engines.port import Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.model import expected_output
+from workers.turn.ending import Broken
 
 
 def expected(ledger: list[int], start: int, count: int) -> list[int]:
@@ -199,6 +200,86 @@ async def test_lost_turns_are_put_back_before_the_next_one_begins() -> None:
         assert [t.spec.turn_id for t in await w.store.get_turns(await w.session(), 0, 9)] == [
             "t1", "t2", "t3",
         ]  # fmt: skip
+
+
+@in_virtual_time
+async def test_a_repair_replaces_another_historys_turn_even_of_the_same_tokens() -> None:
+    async with world() as w:
+        first, second = await w.start("r1"), await w.start("r2")
+        await w.open()
+        await w.give(first)
+        await listen(first, await w.request(first))
+        kept = w.executor.snapshot()
+        await w.give(second)
+        await listen(second, await w.request(second, "More", "t2"))
+        await listen(second, await w.request(second, "More", "t3"))
+        fourth = await w.request(second, "More", "t4")
+        # The store forgets that the second took over, and the first goes on for another client.
+        w.executor.restore(kept)
+        await listen(first, await w.request(first, "More", "other"))
+        await listen(second, fourth)
+        turns = await w.store.get_turns(await w.session(), 0, 9)
+        assert [turn.spec.turn_id for turn in turns] == ["t1", "t2", "t3", "t4"]
+
+
+@in_virtual_time
+async def test_a_lost_turn_that_had_broken_off_begins_anew_and_not_behind_its_own_tokens() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        first = await listen(replica, await w.request(replica))
+        kept = w.executor.snapshot()
+        request = await w.request(replica, "More", "t2")
+        await listen(replica, request, until=lambda h: len(h.tokens) > 5)
+        run = replica.app._runs.get(SESSION)
+        assert run is not None
+        run.leave(Broken(errors.Unavailable("the engine makes no progress")))
+        await anyio.sleep(0.1)
+        w.executor.restore(kept)
+        await listen(replica, request)
+        second = await w.turn("t2")
+        assert second.input_start == first.finished.end.length
+        assert second.output_end == (await w.session()).head
+
+
+@in_virtual_time
+async def test_a_turn_lost_by_the_store_ends_with_the_state_of_its_session() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        kept = w.executor.snapshot()
+        heard = Heard()
+
+        async def lose_and_suspend() -> None:
+            if 5 < len(heard.tokens) < 10:
+                w.executor.restore(kept)
+                await w.store.suspend(SESSION)
+
+        with pytest.raises(errors.SessionSuspended):
+            await listen(replica, await w.request(replica), heard, between=lose_and_suspend)
+
+
+@in_virtual_time
+async def test_histories_that_part_before_what_the_owner_holds_are_not_spliced() -> None:
+    async with world() as w:
+        first, second = await w.start("r1"), await w.start("r2")
+        await w.open()
+        await w.give(first)
+        await listen(first, await w.request(first))
+        kept = w.executor.snapshot()
+        await listen(first, await w.request(first, "More", "t2"))
+        await w.give(second)
+        await listen(second, await w.request(second, "More", "t3"))
+        fourth = await w.request(second, "More", "t4")
+        w.executor.restore(kept)
+        first.app._ports.residency.release(SESSION, drop_kv=False)
+        await listen(first, await w.request(first, "Something else", "other"))
+        with pytest.raises(errors.DataLoss):
+            await listen(second, fourth)
+        turns = await w.store.get_turns(await w.session(), 0, 9)
+        assert [turn.spec.turn_id for turn in turns] == ["t1", "other"]
 
 
 @in_virtual_time

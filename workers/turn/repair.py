@@ -49,7 +49,9 @@ async def repair(
                 f"session {resident.session_id}: the store holds tokens of this replica's epoch "
                 "that it never wrote"
             )
-        request = await _request(store, session, resident, owner, epoch, active)
+        request = await until_answered(
+            partial(_request, store, session, resident, owner, epoch, active), give_up_at
+        )
         outcome = await until_answered(partial(store.repair, request), give_up_at)
         if not isinstance(outcome, HeadMismatch):
             return outcome
@@ -64,23 +66,28 @@ async def _request(
     epoch: Epoch,
     active: Turn | None,
 ) -> Repair:
-    keep = await _common_prefix(store, session, resident)
-    # Also those that the store has ended, if tokens of theirs are to be written again: where it
-    # ended one otherwise (a cancel after the loss), that end stands and the repair must not go on.
+    held = [*resident.recent, *([active] if active is not None else [])]
+    # What was journalled of a turn that broke off here is in no record that could be put back.
+    end = resident.head if active is not None or not held else held[-1].output_end
+    keep = min(await _common_prefix(store, session, resident), end.length)
+    if not held or held[0].index > session.turn_index or held[0].input_start > keep:
+        raise DataLoss(
+            f"session {resident.session_id}: of the turns that the store lost, from token {keep} "
+            f"or index {session.turn_index}, this replica holds "
+            + (f"only those from index {held[0].index}" if held else "none")
+        )
+    # Ended turns are given if the store has another or none at their index, or if tokens of theirs
+    # are to be written again: where it ended one otherwise (a cancel after the loss), that end
+    # stands and the repair must not go on.
+    stored = await store.get_turns(session, held[0].index, len(held))
+    known = {(turn.index, turn.spec.turn_id) for turn in stored if turn.status.ended}
     turns = [
         turn
         for turn in resident.recent
-        if turn.index >= session.turn_index or turn.output_end.length > keep
+        if (turn.index, turn.spec.turn_id) not in known or turn.output_end.length > keep
     ]
-    held_from = turns[0].index if turns else resident.turn_index
-    if held_from > session.turn_index:
-        raise DataLoss(
-            f"session {resident.session_id}: the store lost turns from index "
-            f"{session.turn_index}; this replica holds them from {held_from}"
-        )
-    head = resident.head
     if active is not None:
-        turns.append(replace(active, output_end=head))
+        turns.append(replace(active, output_end=end))
     return Repair(
         session_id=resident.session_id,
         epoch=epoch,
@@ -88,8 +95,8 @@ async def _request(
         observed_epoch=session.epoch,
         observed=session.head,
         keep=keep,
-        tokens=resident.tokens[keep:],
-        head=head,
+        tokens=resident.tokens[keep : end.length],
+        head=end,
         turns=tuple(turns),
         active_turn_id=active.spec.turn_id if active else None,
         turn_index=resident.turn_index,
