@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import random
-import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 
 import anyio
 from anyio.abc import TaskStatus
@@ -16,6 +15,7 @@ from grpc_health.v1.health import aio as health
 from sessile.v1 import replica_pb2, replica_pb2_grpc
 
 from statestore.journal import RedisJournal
+from statestore.process import run_process
 from statestore.records import ReplicaRef
 from statestore.redis_executor import connect
 from workers.config import WorkerConfig, split_address
@@ -94,9 +94,8 @@ async def _shielded(store: RedisJournal) -> None:
 def run(config: WorkerConfig) -> None:
     """Runs a worker process until SIGTERM, SIGINT or the end of a drain; a second signal ends it at
     once. Exits with 1 if the engine fails or another process takes the replica's id."""
-    options = {"use_uvloop": importlib.util.find_spec("uvloop") is not None}
     try:
-        anyio.run(_run, config, backend_options=options)
+        run_process(f"sessile worker {config.replica.replica_id}", partial(serve, config))
     except* (EngineFailed, ReplicaReplaced) as group:
         for error in _leaves(group):
             log.critical("the worker must stop: %s", error)
@@ -109,25 +108,3 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
             yield from _leaves(error)
         else:
             yield error
-
-
-async def _run(config: WorkerConfig) -> None:
-    stop = anyio.Event()
-    async with anyio.create_task_group() as tasks:
-
-        async def watch_signals() -> None:
-            with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-                async for number in signals:
-                    if stop.is_set():
-                        tasks.cancel_scope.cancel()
-                        return
-                    log.info("signal %s: stopping", number.name)
-                    stop.set()
-
-        async def serve_to_the_end(*, task_status: TaskStatus[str]) -> None:
-            await serve(config, stop=stop, task_status=task_status)
-            tasks.cancel_scope.cancel()
-
-        tasks.start_soon(watch_signals, name="signals")
-        endpoint = await tasks.start(serve_to_the_end)
-        print(f"sessile worker {config.replica.replica_id} on {endpoint}", flush=True)  # noqa: T201

@@ -1,0 +1,45 @@
+"""Server processes: an orderly stop at the first signal, an immediate one at the second."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys, anyio
+from statestore.process import run_process
+
+async def serve(*, stop, task_status):
+    task_status.started("here:1")
+    if sys.argv[1] == "by itself":
+        return
+    await stop.wait()
+    print("stopping", flush=True)
+    if sys.argv[1] == "never":
+        await anyio.sleep_forever()
+
+run_process("a server", serve)
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "signals"),
+    [("by itself", []), ("orderly", [signal.SIGTERM]), ("never", [signal.SIGINT, signal.SIGTERM])],
+)
+def test_a_server_runs_until_its_end_or_a_signal(
+    ending: str, signals: list[signal.Signals]
+) -> None:
+    command = [sys.executable, "-c", SCRIPT, ending]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "a server on here:1\n"
+        for number in signals:
+            process.send_signal(number)
+            if number == signals[0]:
+                assert process.stdout.readline() == "stopping\n"
+        assert process.stdout.read() == "ended\n"
+    assert process.returncode == 0
