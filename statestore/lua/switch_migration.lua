@@ -3,7 +3,7 @@
 -- active turn or '', new nonce.
 local s, none = load(KEYS[1])
 if not s then return none end
-if s.nonce == ARGV[7] then return written(s) end
+if s.nonce == ARGV[7] and s.owner ~= '' then return written(s) end
 if s.state ~= 'OPEN' then return refused(s) end
 if s.epoch ~= ARGV[1] or s.nonce ~= ARGV[2] then return lost(s) end
 if end_if_due(s) then save(s) end

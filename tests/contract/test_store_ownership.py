@@ -10,6 +10,8 @@ from statestore.ports import (
     HeadMismatch,
     Refused,
     SessionWritten,
+    SwitchOutcome,
+    TakeOutcome,
     TurnBegun,
     TurnEnded,
     TurnResumed,
@@ -310,3 +312,26 @@ async def test_an_ended_turn_stays_ended_through_a_take(store: RedisStore) -> No
     outcome = await store.resume_turn("ses_f", taken.session.epoch, "t1")
     assert isinstance(outcome, TurnEnded)
     assert outcome.turn.status is TurnStatus.CANCELLED
+
+
+@pytest.mark.parametrize("by_move", [False, True])
+@pytest.mark.parametrize("state", [SessionState.SUSPENDED, SessionState.CLOSED])
+async def test_a_grant_that_is_over_is_not_confirmed(
+    store: RedisStore, by_move: bool, state: SessionState
+) -> None:
+    owner = await Owner.of(store)
+    await store.begin_migration("ses_f", owner.epoch, "m1", B, 60_000)
+
+    async def grant() -> TakeOutcome | SwitchOutcome:
+        if by_move:
+            return await store.switch_migration(
+                "ses_f", owner.epoch, "m1", owner.head, None, b"nonce"
+            )
+        return await store.take("ses_f", owner.epoch, B, b"nonce")
+
+    assert isinstance(await grant(), SessionWritten)
+    if state is SessionState.CLOSED:
+        await store.close("ses_f", None)
+    else:
+        await store.suspend("ses_f")
+    assert await grant() == Refused(state)
