@@ -44,7 +44,8 @@ class RedisStore(RedisJournal):
 
     Indices (a tenant's sessions, a replica's sessions, sessions due for a sweep) are in other hash
     slots than the sessions, so they are written before them, beside them in the same pipeline; what
-    they list is checked against the records when it is read.
+    they list is checked against the records when it is read. Nobody waits for the removal of what
+    no longer belongs there: it goes with the next sweep, list or look at the fleet.
     """
 
     # -- life of a session --------------------------------------------------------------------
@@ -84,7 +85,7 @@ class RedisStore(RedisJournal):
         call = script_call("suspend", [keys.session_key(session_id)], [state.value])
         outcome = await self._outcome(call)
         if isinstance(outcome, SessionWritten):
-            await self._unindex_previous(outcome.session)
+            self._unindex_previous(outcome.session)
         if not isinstance(outcome, SessionWritten | Refused | Missing):
             raise replies.unexpected(outcome)
         return outcome
@@ -102,8 +103,9 @@ class RedisStore(RedisJournal):
         if isinstance(outcome, SessionWritten):
             if kept_ms == 0:
                 await self._purge(outcome.session)
+                await self._tidy_indices()
             else:
-                await self._unindex_previous(outcome.session)
+                self._unindex_previous(outcome.session)
         return outcome
 
     async def _purge(self, session: Session) -> bool:
@@ -123,8 +125,8 @@ class RedisStore(RedisJournal):
         (reply,) = await self._scripts.run(call)
         if isinstance(replies.outcome(reply), Refused):
             return False
-        await self._unindex(keys.tenant_index_key(session.tenant), session_id, min_age_ms=0)
-        await self._unindex_previous(session)
+        self._unindex(keys.tenant_index_key(session.tenant), session_id, min_age_ms=0)
+        self._unindex_previous(session)
         return True
 
     async def fork(
@@ -203,7 +205,7 @@ class RedisStore(RedisJournal):
         calls = [self._index_replica(session_id, owner), call] if owner else [call]
         outcome = _written(replies.outcome((await self._scripts.run(*calls))[-1]))
         if isinstance(outcome, SessionWritten):
-            await self._unindex_previous(outcome.session)
+            self._unindex_previous(outcome.session)
         return outcome
 
     async def begin_migration(
@@ -258,8 +260,8 @@ class RedisStore(RedisJournal):
             session = outcome.session
             if session.owner is not None:
                 # Again: a long copy may have outlived the grace of the entry made at its begin.
-                await self._best_effort(self._index_replica(session_id, session.owner.replica))
-            await self._unindex_previous(session)
+                self._later.append(self._index_replica(session_id, session.owner.replica))
+            self._unindex_previous(session)
         return outcome
 
     async def abort_migration(self, session_id: str, migration_id: str) -> None:
@@ -275,9 +277,10 @@ class RedisStore(RedisJournal):
         sessions: list[Session] = []
         for session_id, session in await self._read_sessions([entry for entry, _ in entries]):
             if session is None:
-                await self._unindex(key, session_id)
+                self._unindex(key, session_id)
             else:
                 sessions.append(session)
+        await self._tidy_indices()
         more = len(entries) == min(max(count, 1), MAX_PAGE)
         return SessionPage(tuple(sessions), entries[-1][1] if more else "")
 
@@ -289,12 +292,13 @@ class RedisStore(RedisJournal):
             entries = await self._index_page(key, cursor, min(max(count, 1), MAX_PAGE))
             for session_id, session in await self._read_sessions([entry for entry, _ in entries]):
                 if session is None or session.owner is None or session.owner.replica != ref:
-                    await self._unindex(key, session_id)
+                    self._unindex(key, session_id)
                 else:
                     found.append(session_id)
             if len(entries) < min(max(count, 1), MAX_PAGE):
                 break
             cursor = entries[-1][1]
+        await self._tidy_indices()
         return tuple(found[:count])
 
     async def _index_page(self, key: str, cursor: str, count: int) -> list[tuple[str, str]]:
@@ -322,28 +326,35 @@ class RedisStore(RedisJournal):
     def _index_tenant(self, tenant: str, session_id: str) -> ScriptCall:
         return script_call("index_add", [keys.tenant_index_key(tenant)], [session_id, 1])
 
-    async def _unindex_previous(self, session: Session) -> None:
+    def _unindex_previous(self, session: Session) -> None:
         """After a change of owner."""
         if session.previous_owner is not None:
             key = keys.replica_index_key(session.previous_owner)
-            await self._unindex(key, session.session_id)
+            self._unindex(key, session.session_id)
 
-    async def _unindex(self, key: str, session_id: str, min_age_ms: int | None = None) -> None:
+    def _unindex(self, key: str, session_id: str, min_age_ms: int | None = None) -> None:
         age_ms = self._limits.index_grace_ms if min_age_ms is None else min_age_ms
-        await self._best_effort(script_call("index_drop", [key], [session_id, 1000 * age_ms]))
+        self._later.append(script_call("index_drop", [key], [session_id, 1000 * age_ms]))
 
-    async def _best_effort(self, call: ScriptCall) -> None:
+    async def _tidy_indices(self) -> None:
         """One attempt: what is left in an index is dropped when it is next read."""
-        (result,) = await self._scripts.once([call])
-        if isinstance(result, Exception) and not isinstance(result, StoreUnavailable):
-            raise result
+        calls = list(self._later)
+        self._later.clear()
+        for result in await self._scripts.once(calls) if calls else ():
+            if isinstance(result, Exception) and not isinstance(result, StoreUnavailable):
+                raise result
 
     # -- fleet and duties ---------------------------------------------------------------------
 
     async def fleet(self) -> tuple[ReplicaRecord, ...]:
         call = script_call("fleet", [keys.FLEET], [self._limits.replica_record_ttl_ms])
         (reply,) = await self._scripts.run(call)
-        return tuple(replies.replica_record(item) for item in replies.items(reply))
+        present, past = replies.items(reply)
+        for item in replies.items(past):
+            index = keys.replica_index_key(replies.replica_ref(*replies.items(item)))
+            self._later.append(script_call("index_delete", [index], []))
+        await self._tidy_indices()
+        return tuple(replies.replica_record(item) for item in replies.items(present))
 
     async def acquire_lease(self, name: str, holder: str, ttl_ms: int) -> Lease | None:
         call = script_call("acquire_lease", [keys.lease_key(name)], [holder, ttl_ms])
@@ -384,6 +395,7 @@ class RedisStore(RedisJournal):
                 next_ms = replies.data(due_in_ms)
             fixes.append(script_call("due_fix", [keys.DUE], [session_id, score, next_ms]))
         await self._scripts.run(*fixes)
+        await self._tidy_indices()
         return SweepReport(tuple(expired), tuple(purged), len(due))
 
 

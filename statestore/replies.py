@@ -122,7 +122,7 @@ def session(reply: Sequence[Reply]) -> Session:
             tenant=text(f["tenant"]),
             model=text(f["model"]),
             state=SessionState(text(f["state"])),
-            owner=Owner(_ref(f["owner"], f["owner_inc"]), epoch) if f["owner"] else None,
+            owner=Owner(replica_ref(f["owner"], f["owner_inc"]), epoch) if f["owner"] else None,
             epoch=epoch,
             head=Position(number(f["length"]), data(f["digest"])),
             turn_index=number(f["turn_index"]),
@@ -137,7 +137,7 @@ def session(reply: Sequence[Reply]) -> Session:
             migration=_migration(f, now_ms),
             created_at_ms=number(f["created"]),
             updated_at_ms=number(f["updated"]),
-            previous_owner=_ref(f["prev"], f["prev_inc"]) if f["prev"] else None,
+            previous_owner=replica_ref(f["prev"], f["prev_inc"]) if f["prev"] else None,
             version=number(f["version"]),
         )
     except (ValueError, TypeError) as error:
@@ -161,7 +161,7 @@ def turn(reply: Reply) -> Turn:
             output_end=Position(number(f["end_len"]), data(f["end_digest"])),
             deadline_at_ms=number(f["deadline"]),
             result=_result(f, status) if status.ended else None,
-            attempt_replica=_ref(f["replica"], f["replica_inc"]) if f["replica"] else None,
+            attempt_replica=replica_ref(f["replica"], f["replica_inc"]) if f["replica"] else None,
         )
     except (ValueError, TypeError) as error:
         raise StoreCorrupt(f"turn {f['id']!r} cannot be read: {error}") from error
@@ -203,7 +203,7 @@ def replica_record(reply: Reply) -> ReplicaRecord:
     """From one item of the fleet script's answer."""
     replica_id, incarnation, details, beat, load, draining, gone = items(reply)
     return ReplicaRecord(
-        ref=ReplicaRef(text(replica_id), number(incarnation)),
+        ref=replica_ref(replica_id, incarnation),
         details=text(details),
         heartbeat=number(beat),
         load=text(load),
@@ -248,7 +248,8 @@ def number(value: Reply) -> int:
     return value if isinstance(value, int) else int(data(value))
 
 
-def _ref(replica_id: Reply, incarnation: Reply) -> ReplicaRef:
+def replica_ref(replica_id: Reply, incarnation: Reply) -> ReplicaRef:
+    """From its two values."""
     return ReplicaRef(text(replica_id), number(incarnation))
 
 
@@ -260,7 +261,7 @@ def _segments(packed: str) -> tuple[Segment, ...]:
 def _migration(f: dict[str, Reply], now_ms: int) -> Migration | None:
     if not f["mig"] or number(f["mig_until"]) <= now_ms:
         return None
-    target = _ref(f["mig_target"], f["mig_inc"])
+    target = replica_ref(f["mig_target"], f["mig_inc"])
     return Migration(text(f["mig"]), target, number(f["mig_until"]))
 
 

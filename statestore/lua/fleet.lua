@@ -1,5 +1,5 @@
--- All replicas: id, incarnation, details, heartbeat, load, draining, gone. Forgets those that were
--- silent for too long.
+-- All replicas: id, incarnation, details, heartbeat, load, draining, gone; and the processes that
+-- are no more: id, incarnation. Forgets replicas that were silent for too long.
 -- KEYS: fleet.  ARGV: ms until a silent replica is forgotten.
 local FIELDS = {'inc', 'details', 'beat', 'load', 'draining', 'gone', 'seen'}
 local now = math.floor(now_us() / 1000)
@@ -10,9 +10,14 @@ for i = 1, #flat, 2 do
   if string.sub(flat[i], 1, 4) == 'inc:' then ids[#ids + 1] = string.sub(flat[i], 5) end
 end
 table.sort(ids)
-local list = {}
+local list, past = {}, {}
 for _, id in ipairs(ids) do
+  if values['replaced:' .. id] then
+    past[#past + 1] = {id, values['replaced:' .. id]}
+    call('HDEL', KEYS[1], 'replaced:' .. id)
+  end
   if tonumber(values['seen:' .. id]) + tonumber(ARGV[1]) < now then
+    past[#past + 1] = {id, values['inc:' .. id]}
     for _, field in ipairs(FIELDS) do call('HDEL', KEYS[1], field .. ':' .. id) end
   else
     list[#list + 1] = {
@@ -21,4 +26,4 @@ for _, id in ipairs(ids) do
     }
   end
 end
-return list
+return {list, past}

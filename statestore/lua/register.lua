@@ -9,6 +9,9 @@ else
   incarnation = tonumber(ARGV[3])
   if incarnation < stored then return {'replaced'} end
 end
+if stored > 0 and stored < incarnation then
+  call('HSET', KEYS[1], 'replaced:' .. id, int(stored))
+end
 call('HSET', KEYS[1], 'inc:' .. id, int(incarnation), 'details:' .. id, ARGV[2],
   'beat:' .. id, '0', 'load:' .. id, '', 'draining:' .. id, '0', 'gone:' .. id, '0',
   'seen:' .. id, int(math.floor(us / 1000)))

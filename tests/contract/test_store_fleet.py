@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from statestore import keys
 from statestore.records import Lease, ReplicaRecord, ReplicaRegistration, StoreLimits
 from statestore.redis_store import RedisStore
-from tests.support.stores import Backend, store_on
+from tests.support.owners import Owner
+from tests.support.stores import ANSWERING, Backend, store_on
 
 pytestmark = pytest.mark.anyio
 
@@ -105,3 +107,21 @@ async def test_a_tenant_has_one_salt_for_good(store: RedisStore) -> None:
     assert len(salt) == 32
     assert await store.tenant_salt("acme") == salt
     assert await store.tenant_salt("other") != salt
+
+
+@ANSWERING
+async def test_the_index_of_a_replica_process_goes_with_it(backend: Backend) -> None:
+    store = store_on(backend)
+    old = await store.register_replica(ReplicaRegistration("r1", "{}"))
+    await Owner.of(store, "ses_f", old)
+    await store.fleet()
+    assert keys.replica_index_key(old) in await backend.keys()
+    new = await store.register_replica(ReplicaRegistration("r1", "{}"))
+    await Owner.of(store, "ses_g", new)
+    await store.fleet()
+    assert keys.replica_index_key(old) not in await backend.keys()
+    assert await store.sessions_of(new, 10) == ("ses_g",)
+    forgetful = store_on(backend, StoreLimits(replica_record_ttl_ms=-1))
+    assert await forgetful.fleet() == ()
+    assert not any("replica-sessions" in key for key in await backend.keys())
+    assert keys.FLEET not in await backend.keys()

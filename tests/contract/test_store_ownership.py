@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from statestore import keys
 from statestore.ports import (
     EpochLost,
     Fenced,
@@ -27,8 +28,8 @@ from statestore.records import (
 )
 from statestore.records import Owner as Ownership
 from statestore.redis_store import RedisStore
-from tests.support.owners import A, B, Owner, opened
-from tests.support.stores import ANSWERING, Backend, store_on
+from tests.support.owners import A, B, Owner, opened, session_of
+from tests.support.stores import ANSWERING, Backend, CountingExecutor, store_on
 
 pytestmark = pytest.mark.anyio
 
@@ -335,3 +336,17 @@ async def test_a_grant_that_is_over_is_not_confirmed(
     else:
         await store.suspend("ses_f")
     assert await grant() == Refused(state)
+
+
+@ANSWERING
+async def test_a_change_of_owner_takes_one_round_trip(backend: Backend) -> None:
+    await Owner.of(store_on(backend))
+    executor = CountingExecutor(backend.executor)
+    store = RedisStore(executor, limits=StoreLimits(index_grace_ms=0))
+    session = await session_of(store, "ses_f")
+    executor.round_trips.clear()
+    await store.take("ses_f", session.epoch, B, b"nonce")
+    assert executor.round_trips[-1] == ["index_add", "take"]
+    assert keys.replica_index_key(A) in await backend.keys()
+    await store.fleet()
+    assert keys.replica_index_key(A) not in await backend.keys()
