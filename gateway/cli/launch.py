@@ -19,14 +19,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 import anyio
-from sessile import ReplicaState, Sessile, Unavailable
+from sessile import ReplicaState, RetryPolicy, Sessile, Unavailable
 
 from statestore.embedded import dies_with_parent, embedded_server
 
@@ -36,6 +36,8 @@ READY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 POLL_INTERVAL_S = 0.02
 LOG_TAIL_CHARS = 2000
+ONE_TRY = RetryPolicy(max_attempts=1)
+"""A gateway that does not answer is asked again in the next look, if it still runs."""
 _SERVING = re.compile(r"^sessile (?:gateway|worker \S+) on (\S+)$", re.MULTILINE)
 
 Kind = Literal["gateway", "worker"]
@@ -128,8 +130,8 @@ class Cluster:
 
     @property
     def targets(self) -> list[str]:
-        """Addresses of the gateways that run."""
-        return [child.address for child in self.gateways if child.running]
+        """Addresses of the gateways that serve."""
+        return [child.address for child in self.gateways if child.running and child.address]
 
     async def start(self, *, gateways: int, workers: int, listen: str = "127.0.0.1:0") -> None:
         """Starts so many of each, at once, and waits until every gateway sees every worker. The
@@ -160,25 +162,33 @@ class Cluster:
         return await self._start("worker", replica_id, arguments)
 
     async def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
-        """Until every running gateway sees every running worker as READY. Raises LaunchFailed."""
-        expected = {child.name for child in self.workers if child.running}
-        missing: dict[str, set[str]] = {}
-        with anyio.move_on_after(timeout_s):
-            async with AsyncExitStack() as stack:
-                clients = {
-                    target: await stack.enter_async_context(Sessile(target))
-                    for target in self.targets
-                }
-                while True:
-                    missing = {
-                        target: expected - await _ready_replicas(client)
-                        for target, client in clients.items()
-                    }
+        """Until every gateway that serves by then sees every worker that does as READY. Raises
+        LaunchFailed, also if no gateway is left."""
+        missing: dict[str, list[str]] = {}
+        async with AsyncExitStack() as stack:
+            clients: dict[str, Sessile] = {}
+            with anyio.move_on_after(timeout_s):
+                while targets := self.targets:
+                    for target in targets:
+                        if target not in clients:
+                            client = Sessile(target, retry=ONE_TRY)
+                            clients[target] = await stack.enter_async_context(client)
+                    missing = {target: await self._missing(clients[target]) for target in targets}
                     if not any(missing.values()):
                         return
                     await anyio.sleep(POLL_INTERVAL_S)
-        seen = "; ".join(f"{target}: {', '.join(sorted(m))}" for target, m in missing.items())
+                raise LaunchFailed("no gateway runs any more")
+        seen = "; ".join(f"{target}: {', '.join(names)}" for target, names in missing.items())
         raise LaunchFailed(f"not ready after {timeout_s:g} s (gateway: replicas missing): {seen}")
+
+    async def _missing(self, client: Sessile) -> list[str]:
+        """Workers that serve and that this gateway does not see as READY. A replica is known by its
+        address: one of its name may be a process that was killed just now."""
+        with suppress(Unavailable):
+            replicas = await client.fleet.replicas()
+            ready = {r.endpoint for r in replicas if r.state is ReplicaState.READY}
+            return [w.name for w in self.workers if w.running and w.address not in ready]
+        return ["all"]
 
     async def stop(self, children: Iterable[Child], timeout_s: float = STOP_TIMEOUT_S) -> None:
         """SIGTERM, then SIGKILL for what is still there after ``timeout_s``. Returns when all have
@@ -224,14 +234,6 @@ class Cluster:
         child = Child(kind, name, log, process)
         self.children.append(child)
         return child
-
-
-async def _ready_replicas(client: Sessile) -> set[str]:
-    try:
-        replicas = await client.fleet.replicas()
-    except Unavailable:
-        return set()
-    return {r.ref.replica_id for r in replicas if r.state is ReplicaState.READY}
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -17,12 +17,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
-from sessile import RetryPolicy, SessileError, sync
+from sessile import RetryPolicy, SessileError, Unavailable, sync
 
 PIPED_WIDTH = 200
 RETRY = RetryPolicy(max_attempts=6)
 """Somebody waits at a terminal: given up after about a second."""
 DEFAULT_GATEWAY = "127.0.0.1:8470"
+NO_GATEWAY = "Start a fleet with `sessile up`, or name a gateway that runs with --gateway."
 
 GatewayOption = Annotated[
     list[str],
@@ -63,7 +64,8 @@ def reported_errors(*others: type[Exception]) -> Iterator[None]:
         while isinstance(cause, ExceptionGroup):
             cause = cause.exceptions[0]
         if isinstance(cause, SessileError):
-            fail(cause.message, cause.hint)
+            unreachable = isinstance(cause, Unavailable) and not cause.hint
+            fail(cause.message, NO_GATEWAY if unreachable else cause.hint)
         if isinstance(cause, expected):
             fail(str(cause) or type(cause).__name__)
         raise

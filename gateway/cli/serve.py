@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import anyio
 import typer
@@ -225,8 +225,10 @@ def _announce(cluster: Cluster, as_json: bool) -> None:
     console().print(Panel.fit("\n".join(lines), title="sessile", subtitle="Ctrl-C stops it all"))
 
 
-async def _report_deaths(cluster: Cluster) -> None:
-    """Says which children end, and returns when none is left."""
+async def _report_deaths(cluster: Cluster) -> NoReturn:
+    """Says which children end. Raises LaunchFailed when none is left."""
+    from gateway.cli.launch import LaunchFailed
+
     told: set[Child] = set()
     while any(child.running for child in cluster.children):
         for child in cluster.children:
@@ -234,3 +236,4 @@ async def _report_deaths(cluster: Cluster) -> None:
                 told.add(child)
                 typer.echo(f"{child.name} ended with {child.exit_code}: {child.log}", err=True)
         await anyio.sleep(WATCH_INTERVAL_S)
+    raise LaunchFailed("every process of the fleet has ended")

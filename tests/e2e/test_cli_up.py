@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -73,6 +74,13 @@ def test_up_serves_chat_and_ends_in_order(tmp_path: Path) -> None:
         assert process.wait(20) == 0
         wait_until_gone(list(fleet["pids"].values()))
         assert not Path(fleet["redis"].removeprefix("unix://")).exists()
+
+
+def test_up_ends_when_nothing_of_it_is_left(tmp_path: Path) -> None:
+    with running_up(tmp_path) as (process, fleet):
+        for pid in fleet["pids"].values():
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(20) == 1
 
 
 def test_children_die_with_a_killed_parent(tmp_path: Path) -> None:
@@ -159,6 +167,24 @@ async def test_a_restarted_replica_is_ready_again(cluster: Cluster) -> None:
     await cluster.wait_ready()
     assert again.pid != first.pid
     assert again.log != first.log
+
+
+@pytest.mark.anyio
+async def test_a_gateway_killed_meanwhile_is_not_waited_for(cluster: Cluster) -> None:
+    dying = cluster.gateways[1]
+    dying.kill(signal.SIGSTOP)
+    async with anyio.create_task_group() as tasks:
+
+        async def kill() -> None:
+            await anyio.sleep(0.5)
+            dying.kill()
+
+        tasks.start_soon(kill)
+        await cluster.wait_ready(timeout_s=20)
+    assert not dying.running
+    cluster.gateways[0].kill()
+    with pytest.raises(LaunchFailed, match="no gateway"):
+        await cluster.wait_ready(timeout_s=20)
 
 
 @pytest.mark.anyio

@@ -100,7 +100,7 @@ def test_replicas_are_listed(gateway: FakeGateway) -> None:
 def test_a_drain_that_leaves_sessions_behind_fails(gateway: FakeGateway) -> None:
     gateway.answers += [
         fleet_pb2.DrainReplicaResponse(moved_with_kv=1, remaining=2),
-        fleet_pb2.DrainReplicaResponse(moved_with_kv=2, failed=1, done=True),
+        fleet_pb2.DrainReplicaResponse(moved_with_kv=2, remaining=1, failed=1, done=True),
     ]
     shown = sessile(gateway, "replicas", "drain", "r1")
     assert shown.exit_code == 1
@@ -156,3 +156,10 @@ def test_no_gateway_is_a_failure_not_a_traceback(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["replicas", "ls", "-g", f"unix://{tmp_path}/none"])
     assert shown.exit_code == 1
     assert shown.stderr.startswith("error: ")
+    assert "sessile up" in shown.stderr
+
+
+def test_a_store_of_an_unknown_kind_is_one_line_not_a_traceback() -> None:
+    shown = CliRunner().invoke(app, ["gateway", "--redis", "http://x", "--listen", "127.0.0.1:0"])
+    assert shown.exit_code == 1
+    assert shown.stderr.startswith("error: a store URL begins with")
