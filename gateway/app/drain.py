@@ -28,6 +28,10 @@ class _Progress:
     failed: dict[str, str] = field(default_factory=dict)
     """Session -> why its last try failed; tried again in the next round."""
 
+    def keep(self, remaining: set[str]) -> None:
+        """Forgets the failures of sessions that are gone by now, however they went."""
+        self.failed = {name: why for name, why in self.failed.items() if name in remaining}
+
 
 class Drains:
     """Empties replicas."""
@@ -55,6 +59,7 @@ class Drains:
         progress = _Progress()
         while True:
             sessions = await self._sessions_on(replica)
+            progress.keep({session.session_id for session in sessions})
             left = deadline - self._clock.now()
             done = not sessions or left <= 0
             yield fleet_pb2.DrainReplicaResponse(
@@ -129,7 +134,6 @@ class Drains:
         if not result.moved:
             progress.failed[session.session_id] = result.detail
             return
-        progress.failed.pop(session.session_id, None)
         if result.verified_tokens:
             progress.with_kv += 1
         else:

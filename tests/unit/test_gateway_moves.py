@@ -285,6 +285,19 @@ async def test_a_drain_with_nowhere_to_go_reports_what_remains_at_its_deadline()
 
 
 @simulated
+async def test_a_session_that_ends_by_itself_is_no_failure_of_the_drain() -> None:
+    async with world(a=4) as w:
+        session_id = await w.open()
+        await w.finish(w.turn(session_id))
+        drain = w.gateway.drains.drain("a", 60.0, shutdown=False)
+        async for progress in drain:
+            if progress.failed:
+                close = session_pb2.CloseSessionRequest(session_id=session_id)
+                await w.gateway.sessions.close(TENANT, close)
+        assert (progress.done, progress.remaining, progress.failed) == (True, 0, 0)
+
+
+@simulated
 async def test_draining_an_unknown_replica_is_not_found() -> None:
     async with world(a=4) as w:
         with pytest.raises(NotFound):
