@@ -57,7 +57,20 @@ class Times:
     default_drain_s: float = 120.0
     shutdown_grace_s: float = 10.0
     keepalive_s: float = 10.0
+    """Between pings on connections to clients and replicas that are in use."""
     keepalive_timeout_s: float = 5.0
+    """A ping unanswered for this long ends its connection: the peer hangs or has vanished."""
+
+    def keepalive_options(self) -> tuple[tuple[str, int], ...]:
+        """Options of a gRPC server or channel. The ping's own timeout must be set too: it is a
+        minute by default, and the keep-alive waits for a ping that is under way already."""
+        timeout_ms = int(self.keepalive_timeout_s * 1000)
+        return (
+            ("grpc.keepalive_time_ms", int(self.keepalive_s * 1000)),
+            ("grpc.keepalive_timeout_ms", timeout_ms),
+            ("grpc.http2.ping_timeout_ms", timeout_ms),
+            ("grpc.http2.max_pings_without_data", 0),
+        )
 
 
 @dataclass(frozen=True, slots=True)

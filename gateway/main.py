@@ -30,6 +30,7 @@ from gateway.rpc.services import (
 )
 from gateway.rpc.serving import Serving
 from statestore.embedded import embedded_server
+from statestore.ports import StoreMisconfigured
 from statestore.redis_executor import connect
 from statestore.redis_store import RedisStore
 from statestore.script_runner import RetryPolicy
@@ -66,7 +67,10 @@ async def open_store(redis_url: str) -> AsyncIterator[RedisStore]:
     its workers need its URL: for one machine)."""
     async with AsyncExitStack() as stack:
         url = redis_url or await stack.enter_async_context(embedded_server())
-        store = RedisStore(await connect(url), retry=STORE_RETRY)
+        try:
+            store = RedisStore(await connect(url), retry=STORE_RETRY)
+        except ValueError as error:
+            raise StoreMisconfigured(str(error)) from error
         try:
             yield store
         finally:
@@ -146,7 +150,9 @@ def _server(
             ("grpc.max_send_message_length", admission.max_message_bytes),
             ("grpc.max_receive_message_length", admission.max_message_bytes),
             ("grpc.so_reuseport", 0),
+            # Clients ping while they wait; oftener than this is abuse, and ends their connection.
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            *config.times.keepalive_options(),
         ]
     )
     serving = Serving(
@@ -172,9 +178,11 @@ async def _set_health(service: health.HealthServicer, status: int) -> None:
 
 async def _keep_warm(app: GatewayApp, replicas: GrpcReplicaClients) -> None:
     """Connects to every replica that is up: the first dispatch to it may be a fail-over."""
-    while True:
-        for replica in app.fleet.snapshot.replicas:
-            if replica.state is not ReplicaState.DOWN and not replica.stale:
-                replicas.warm(replica.details.endpoint, replica.ref.incarnation)
-        await replicas.close_retired(app.config.times.shutdown_grace_s)
-        await app.fleet.changed()
+    async with anyio.create_task_group() as tasks:
+        while True:
+            # No await from the look at the fleet to the wait for its next change.
+            for replica in app.fleet.snapshot.replicas:
+                if replica.state is not ReplicaState.DOWN and not replica.stale:
+                    replicas.warm(replica.details.endpoint, replica.ref.incarnation)
+            tasks.start_soon(replicas.close_retired, app.config.times.shutdown_grace_s)
+            await app.fleet.changed()

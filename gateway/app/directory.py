@@ -43,11 +43,10 @@ class SessionDirectory:
     async def find(self, tenant: str, session_id: str) -> KnownSession:
         """From the cache if it is there. Raises NotFound (foreign ones too), StoreError."""
         known = self._known.get(session_id)
-        if known is None:
+        if known is None or known.tenant != tenant:
+            # Also for a foreign one: it must take as long as one that does not exist (I10).
             return self.remember(await self.read(tenant, session_id))
         self._known.move_to_end(session_id)
-        if known.tenant != tenant:
-            raise unknown_session(session_id)
         return known
 
     async def read(self, tenant: str, session_id: str) -> Session:

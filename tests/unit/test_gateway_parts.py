@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import AsyncGenerator, Sequence
 
 import anyio
 import grpc
@@ -28,6 +29,13 @@ from tests.support.fleets import record
 from tests.support.gateway_world import TENANT, simulated, world
 
 CONFIG = GatewayConfig()
+HANGING_CLIENT = """
+import signal, sys
+import grpc
+with grpc.insecure_channel(sys.argv[1]) as channel:
+    next(iter(channel.unary_stream("/test/Wait")(b"")))
+    signal.raise_signal(signal.SIGSTOP)
+"""
 
 
 class FleetStore:
@@ -281,3 +289,32 @@ async def test_channels_are_kept_per_endpoint_up_to_their_bound() -> None:
         assert clients.at("127.0.0.1:1") is not first
     finally:
         await clients.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_client_that_hangs_frees_its_stream() -> None:
+    """Its connection stays open: only unanswered pings tell."""
+    left = anyio.Event()
+
+    async def wait(request: bytes, context: object) -> AsyncGenerator[bytes, None]:
+        try:
+            yield b"begun"
+            await anyio.sleep_forever()
+        finally:
+            left.set()
+
+    server = aio.server(options=Times(keepalive_s=0.2, keepalive_timeout_s=0.2).keepalive_options())
+    method = grpc.unary_stream_rpc_method_handler(wait)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("test", {"Wait": method}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    command = [sys.executable, "-c", HANGING_CLIENT, f"127.0.0.1:{port}"]
+    try:
+        async with await anyio.open_process(command) as client:
+            with anyio.fail_after(20):
+                await left.wait()
+            client.kill()
+    finally:
+        await server.stop(None)
