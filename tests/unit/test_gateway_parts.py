@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 import anyio
 import grpc
@@ -304,7 +305,7 @@ async def test_a_client_that_hangs_frees_its_stream() -> None:
             left.set()
 
     server = aio.server(options=Times(keepalive_s=0.2, keepalive_timeout_s=0.2).keepalive_options())
-    method = grpc.unary_stream_rpc_method_handler(wait)
+    method: Any = grpc.unary_stream_rpc_method_handler(wait)
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("test", {"Wait": method}),)
     )
