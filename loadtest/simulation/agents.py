@@ -8,9 +8,10 @@ as far as a client can.
 from __future__ import annotations
 
 import random
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from sessile.v1 import session_pb2
@@ -41,6 +42,9 @@ TRY_AGAIN = (Unavailable, Overloaded, DeadlineExceeded)
 LOSS = (DataLoss, StaleClient, TurnInProgress)
 """How a client is told that the store lost what it knows. The last: the end of its last turn was
 lost, together with the replica that could have written it again."""
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -127,26 +131,46 @@ class Agent:
     ) -> None:
         """``lossy``: the store may lose writes. The client then always says what it knows, so that
         a loss is not passed over, and accepts to be told of one."""
+        self.world = world
         self.name = name
         self.session_id = ""
         self.opened_at = 0.0
+        self.forks = 0
+        self.suspensions = 0
+        self.closed = False
+        self.purged = False
         self.losses = 0
         self.turns: list[TurnHeard] = []
         self.others: list[TurnHeard] = []
         """What second listeners heard."""
         self.violations: list[str] = []
-        self._world = world
         self._draw = draw
         self._lossy = lossy
+        self._prefix = ""
+        self._asked = 0
         self._known_head: pb.Precondition | None = None
         self._asked_twice = False
 
-    async def live(self, turns: int) -> None:
-        """Opens a session and runs turns in it, with the pauses of an agent's tools."""
-        await self.open()
-        for index in range(turns):
-            await self.turn(index)
-            await anyio.sleep(self._draw.expovariate(3.0))
+    def child(self, name: str, session_id: str) -> Agent:
+        """The agent of a fork of this one's session."""
+        agent = Agent(self.world, name, random.Random(self._draw.random()))
+        agent.session_id, agent._prefix = session_id, f"{name} "
+        agent.opened_at = anyio.current_time()
+        return agent
+
+    def may(self, chance: float) -> bool:
+        """Draws whether to do what not every client does. Where the store loses writes there is
+        none of it: clients could not know what became of it."""
+        return not self._lossy and self._draw.random() < chance
+
+    def expect(self, condition: bool, complaint: str) -> None:
+        """Notes a violation."""
+        if not condition:
+            self.violations.append(complaint)
+
+    async def pause(self) -> None:
+        """As long as a tool takes."""
+        await anyio.sleep(self._draw.expovariate(3.0))
 
     async def open(self) -> None:
         """Opens the session; a retry finds it."""
@@ -155,39 +179,48 @@ class Agent:
             request_id=self.name,
             messages=[pb.Message(role=pb.Message.ROLE_SYSTEM, content=leading)],
         )
+        response = await self.ask(lambda app: app.sessions.open(TENANT, request))
+        self.session_id = response.session.session_id
+        self.opened_at = anyio.current_time()
 
-        async def ask(app: Any) -> session_pb2.OpenSessionResponse:
-            response: session_pb2.OpenSessionResponse = await app.sessions.open(TENANT, request)
-            return response
-
-        while not self.session_id:
+    async def ask(self, what: Callable[[Any], Awaitable[T]]) -> T:
+        """One call of a gateway, repeated until it is answered."""
+        while True:
             try:
-                response = await self._world.network.unary(self._gateway(), ask, CALL_S)
-                self.session_id = response.session.session_id
-                self.opened_at = anyio.current_time()
+                return await self.world.network.unary(self._gateway(), what, CALL_S)
             except TRY_AGAIN:
                 await self._back_off()
 
-    async def turn(self, index: int, patience_s: float = PATIENCE_S) -> TurnHeard:
+    async def be_refused(self, *reasons: type[SessileError]) -> None:
+        """Asks for a turn that must not begin."""
+        heard = TurnHeard(self.session_id, "refused", self._new_request("refused"))
+        heard.request.ClearField("precondition")
+        while not heard.ended:
+            await self._try(heard, attach_only=False)
+        refused = isinstance(heard.error, reasons) and heard.start is None
+        self.expect(refused, f"not refused but {heard.error or heard.finished!r}")
+
+    async def turn(self) -> None:
         """Runs one turn to its end, whatever it takes."""
-        heard = TurnHeard(self.session_id, f"t{index}", self._new_request(f"t{index}"))
+        turn_id = f"{self._prefix}t{self._asked}"
+        self._asked += 1
+        heard = TurnHeard(self.session_id, turn_id, self._new_request(turn_id))
         self.turns.append(heard)
-        until = anyio.current_time() + TURN_S + patience_s
+        until = anyio.current_time() + TURN_S + PATIENCE_S
         async with anyio.create_task_group() as helpers:
             if self._draw.random() < 0.15:
                 helpers.start_soon(self._cancel_later, heard)
             if self._draw.random() < 0.2:
                 helpers.start_soon(self._listen_too, heard, until)
             if self._draw.random() < 0.1 and not self._lossy:
-                helpers.start_soon(self._ask_twice, index)
+                helpers.start_soon(self._ask_twice, f"{turn_id}b")
             while not heard.ended:
                 if anyio.current_time() > until:
-                    self.violations.append(f"I7: {heard.turn_id} has no end")
+                    self.violations.append(f"I7: {turn_id} has no end")
                     break
                 await self._try(heard, attach_only=False)
             helpers.cancel_scope.cancel()
         self._conclude(heard)
-        return heard
 
     def _new_request(self, turn_id: str) -> pb.RunTurnRequest:
         draw = self._draw
@@ -230,7 +263,7 @@ class Agent:
         messages = 0
         heard.begin_stream()
         try:
-            stream = self._world.network.stream(self._gateway(), handler, CALL_S)
+            stream = self.world.network.stream(self._gateway(), handler, CALL_S)
             async with aclosing(stream):
                 async for message in stream:
                     for event in pb.TurnStream.FromString(message).events:
@@ -256,10 +289,10 @@ class Agent:
             heard.error = error
 
     def _must_be_journalled(self, heard: TurnHeard) -> None:
-        ledger = self._world.server.peek(keys.ledger_key(self.session_id))
-        length = len(ledger) // 4 if isinstance(ledger, bytes) else 0
         if self._lossy or heard.start is None:
             return
+        record = self.world.server.peek(keys.session_key(self.session_id))
+        length = int(record[b"length"]) if isinstance(record, dict) else 0
         if heard.start.length + len(heard.tokens) > length:
             heard.violations.append("I2: tokens were delivered before they were journalled")
 
@@ -270,14 +303,7 @@ class Agent:
 
     async def _cancel(self, turn_id: str) -> None:
         request = session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=turn_id)
-        while True:
-            try:
-                await self._world.network.unary(
-                    self._gateway(), lambda app: app.sessions.cancel_turn(TENANT, request), CALL_S
-                )
-                return
-            except TRY_AGAIN:
-                await self._back_off()
+        await self.ask(lambda app: app.sessions.cancel_turn(TENANT, request))
 
     async def _listen_too(self, main: TurnHeard, until: float) -> None:
         """A second client of the same turn, from its beginning."""
@@ -290,10 +316,10 @@ class Agent:
                 heard.error = None  # the turn has not begun yet
                 await self._back_off()
 
-    async def _ask_twice(self, index: int) -> None:
+    async def _ask_twice(self, turn_id: str) -> None:
         """Another turn while one runs: refused, unless the first has just ended."""
         await anyio.sleep(self._draw.uniform(0.0, 0.5))
-        heard = TurnHeard(self.session_id, f"t{index}b", self._new_request(f"t{index}b"))
+        heard = TurnHeard(self.session_id, turn_id, self._new_request(turn_id))
         heard.request.ClearField("precondition")
         self.others.append(heard)
         self._asked_twice = True
@@ -316,7 +342,7 @@ class Agent:
             self._known_head = pb.Precondition(head=heard.finished.end, turn_index=index)
 
     def _gateway(self) -> str:
-        return self._draw.choice(sorted(self._world.gateways))
+        return self._draw.choice(sorted(self.world.gateways))
 
     async def _back_off(self) -> None:
         await anyio.sleep(self._draw.uniform(0.02, 0.3))

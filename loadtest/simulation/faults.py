@@ -10,7 +10,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from gateway.app.migration import MoveOptions
-from gateway.core.errors import SessileError
+from gateway.core.errors import NotFound, SessileError
 from loadtest.simulation.agents import Agent
 from loadtest.simulation.network import Call
 from loadtest.simulation.world import SimReplica, World
@@ -147,13 +147,16 @@ class Storm:
 
     async def migrate(self) -> None:
         """An operator moves a session."""
-        agent = self._draw.choice(self._agents)
-        target = self._draw.choice(sorted(self._world.replicas))
-        if not agent.session_id:
+        agents = [agent for agent in self._agents if agent.session_id and not agent.closed]
+        if not agents:
             return
+        agent = self._draw.choice(agents)
+        target = self._draw.choice(sorted(self._world.replicas))
 
         async def move(app: Any) -> Any:
             session = await app.store.get_session(agent.session_id)
+            if session is None:
+                raise NotFound("it was purged")
             return await app.migrations.migrate(session, MoveOptions(target, 3.0))
 
         try:

@@ -13,8 +13,9 @@ import anyio
 
 from gateway.config import GatewayConfig
 from loadtest.simulation.agents import PATIENCE_S, TURN_S, Agent
-from loadtest.simulation.checks import check_agent, check_replicas
+from loadtest.simulation.checks import check_agent, check_closed, check_replicas
 from loadtest.simulation.faults import LOSSY, Storm
+from loadtest.simulation.lifecycle import close, live
 from loadtest.simulation.loop import TraceHook, run
 from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World, world
@@ -54,6 +55,11 @@ class HistoryReport:
     moves: int
     losses: int
     """Times a client was told that the store lost what it knew."""
+    forks: int
+    suspensions: int
+    closed: int
+    """Sessions closed, ``purged`` among them."""
+    purged: int
     virtual_s: float
 
     def explain(self) -> str:
@@ -86,10 +92,11 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
             built, agents, random.Random(f"{seed} storm"), kinds=sorted(plan.kinds) or None
         )
         found = await _work_in_a_storm(plan, agents, storm)
-        found += await _liveness(plan, agents)
+        found += await _liveness(agents)
         if check_replicas(built):
             await anyio.sleep(EXPORT_LEASE_S)  # a puller was killed: what it was to have is held
         found += witness.violations + check_replicas(built)
+        found += await _close_some(built, agents, random.Random(f"{seed} close"))
         for agent in agents:
             found += await check_agent(built, agent)
         return await _report(seed, built, agents, storm, found)
@@ -99,8 +106,8 @@ async def _work_in_a_storm(plan: HistoryPlan, agents: list[Agent], storm: Storm)
     limit_s = plan.storm_s + plan.turns * (TURN_S + PATIENCE_S)
     with anyio.move_on_after(limit_s) as scope:
         async with anyio.create_task_group() as tasks:
-            for agent in agents:
-                tasks.start_soon(agent.live, plan.turns, name=agent.name)
+            for agent in tuple(agents):
+                tasks.start_soon(live, agent, agents, plan.turns, name=agent.name)
             async with anyio.create_task_group() as faults:
                 await storm.blow(faults, plan.storm_s)
             await storm.mend()
@@ -108,20 +115,29 @@ async def _work_in_a_storm(plan: HistoryPlan, agents: list[Agent], storm: Storm)
     return ["I7: the agents did not come to an end"] if scope.cancelled_caught else []
 
 
-async def _liveness(plan: HistoryPlan, agents: list[Agent]) -> list[str]:
-    """Every session runs one more turn, and it succeeds."""
+async def _liveness(agents: list[Agent]) -> list[str]:
+    """Every session that is open runs one more turn, and it succeeds."""
     started = anyio.current_time()
-
-    async def last_turn(agent: Agent) -> None:
-        await agent.turn(plan.turns)
-
     async with anyio.create_task_group() as tasks:
         for agent in agents:
-            tasks.start_soon(last_turn, agent, name=f"{agent.name} again")
+            if not agent.closed:
+                tasks.start_soon(agent.turn, name=f"{agent.name} again")
     found = []
     if anyio.current_time() - started > LIVENESS_S:
         found.append(f"I7: healthy turns took {anyio.current_time() - started:.1f} s")
     await anyio.sleep(SETTLE_S)
+    return found
+
+
+async def _close_some(built: World, agents: list[Agent], draw: random.Random) -> list[str]:
+    """A session that is closed while nothing is broken leaves no KV with its owner (I9)."""
+    found: list[str] = []
+    for agent in agents:
+        if not agent.closed and draw.random() < 0.5:
+            before = await built.store.get_session(agent.session_id)
+            await close(agent, purge=False)
+            if before is not None and before.owner is not None:
+                found += await check_closed(built, agents, agent, before.owner.replica)
     return found
 
 
@@ -145,5 +161,9 @@ async def _report(
         failed=sum(turn.status is TurnStatus.FAILED for turn in stored),
         moves=sum(heard.moves for agent in agents for heard in agent.turns),
         losses=sum(agent.losses for agent in agents),
+        forks=sum(agent.forks for agent in agents),
+        suspensions=sum(agent.suspensions for agent in agents),
+        closed=sum(agent.closed for agent in agents),
+        purged=sum(agent.purged for agent in agents),
         virtual_s=anyio.current_time(),
     )

@@ -51,8 +51,8 @@ class Witness:
     def _look(self, session_id: str, call: ScriptCall) -> None:
         script = call.script.name
         record = self._peek(keys.session_key(session_id))
-        if not isinstance(record, dict):
-            self._seen.pop(session_id, None)  # purged, or refused to open
+        if not isinstance(record, dict) or b"epoch" not in record:
+            self._seen.pop(session_id, None)  # purged (but for what forks need), or never opened
             return
         ledger = self._peek(keys.ledger_key(session_id)) or b""
         assert isinstance(ledger, bytes)

@@ -100,6 +100,11 @@ def with_another_seed(request: GenerateRequest) -> GenerateRequest:
     return replace(request, sampling=replace(request.sampling, seed=request.sampling.seed + 1))
 
 
+def keep_the_pages_of_what_was_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I9: a session that was closed leaves its KV with its owner."""
+    monkeypatch.setattr(SimEngine, "drop", lambda self, block_hashes: 0)
+
+
 @dataclass(frozen=True)
 class Bug:
     name: str
@@ -149,6 +154,19 @@ BUGS = [
         changed_after_a_move(with_another_seed),
         ("kill_replica",),
     ),
+    Bug(
+        "a suspended session keeps its owner",
+        script_without("suspend", "set_owner(s, '', '0')", "put(s, 'prev', '')"),
+        ("kill_gateway",),
+    ),
+    Bug(
+        "a purge takes what forks refer to",
+        script_without(
+            "purge", "if call('HINCRBY', KEYS[3], 'n:' .. id, -1) > 0 then", "if false then"
+        ),
+        ("kill_gateway",),
+    ),
+    Bug("a closed session keeps its pages", keep_the_pages_of_what_was_closed, ("migrate",)),
 ]
 
 

@@ -42,6 +42,14 @@ def test_moves_happen_and_turns_survive_them(kind: str) -> None:
     assert sum(report.moves for report in reports) > 0
 
 
+def test_sessions_fork_pause_and_end_in_histories() -> None:
+    reports = [simulate(seed, HistoryPlan(kinds=("kill_replica",))) for seed in range(4000, 4006)]
+    for report in reports:
+        assert not report.violations, report.explain()
+    for kind in ("forks", "suspensions", "closed", "purged"):
+        assert sum(getattr(report, kind) for report in reports) > 1, kind
+
+
 @pytest.mark.parametrize("seed", range(3000, 3010))
 def test_lost_writes_are_repaired_by_the_owner(seed: int) -> None:
     """Acknowledged writes vanish while every owner lives: no client ever learns of it."""

@@ -1,0 +1,106 @@
+"""What simulated agents do with their sessions beside running turns: fork, suspend, resume, close.
+
+Each is checked at once, as far as it does not depend on what else goes on, and forks become agents
+of their own, so that everything that is checked of a session is checked of them too.
+"""
+
+from __future__ import annotations
+
+import anyio
+from sessile.v1 import session_pb2
+
+from gateway.core.errors import NotFound, SessionClosed, SessionSuspended, TurnInProgress
+from loadtest.simulation.agents import TENANT, Agent
+from statestore.records import Session, SessionState
+
+FORK_TURNS = 2
+
+
+async def live(agent: Agent, agents: list[Agent], turns: int) -> None:
+    """Opens a session and runs turns in it, with the pauses of an agent's tools. Forks are added
+    to ``agents``."""
+    await agent.open()
+    await _work(agent, agents, turns)
+
+
+async def _work(agent: Agent, agents: list[Agent], turns: int) -> None:
+    async with anyio.create_task_group() as forks:
+        for index in range(turns):
+            if agent.may(0.15):
+                forks.start_soon(_fork, agent, agents, f"{agent.name}.{index}")
+            await agent.turn()
+            await agent.pause()
+            if agent.may(0.15):
+                await _suspend_for_a_while(agent)
+    # Its forks may be closed already, or go on without it.
+    if agent.may(0.2):
+        await close(agent, purge=agent.may(0.5))
+
+
+async def _fork(parent: Agent, agents: list[Agent], name: str) -> None:
+    """Forks, perhaps in mid-turn: at the last boundary then (P20). A repeat finds the same fork."""
+    await parent.pause()
+    before = await _stored(parent)
+    request = session_pb2.ForkSessionRequest(request_id=name, session_id=parent.session_id)
+    first, second = [
+        await parent.ask(lambda app: app.sessions.fork(TENANT, request)) for _ in range(2)
+    ]
+    child = parent.child(name, first.session.session_id)
+    agents.append(child)
+    parent.forks += 1
+    child.expect(second.session.session_id == child.session_id, "forked twice by one request")
+    inherited = first.session.turn_index
+    after = await _stored(parent)
+    between = (
+        before is not None
+        and after is not None
+        and (before.turn_index <= inherited <= after.turn_index)
+    )
+    child.expect(between, f"P20: forked after {inherited} turns")
+    forked = await _stored(child)
+    if forked is not None and after is not None:
+        same = await parent.world.store.get_turns(after, 0, inherited)
+        child.expect(
+            await parent.world.store.get_turns(forked, 0, inherited) == same,
+            "its inherited turns are not its parent's",
+        )
+    await _work(child, agents, FORK_TURNS)
+
+
+async def _suspend_for_a_while(agent: Agent) -> None:
+    """A suspended session has no owner, refuses turns and loses nothing."""
+    suspend = session_pb2.SuspendSessionRequest(session_id=agent.session_id)
+    try:
+        await agent.ask(lambda app: app.sessions.suspend(TENANT, suspend))
+    except TurnInProgress:
+        return  # the turn that was asked for beside another one runs on
+    before = await _stored(agent)
+    agent.expect(_is(before, SessionState.SUSPENDED), "suspended, the store has it otherwise")
+    agent.suspensions += 1
+    await agent.be_refused(SessionSuspended)
+    await agent.pause()
+    agent.expect(await _stored(agent) == before, "something wrote to a suspended session")
+    resume = session_pb2.ResumeSessionRequest(session_id=agent.session_id)
+    await agent.ask(lambda app: app.sessions.resume(TENANT, resume))
+
+
+async def close(agent: Agent, *, purge: bool) -> None:
+    """A closed session takes no turn; a purged one is gone soon."""
+    request = session_pb2.CloseSessionRequest(session_id=agent.session_id, purge=purge)
+    try:
+        await agent.ask(lambda app: app.sessions.close(TENANT, request))
+    except NotFound:
+        agent.expect(purge, "a session that was to be kept is gone")  # the answer was lost
+    agent.closed, agent.purged = True, purge
+    stored = await _stored(agent)
+    gone = stored is None and purge
+    agent.expect(gone or _is(stored, SessionState.CLOSED), "closed, the store has it otherwise")
+    await agent.be_refused(SessionClosed, NotFound)
+
+
+async def _stored(agent: Agent) -> Session | None:
+    return await agent.world.store.get_session(agent.session_id)
+
+
+def _is(session: Session | None, state: SessionState) -> bool:
+    return session is not None and session.state is state and session.owner is None
