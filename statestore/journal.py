@@ -37,6 +37,8 @@ from statestore.records import (
 from statestore.script_runner import RetryPolicy, ScriptRunner, script_call
 
 MAX_TURNS_PER_READ = 1000
+MAX_TURN_BYTES_PER_READ = 4 << 20
+"""No more turns are read once they have this many bytes: bounds what one read may bring."""
 READ_PIECE_TOKENS = 1 << 16
 """Tokens of one ledger read: bounds how long one read occupies the server."""
 PIECES_PER_READ = 16
@@ -112,17 +114,26 @@ class RedisJournal:
         own_first = session.segments[-1].end_turn if session.segments else 0
         sources = [(s.ancestor_id, s.first_turn, s.end_turn) for s in session.segments]
         sources.append((session.session_id, own_first, until))
-        calls = [
-            script_call(
-                "read_turns", [keys.session_key(source)], [max(first, begin), min(until, end)]
-            )
+        wanted = [
+            (source, max(first, begin), min(until, end))
             for source, begin, end in sources
             if max(first, begin) < min(until, end)
         ]
+        found = await self._scripts.run(
+            *(
+                script_call(
+                    "read_turns", [keys.session_key(source)], [begin, end, MAX_TURN_BYTES_PER_READ]
+                )
+                for source, begin, end in wanted
+            )
+        )
         turns: list[Turn] = []
-        for reply in await self._scripts.run(*calls):
+        for (_, begin, end), reply in zip(wanted, found, strict=True):
             replies.outcome(reply)
-            turns += (replies.turn(item) for item in replies.items(replies.items(reply)[1]))
+            some = replies.items(replies.items(reply)[1])
+            turns += map(replies.turn, some)
+            if len(some) < end - begin:
+                break
         return tuple(turns)
 
     async def read_tokens(

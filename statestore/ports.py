@@ -247,7 +247,7 @@ class JournalPort(Protocol):
 
     async def get_turns(self, session: Session, start: int, count: int) -> tuple[Turn, ...]:
         """Turns by index, in order, inherited ones too, ended and active; at most ``count``
-        (bounded by 1000)."""
+        (bounded by 1000), fewer if they are large: go on after the last one."""
         ...
 
     async def get_turn_context(
@@ -360,7 +360,8 @@ class SessionStore(JournalPort, Protocol):
         ...
 
     async def list_sessions(self, tenant: str, cursor: str, count: int) -> SessionPage:
-        """Newest first; entries whose record is gone are dropped from the index."""
+        """Newest first, at most ``count`` (bounded by 1000), fewer if they are large; entries whose
+        record is gone are dropped from the index."""
         ...
 
     async def begin_migration(

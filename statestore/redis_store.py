@@ -35,6 +35,9 @@ from statestore.replies import Arg
 from statestore.script_runner import script_call
 
 MAX_PAGE = 1000
+MAX_PAGE_BYTES = 8 << 20
+"""Of preambles: a page that has more of them ends there."""
+SESSIONS_PER_READ = 32
 
 _Written = SessionWritten | EpochLost | Refused | Missing
 
@@ -273,29 +276,37 @@ class RedisStore(RedisJournal):
 
     async def list_sessions(self, tenant: str, cursor: str, count: int) -> SessionPage:
         key = keys.tenant_index_key(tenant)
-        entries = await self._index_page(key, cursor, min(max(count, 1), MAX_PAGE))
+        count = min(max(count, 1), MAX_PAGE)
         sessions: list[Session] = []
-        for session_id, session in await self._read_sessions([entry for entry, _ in entries]):
-            if session is None:
-                self._unindex(key, session_id)
-            else:
-                sessions.append(session)
+        size = 0
+        while count and size <= MAX_PAGE_BYTES:
+            wanted = min(count, SESSIONS_PER_READ)
+            entries = await self._index_page(key, cursor, wanted)
+            for session_id, session in await self._read_sessions([entry for entry, _ in entries]):
+                if session is None:
+                    self._unindex(key, session_id)
+                else:
+                    sessions.append(session)
+                    size += len(session.preamble)
+            count -= wanted
+            cursor = entries[-1][1] if len(entries) == wanted else ""
+            if not cursor:
+                break
         await self._tidy_indices()
-        more = len(entries) == min(max(count, 1), MAX_PAGE)
-        return SessionPage(tuple(sessions), entries[-1][1] if more else "")
+        return SessionPage(tuple(sessions), cursor)
 
     async def sessions_of(self, ref: ReplicaRef, count: int) -> tuple[str, ...]:
         key = keys.replica_index_key(ref)
         found: list[str] = []
         cursor = ""
         while len(found) < count:
-            entries = await self._index_page(key, cursor, min(max(count, 1), MAX_PAGE))
+            entries = await self._index_page(key, cursor, SESSIONS_PER_READ)
             for session_id, session in await self._read_sessions([entry for entry, _ in entries]):
                 if session is None or session.owner is None or session.owner.replica != ref:
                     self._unindex(key, session_id)
                 else:
                     found.append(session_id)
-            if len(entries) < min(max(count, 1), MAX_PAGE):
+            if len(entries) < SESSIONS_PER_READ:
                 break
             cursor = entries[-1][1]
         await self._tidy_indices()

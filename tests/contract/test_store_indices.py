@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from statestore import keys
 from statestore.executor import Reply
 from statestore.ports import SessionWritten
 from statestore.records import StoreLimits
-from statestore.redis_store import RedisStore
+from statestore.redis_store import MAX_PAGE_BYTES, SESSIONS_PER_READ, RedisStore
 from statestore.script_runner import script_call
-from tests.support.owners import TENANT, A, B, Owner, opened
+from tests.support.owners import TENANT, A, B, Owner, new_session, opened
 from tests.support.stores import ANSWERING, Backend, store_on
 
 pytestmark = pytest.mark.anyio
@@ -64,6 +66,18 @@ async def test_an_entry_whose_record_is_still_to_come_is_not_dropped(backend: Ba
     hasty = store_on(backend, StoreLimits(index_grace_ms=0))
     assert (await hasty.list_sessions(TENANT, "", 10)).sessions == ()
     assert index not in await backend.keys()
+
+
+async def test_a_page_of_large_sessions_is_short(store: RedisStore) -> None:
+    preamble = b"x" * (MAX_PAGE_BYTES // SESSIONS_PER_READ + 1)
+    ids = [f"ses_{number}" for number in range(SESSIONS_PER_READ + 2)]
+    for session_id in ids:
+        await store.open_session(replace(new_session(session_id), preamble=preamble))
+    page = await store.list_sessions(TENANT, "", 1000)
+    rest = await store.list_sessions(TENANT, page.next_cursor, 1000)
+    assert (len(page.sessions), len(rest.sessions)) == (SESSIONS_PER_READ, 2)
+    assert rest.next_cursor == ""
+    assert {session.session_id for session in page.sessions + rest.sessions} == set(ids)
 
 
 async def test_a_session_that_comes_back_soon_stays_in_the_list_of_its_replica(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from statestore.journal import READ_PIECE_TOKENS
+from statestore.journal import MAX_TURN_BYTES_PER_READ, READ_PIECE_TOKENS
 from statestore.ports import TurnResumed
-from statestore.records import LedgerPiece, TurnContext
+from statestore.records import FinishReason, LedgerPiece, Turn, TurnContext, TurnResult, TurnStatus
 from statestore.redis_store import RedisStore
-from tests.support.owners import B, Owner, opened, position_of
+from tests.support.owners import B, Owner, opened, position_of, session_of
 from tests.support.stores import ANSWERING, Backend, CountingExecutor
 
 pytestmark = pytest.mark.anyio
@@ -88,6 +88,24 @@ async def test_a_context_of_a_fork_brings_its_own_part_of_the_ledger(store: Redi
         for end in range(start, 9):
             read = await store.read_tokens(found.session, start, end, found.ledger)
             assert read == child.tokens[start:end]
+
+
+async def test_a_read_of_large_turns_stops_and_can_go_on(store: RedisStore) -> None:
+    # Two sessions of two turns, so that what is missing is in the middle.
+    large = b"x" * (MAX_TURN_BYTES_PER_READ // 2 + 1)
+    for session_id, child_id in (("ses_f", "ses_f.c"), ("ses_f.c", "ses_f.d")):
+        owner = await Owner.of(store, session_id)
+        for number in range(4):
+            await owner.begun(f"t{number}")
+            usage = TurnResult(TurnStatus.COMMITTED, FinishReason.STOP, usage=large)
+            await owner.write(commit=usage)
+        await store.fork(session_id, child_id, None, ())
+    session = await session_of(store, "ses_f.d")
+    found: list[Turn] = []
+    while some := await store.get_turns(session, len(found), 100):
+        assert len(some) <= 4
+        found += some
+    assert [turn.index for turn in found] == list(range(8))
 
 
 @pytest.mark.parametrize("session_id", ["ses_unknown", "nonsense"])
