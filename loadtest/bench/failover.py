@@ -28,12 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 from grpc import aio
 from sessile.v1 import fleet_pb2, fleet_pb2_grpc, session_pb2, session_pb2_grpc, types_pb2
 
-from loadtest.bench.processes import Process, cluster
-from statestore.embedded import embedded_server
+from gateway.cli.launch import Child, Cluster
 
 MAX_READY_WAIT_S = 60.0
 TOKENS_BEFORE_KILL = 20
@@ -108,7 +106,7 @@ class Bench:
                     return
                 await anyio.sleep(0.1)
 
-    async def round(self, number: int, workers: dict[str, Process]) -> tuple[Round, str]:
+    async def round(self, number: int, workers: dict[str, Child]) -> tuple[Round, str]:
         """Runs one turn, kills its worker; returns what the client saw and who was killed."""
         prompt = "x" * self._settings.context_tokens
         opened = await self._sessions.OpenSession(
@@ -148,33 +146,28 @@ class Bench:
 async def measure(settings: Settings, logs: Path) -> dict[str, object]:
     """Runs all rounds."""
     rounds: list[Round] = []
-    async with embedded_server() as url:
-        with cluster(url, logs) as processes:
-
-            def start(name: str) -> Process:
-                return processes.worker(
-                    name,
-                    step_ms=settings.step_ms,
-                    prefill_token_ms=settings.prefill_token_ms,
-                    decode_token_ms=0,
-                    eos_probability=0,
-                )
-
-            gateway = processes.gateway()
-            workers = {f"w{i}": start(f"w{i}") for i in range(settings.workers)}
-            for child in (gateway, *workers.values()):
-                await anyio.to_thread.run_sync(child.wait_ready)
-            bench = Bench(settings, gateway.address)
-            try:
-                for number in range(settings.kills):
-                    await bench.wait_ready(settings.workers)
-                    seen, killed = await bench.round(number, workers)
-                    rounds.append(seen)
-                    processes.forget(workers.pop(killed))
-                    workers[killed] = start(killed)
-                    await anyio.to_thread.run_sync(workers[killed].wait_ready)
-            finally:
-                await bench.aclose()
+    options = {
+        "step_ms": settings.step_ms,
+        "prefill_token_ms": settings.prefill_token_ms,
+        "decode_token_ms": 0,
+        "eos_probability": 0,
+    }
+    async with Cluster(
+        engine_options={name: str(value) for name, value in options.items()},
+        log_directory=logs,
+        environment={"OMP_NUM_THREADS": "1", "SESSILE_LOG_LEVEL": "WARNING"},
+    ) as cluster:
+        await cluster.start(gateways=1, workers=settings.workers)
+        workers = {child.name: child for child in cluster.workers}
+        bench = Bench(settings, cluster.targets[0])
+        try:
+            for number in range(settings.kills):
+                await bench.wait_ready(settings.workers)
+                seen, killed = await bench.round(number, workers)
+                rounds.append(seen)
+                workers[killed] = await cluster.start_worker(killed)
+        finally:
+            await bench.aclose()
     return report(settings, rounds)
 
 

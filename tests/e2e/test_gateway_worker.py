@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -22,9 +22,9 @@ from sessile.v1 import (
     types_pb2,
 )
 
+from gateway.cli.launch import Child, Cluster
 from gateway.core.errors import NotFound, SessileError
 from gateway.rpc.status import error_from_rpc
-from loadtest.bench.processes import Cluster, Process, cluster
 from tests.support.servers import running_server, valkey_binary
 
 pytestmark = pytest.mark.anyio
@@ -34,29 +34,31 @@ READY_TIMEOUT_S = 60
 WORKERS = ("a", "b")
 
 
-@dataclass
-class Fleet:
-    processes: Cluster
-    gateways: list[Process]
-    workers: dict[str, Process]
+class Fleet(Cluster):
+    """Two gateways and the replicas of ``WORKERS``."""
 
-    def start(self, name: str) -> None:
-        self.workers[name] = self.processes.worker(
-            name, step_ms=STEP_MS, decode_token_ms=0, eos_probability=0
-        )
-        self.workers[name].wait_ready()
+    def worker(self, name: str) -> Child:
+        """The latest process of a replica."""
+        return next(child for child in reversed(self.workers) if child.name == name)
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    logs: Path = tmp_path_factory.mktemp("logs")
-    with running_server(valkey_binary()) as url, cluster(url, logs) as processes:
-        made = Fleet(processes, [processes.gateway(), processes.gateway()], {})
-        for name in WORKERS:
-            made.start(name)
-        for gateway in made.gateways:
-            gateway.wait_ready()
-        yield made
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def fleet(
+    anyio_backend: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Fleet]:
+    options = {"step_ms": str(STEP_MS), "decode_token_ms": "0", "eos_probability": "0"}
+    logs = tmp_path_factory.mktemp("logs")
+    with running_server(valkey_binary()) as url:
+        async with Fleet(engine_options=options, redis_url=url, log_directory=logs) as made:
+            for name in WORKERS:
+                await made.start_worker(name)
+            await made.start(gateways=2, workers=0)
+            yield made
 
 
 class Agent:
@@ -143,7 +145,7 @@ def turn(
 
 
 @asynccontextmanager
-async def agent(gateway: Process) -> AsyncIterator[Agent]:
+async def agent(gateway: Child) -> AsyncIterator[Agent]:
     async with aio.insecure_channel(gateway.address) as channel:
         made = Agent(channel)
         await made.ready()
@@ -205,11 +207,10 @@ async def test_a_worker_killed_in_mid_turn_costs_neither_a_token_nor_a_second(
         stream = client.sessions.RunTurn(turn(session_id, "t", tokens=100))
         await run_until(stream, heard, 20)
         victim = await client.owner(session_id)
-        fleet.workers[victim].kill()
+        fleet.worker(victim).kill()
         async for message in stream:
             heard.take(message)
-        fleet.processes.forget(fleet.workers[victim])
-        fleet.start(victim)
+        await fleet.start_worker(victim)
         assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
         assert "moved" in heard.kinds()
         # The engine's next token is a hash of its whole context.
@@ -285,13 +286,13 @@ async def test_a_stopped_worker_is_replaced_after_its_lease_and_wakes_up_fenced(
         stream = client.sessions.RunTurn(turn(session_id, "t", tokens=60))
         await run_until(stream, heard, 10)
         victim = await client.owner(session_id)
-        fleet.workers[victim].pause(True)
+        fleet.worker(victim).kill(signal.SIGSTOP)
         try:
             with anyio.fail_after(20):
                 async for message in stream:
                     heard.take(message)
         finally:
-            fleet.workers[victim].pause(False)
+            fleet.worker(victim).kill(signal.SIGCONT)
         assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
         assert len(heard.tokens) == 60
         await client.ready()
@@ -352,20 +353,24 @@ async def test_a_replica_drains_and_its_process_ends(fleet: Fleet) -> None:
             assert await client.owner(session_id) == "b"
             heard = await hear(client.sessions.RunTurn(turn(session_id, "t1")))
             assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
-        assert fleet.workers["a"].reap() == 0
-        fleet.start("a")
+        drained = fleet.worker("a")
+        with anyio.fail_after(READY_TIMEOUT_S):
+            while drained.running:  # noqa: ASYNC110 - nobody tells when a child ends
+                await anyio.sleep(0.05)
+        assert drained.exit_code == 0
+        await fleet.start_worker("a")
 
 
 async def test_a_gateway_that_is_told_to_stop_lets_its_streams_end(fleet: Fleet) -> None:
-    extra = fleet.processes.gateway()
-    extra.wait_ready()
+    extra = await fleet.start_gateway()
     async with agent(extra) as client:
         session_id = await client.open("stop")
         heard = Heard()
         stream = client.sessions.RunTurn(turn(session_id, "t", tokens=60))
         await run_until(stream, heard, 5)
         with anyio.fail_after(30):
-            assert await anyio.to_thread.run_sync(extra.stop) == 0
+            await fleet.stop([extra], timeout_s=15)
+            assert extra.exit_code == 0
             async for message in stream:
                 heard.take(message)
         assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
