@@ -163,6 +163,12 @@ class Session:
     version: int
     """Grows with every write of the record; for watchers and caches."""
 
+    @property
+    def ledger_bytes(self) -> int:
+        """What the session's own ledger takes in the store. Inherited tokens count where they are
+        (those of a purged ancestor, kept for its forks, with nobody)."""
+        return 4 * (self.head.length - self.own_base)
+
 
 @dataclass(frozen=True, slots=True)
 class TurnSpec:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from statestore import keys
 from statestore.journal import MAX_TURN_BYTES_PER_READ, READ_PIECE_TOKENS
 from statestore.ports import TurnResumed
 from statestore.records import FinishReason, LedgerPiece, Turn, TurnContext, TurnResult, TurnStatus
 from statestore.redis_store import RedisStore
+from statestore.script_runner import script_call
 from tests.support.owners import B, Owner, opened, position_of, session_of
 from tests.support.stores import ANSWERING, Backend, CountingExecutor
 
@@ -32,6 +34,19 @@ async def test_any_range_of_a_ledger_can_be_read(store: RedisStore) -> None:
     assert await store.read_tokens(session, 65_530, 65_540) == tokens[65_530:65_540]
     assert await store.read_tokens(session, 69_999, 80_000) == [69_999]
     assert await store.read_tokens(session, 5, 5) == []
+
+
+async def test_the_bytes_of_a_ledger_are_told(backend: Backend, store: RedisStore) -> None:
+    await (await Owner.of(store)).run_turn("t1", [4, 5])
+    await store.fork("ses_f", "ses_f.c", None, ())
+    await (await Owner.of(store, "ses_f.c")).run_turn("t2", [6])
+    for session_id, size in (("ses_f", 20), ("ses_f.c", 16)):
+        assert (await session_of(store, session_id)).ledger_bytes == size
+        call = script_call("read_ledger", [keys.ledger_key(session_id)], [0, -1])
+        await backend.executor.execute([call], 5)
+        (stored,) = await backend.executor.execute([call], 5)
+        assert isinstance(stored, bytes)
+        assert len(stored) == size
 
 
 async def test_a_read_of_an_older_record_stops_at_its_head(store: RedisStore) -> None:
