@@ -239,17 +239,11 @@ class Database:
         score = self._sorted_set(key).scores.get(member)
         return None if score is None else _format_score(score)
 
-    def _cmd_zcard(self, args: list[bytes]) -> Answer:
-        (key,) = args
-        return len(self._sorted_set(key).scores)
-
-    def _cmd_zrange(self, args: list[bytes]) -> Answer:
-        key, first, last, *options = args
-        return self._by_rank(self._sorted_set(key).order, first, last, options)
-
     def _cmd_zrevrange(self, args: list[bytes]) -> Answer:
         key, first, last, *options = args
-        return self._by_rank(self._sorted_set(key).order[::-1], first, last, options)
+        order = self._sorted_set(key).order[::-1]
+        start, stop = _slice(len(order), first, last)
+        return _members(order[start:stop], options)
 
     def _cmd_zrangebyscore(self, args: list[bytes]) -> Answer:
         key, low, high, *options = args
@@ -258,13 +252,6 @@ class Database:
     def _cmd_zrevrangebyscore(self, args: list[bytes]) -> Answer:
         key, high, low, *options = args
         return self._by_score(self._sorted_set(key).order[::-1], low, high, options)
-
-    @staticmethod
-    def _by_rank(
-        order: list[tuple[float, bytes]], first: bytes, last: bytes, options: list[bytes]
-    ) -> Answer:
-        start, stop = _slice(len(order), first, last)
-        return _members(order[start:stop], options)
 
     @staticmethod
     def _by_score(

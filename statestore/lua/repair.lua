@@ -13,9 +13,14 @@ end
 
 local given = {}
 for at = FIRST, #ARGV, #TURN_FIELDS do
-  local fields = {}
-  for i, name in ipairs(TURN_FIELDS) do fields[name] = ARGV[at + i - 1] end
-  given[#given + 1] = fields
+  local t = {values = {}}
+  for i, name in ipairs(TURN_FIELDS) do
+    t.values[i] = ARGV[at + i - 1]
+    t[name] = t.values[i]
+    -- An active turn's output ends at the head.
+    if t.id == ARGV[13] and (name == 'end_len' or name == 'end_digest') then t.values[i] = false end
+  end
+  given[#given + 1] = t
 end
 
 if number == stored and s.length == ARGV[11] and s.digest == ARGV[12]
@@ -75,22 +80,10 @@ while forget(past) do past = past + 1 end
 
 local deadline = '0'
 for _, t in ipairs(given) do
-  local active = t.id == ARGV[13]
   if not (t.stored and ended(t.stored)) then
-    for _, name in ipairs(TURN_FIELDS) do
-      -- An active turn's output ends at the head.
-      if not (active and (name == 'end_len' or name == 'end_digest')) then
-        put(s, turn_field(t.id, name), t[name])
-      end
-    end
-    put(s, 'ti:' .. t.index, t.id)
-    put(s, turn_field(t.id, 'call'), '')
-    put(s, turn_field(t.id, 'attempt_from'), t.start_len)
-    put(s, turn_field(t.id, 'stalled'), '0')
-    put(s, turn_field(t.id, 'planned'), '')
-    -- Saved turn by turn: Lua bounds the number of arguments of one call.
-    call('HSET', KEYS[1], unpack(s.changes))
-    s.changes = {}
+    write_turn(KEYS[1], t.id, t.index, t.values)
+    call('HSET', KEYS[1], turn_field(t.id, 'call'), '', turn_field(t.id, 'attempt_from'),
+      t.start_len, turn_field(t.id, 'stalled'), '0', turn_field(t.id, 'planned'), '')
   end
 end
 if ARGV[13] ~= '' then
