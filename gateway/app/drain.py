@@ -72,8 +72,9 @@ class Drains:
             if done:
                 return
             before = progress.with_kv + progress.without_kv
-            await self._round(replica, sessions, left, progress)
+            await self._round(replica, sessions, deadline, progress)
             if progress.with_kv + progress.without_kv == before:
+                left = max(deadline - self._clock.now(), 0.0)
                 await self._clock.sleep(min(self._config.times.waiting_event_s, left))
 
     async def _announce(self, replica: Replica, shutdown: bool) -> None:
@@ -100,7 +101,7 @@ class Drains:
         return found
 
     async def _round(
-        self, replica: Replica, sessions: Sequence[Session], left_s: float, progress: _Progress
+        self, replica: Replica, sessions: Sequence[Session], deadline: float, progress: _Progress
     ) -> None:
         by_id = {session.session_id: session for session in sessions}
         plan = plan_drain(sessions, replica.ref, self._fleet.snapshot, self._config.placement)
@@ -108,7 +109,9 @@ class Drains:
 
         async def move(planned: PlannedMove) -> None:
             async with limiter:
-                await self._move(by_id[planned.session_id], planned, left_s, progress)
+                left_s = deadline - self._clock.now()
+                if left_s > 0:
+                    await self._move(by_id[planned.session_id], planned, left_s, progress)
 
         async with anyio.create_task_group() as tasks:
             for planned in plan:

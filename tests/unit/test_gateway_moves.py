@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import anyio
 import pytest
 from sessile.v1 import fleet_pb2, session_pb2, types_pb2
 
 from gateway.app.migration import MoveOptions
 from gateway.app.ports import ReplicaLost
-from gateway.core.errors import MigrationRefused, NotFound, Unavailable
+from gateway.config import GatewayConfig, Tables
+from gateway.core.errors import DeadlineExceeded, MigrationRefused, NotFound, Unavailable
 from gateway.core.machines import ReplicaState
 from tests.support.fake_replica import FakeReplica
 from tests.support.gateway_world import TENANT, World, simulated, world
@@ -295,6 +298,23 @@ async def test_a_session_that_ends_by_itself_is_no_failure_of_the_drain() -> Non
                 close = session_pb2.CloseSessionRequest(session_id=session_id)
                 await w.gateway.sessions.close(TENANT, close)
         assert (progress.done, progress.remaining, progress.failed) == (True, 0, 0)
+
+
+@simulated
+async def test_a_drain_keeps_its_time_limit_though_every_move_takes_all_it_is_given() -> None:
+    async def slow(request: object, timeout_s: float) -> NoReturn:
+        await anyio.sleep(timeout_s)
+        raise DeadlineExceeded("the copy is slow")
+
+    config = GatewayConfig(tables=Tables(drain_moves=1))
+    async with world(config=config, a=40) as w:
+        for number in range(4):
+            await w.finish(w.turn(await w.open(f"r{number}")))
+        (await w.replica("b")).import_session = slow  # type: ignore[method-assign]
+        began = anyio.current_time()
+        progress = [p async for p in w.gateway.drains.drain("a", 5.0, shutdown=False)]
+        assert anyio.current_time() - began < 6.0
+        assert progress[-1].done
 
 
 @simulated
