@@ -90,7 +90,6 @@ class Tables:
     """Moves of one drain at once."""
     drain_batch: int = 256
     sweep_batch: int = 256
-    list_page: int = 1000
 
 
 @dataclass(frozen=True, slots=True)

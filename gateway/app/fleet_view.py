@@ -108,12 +108,9 @@ class FleetView:
         if self._liveness.state_of(ref) is not before:
             self._notify()
 
-    def assume_turn(
-        self, attempt_id: str, ref: ReplicaRef, prefill_tokens: int, leading: str = ""
-    ) -> None:
+    def assume_turn(self, attempt_id: str, ref: ReplicaRef, prefill_tokens: int) -> None:
         """A turn was dispatched; undone by :meth:`release` with the same attempt."""
-        beat = self._beat(ref)
-        self._attempts[attempt_id] = _Assumption(ref, beat, 1, prefill_tokens, 0, leading)
+        self._attempts[attempt_id] = _Assumption(ref, self._beat(ref), 1, prefill_tokens)
         self._snapshot = None
 
     def release(self, attempt_id: str) -> None:

@@ -36,10 +36,6 @@ class Outbox:
         self._emptied = anyio.Event()
 
     @property
-    def waiting_bytes(self) -> int:
-        return self._bytes
-
-    @property
     def full(self) -> bool:
         return self._bytes >= self._limit_bytes
 

@@ -65,9 +65,9 @@ async def test_assumed_load_counts_until_heartbeats_include_it_or_the_attempt_en
     fleet = view(store)
     await fleet.refresh()
     ref = ReplicaRef("a", 1)
-    fleet.assume_turn("x", ref, 1000, "d0")
+    fleet.assume_turn("x", ref, 1000)
     fleet.assume_turn("y", ref, 10)
-    fleet.assume_session("s", ref)
+    fleet.assume_session("s", ref, "d0")
     replica = fleet.snapshot.replicas[0]
     assert (replica.turns, replica.pending_prefill_tokens, replica.sessions) == (2, 1010, 1)
     assert replica.assumed.leading == {"d0"}
