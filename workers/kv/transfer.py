@@ -70,17 +70,6 @@ class Pulled:
     detail: str = ""
 
 
-@dataclass(slots=True)
-class TransferStats:
-    """Counters since start; read by metrics."""
-
-    exports: int = 0
-    pulls: int = 0
-    pulled_pages: int = 0
-    pulled_bytes: int = 0
-    failed_attempts: int = 0
-
-
 def lease_seconds(lease_ms: int) -> float:
     """A requested lease in seconds: the default for 0, bounded by MAX_LEASE_S."""
     return min(lease_ms / 1000 or DEFAULT_LEASE_S, MAX_LEASE_S)
@@ -99,7 +88,6 @@ class KvTransfer:
         *,
         pull_timeout_s: float = 30.0,
     ) -> None:
-        self.stats = TransferStats()
         self._ref = ref
         self._engine = engine
         self._tickets = tickets
@@ -134,7 +122,6 @@ class KvTransfer:
         except BaseException:
             export.release()
             raise
-        self.stats.exports += 1
         return pb.ExportKvResponse(
             ticket=ticket,
             data_endpoint=self._tickets.endpoint,
@@ -155,7 +142,6 @@ class KvTransfer:
         hashes = resident.block_hashes(self._engine.info)[:whole]
         pin_id = resident.session_id
         copied, detail, again = 0, "", True
-        self.stats.pulls += 1
         with anyio.move_on_after(self._pull_timeout_s) as scope:
             async with self._limiter:
                 for _ in range(ATTEMPTS):
@@ -173,11 +159,9 @@ class KvTransfer:
                         detail = f"{type(error).__name__}: {error}"
                     copied += received
                     if detail:
-                        self.stats.failed_attempts += 1
                         log.warning("pull of %s from %s: %s", pin_id, source, detail)
         if scope.cancelled_caught:
             detail = f"not complete within {self._pull_timeout_s} s"
-        self.stats.pulled_bytes += copied
         return Pulled(self._engine.pin(pin_id, hashes, lease_s), copied, detail)
 
     async def _attempt(
@@ -221,7 +205,6 @@ class KvTransfer:
             taken = await reservation.commit(metas)
         finally:
             reservation.release()
-        self.stats.pulled_pages += taken
         if taken < pages:
             return received, f"{taken} of {pages} pages could be verified", True
         if pages < len(wanted):
