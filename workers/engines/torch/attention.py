@@ -51,30 +51,28 @@ class PagedStep:
     """What attention has to know of a step; the same for all layers."""
 
     pool: KvPool
-    page_size: int
     spans: Sequence[Span]
-    device: torch.device
-    dtype: torch.dtype
     _slots: torch.Tensor = field(init=False)
     _runs: list[list[tuple[int, int]]] = field(init=False)
     _mask: torch.Tensor = field(init=False)
     _workspace: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        layer = self.pool.layers[0]
+        _, heads, _, page_size, head_dim = layer.shape
         where: list[int] = []
         used: list[Sequence[int]] = []
         for span in self.spans:
-            where += slots(span.pages, range(span.start, span.context), self.page_size)
-            used.append(span.pages[: -(-span.context // self.page_size)])
-        self._slots = torch.tensor(where, dtype=torch.int64, device=self.device)
+            where += slots(span.pages, range(span.start, span.context), page_size)
+            used.append(span.pages[: -(-span.context // page_size)])
+        self._slots = torch.tensor(where, dtype=torch.int64, device=layer.device)
         self._runs = [page_runs(pages) for pages in used]
         widest = max((span.context for span in self.spans if span.count > 1), default=0)
-        mask = torch.full((QUERY_BLOCK, QUERY_BLOCK), float("-inf"), dtype=self.dtype).triu_(1)
-        self._mask = F.pad(mask, (widest - QUERY_BLOCK, 0)).to(self.device)
+        mask = torch.full((QUERY_BLOCK, QUERY_BLOCK), float("-inf"), dtype=layer.dtype).triu_(1)
+        self._mask = F.pad(mask, (widest - QUERY_BLOCK, 0)).to(layer.device)
         scattered = [len(p) for p, runs in zip(used, self._runs, strict=True) if len(runs) > 1]
-        _, heads, _, page_size, head_dim = self.pool.layers[0].shape
         size = 2 * heads * page_size * head_dim * max(scattered, default=0)
-        self._workspace = torch.empty(size, dtype=self.dtype, device=self.device)
+        self._workspace = torch.empty(size, dtype=layer.dtype, device=layer.device)
 
     def attend(
         self,

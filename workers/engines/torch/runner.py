@@ -141,7 +141,7 @@ class ModelRunner:
             positions += range(part.start, part.start + len(part.tokens))
             if part.draw is not None:
                 sampled.append(len(row) - 1)
-        step = PagedStep(self.pool, PAGE_SIZE, spans, self.device, self.dtype)
+        step = PagedStep(self.pool, spans)
         hidden = self._model.base_model(
             input_ids=self._row(row),
             position_ids=self._row(positions),
