@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.codecs import load_tiny_codec
 from tests.support.tokenizers import byte_level_tokenizer, template
-from workers.text.tool_calls import parse_hermes, parse_llama3, parser_for
+from workers.text.tool_calls import MAX_BLOCKS, parse_hermes, parse_llama3, parser_for
 
 DATA = Path(__file__).parent.parent / "data"
 PARSERS = {"hermes": parse_hermes, "llama3": parse_llama3}
@@ -126,3 +126,9 @@ def test_endless_nesting_is_no_call() -> None:
     deep = '{"name": "f", "parameters": ' + '{"a":' * 100_000
     assert parse_llama3(deep, "t") == ()
     assert parse_hermes("<tool_call>" + deep, "t") == ()
+
+
+def test_a_model_that_goes_round_in_circles_is_not_followed_for_ever() -> None:
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    assert len(parse_hermes(call * 100_000, "t")) == MAX_BLOCKS
+    assert parse_hermes('<tool_call>{"' * 100_000, "t") == ()

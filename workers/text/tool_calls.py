@@ -27,6 +27,9 @@ _BEGIN, _END, _PYTHON_TAG = "<tool_call>", "</tool_call>", "<|python_tag|>"
 MARKS = frozenset({_BEGIN, _END, _PYTHON_TAG})
 """What marks calls in a text. Some models have special tokens for it, which otherwise give none."""
 
+MAX_BLOCKS = 256
+"""Blocks looked at in one text: a model that writes more is going round in circles."""
+
 
 def parser_for(template: str) -> ToolCallParser | None:
     """The parser of the format that a chat template teaches; None if it is not a known one."""
@@ -42,7 +45,10 @@ def parse_hermes(text: str, turn_id: str) -> tuple[Call, ...]:
     ends its turn instead of writing it."""
     calls: list[_NameAndArguments] = []
     position = 0
-    while (begin := text.find(_BEGIN, position)) >= 0:
+    for _ in range(MAX_BLOCKS):
+        begin = text.find(_BEGIN, position)
+        if begin < 0:
+            break
         position = begin + len(_BEGIN)
         found, end = _calls_at(text, position)
         if not (found and _BLOCK_END.match(text, end)):
