@@ -34,19 +34,6 @@ MAX_BACKOFF_S = 0.5
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class JournalStats:
-    """Counters since start; read by metrics."""
-
-    batches: int = 0
-    appends: int = 0
-    tokens: int = 0
-    retries: int = 0
-    gave_up: int = 0
-    commit_seconds: float = 0.0
-    """Sum over batches of the time from sending to the last answer."""
-
-
 async def until_answered(call: Callable[[], Awaitable[T]], give_up_at: float) -> T:
     """Repeats an idempotent store call unchanged until it is answered (P3).
 
@@ -81,9 +68,8 @@ class _Lane:
     """One pipeline in flight; at most one append per session waits or flies (the caller's duty,
     checked here), so the queue is bounded by the number of running turns."""
 
-    def __init__(self, store: JournalPort, stats: JournalStats) -> None:
+    def __init__(self, store: JournalPort) -> None:
         self._store = store
-        self._stats = stats
         self._queue: deque[_Waiting] = deque()
         self._sessions: set[str] = set()
         self._wake = anyio.Event()
@@ -121,28 +107,19 @@ class _Lane:
                 continue
             # Unanswered appends go first again, unchanged; the store is given time to recover.
             self._queue.extendleft(reversed(unanswered))
-            self._stats.retries += len(unanswered)
             await anyio.sleep(backoff)
             backoff = min(backoff * 2, MAX_BACKOFF_S)
 
     async def _send(self, batch: list[_Waiting]) -> list[_Waiting]:
         """Resolves what was answered; returns what was not and may still be retried."""
-        started = anyio.current_time()
         outcomes = await self._store.append_many([waiting.append for waiting in batch])
         now = anyio.current_time()
-        self._stats.batches += 1
-        self._stats.commit_seconds += now - started
         unanswered: list[_Waiting] = []
         for waiting, outcome in zip(batch, outcomes, strict=True):
-            if not isinstance(outcome, StoreUnavailable):
-                self._stats.appends += 1
-                self._stats.tokens += len(waiting.append.tokens)
-                waiting.resolve(outcome)
-            elif now >= waiting.give_up_at:
-                self._stats.gave_up += 1
-                waiting.resolve(outcome)
-            else:
+            if isinstance(outcome, StoreUnavailable) and now < waiting.give_up_at:
                 unanswered.append(waiting)
+            else:
+                waiting.resolve(outcome)
         return unanswered
 
 
@@ -153,8 +130,7 @@ class Journal:
     def __init__(self, store: JournalPort, *, lanes: int = 1) -> None:
         if lanes < 1:
             raise ValueError("a journal needs at least one lane")
-        self.stats = JournalStats()
-        self._lanes = tuple(_Lane(store, self.stats) for _ in range(lanes))
+        self._lanes = tuple(_Lane(store) for _ in range(lanes))
 
     async def append(self, append: Append, give_up_at: float) -> AppendOutcome:
         """Journals one append; at most one per session at a time.

@@ -57,7 +57,7 @@ class Model:
     def render_everything(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()
     ) -> tuple[str, list[int]]:
-        definitions = [template_tool(tool) for tool in tools] if self.codec.supports_tools else []
+        definitions = [template_tool(tool) for tool in tools] if self.codec.shape.tools else []
         text = self.template.render(
             template_messages(messages, self.codec.shape), definitions or None
         )

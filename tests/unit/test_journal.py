@@ -72,7 +72,6 @@ async def test_what_is_asked_for_while_a_pipeline_flies_is_the_next_one() -> Non
         batches = [sorted(a.session_id for a in batch) for batch in store.batches]
         assert batches == [["a"], ["b", "c", "d"]]
         assert store.most_flying == 1
-        assert (j.stats.batches, j.stats.appends, j.stats.tokens) == (2, 4, 4)
         tasks.cancel_scope.cancel()
 
 
@@ -136,7 +135,6 @@ async def test_past_its_time_an_append_fails_as_unavailable() -> None:
         with pytest.raises(StoreUnavailable):
             await j.append(append("a"), 2.0)
         assert 2 <= anyio.current_time() < 3
-        assert j.stats.gave_up == 1
         tasks.cancel_scope.cancel()
 
 

@@ -93,7 +93,7 @@ def test_a_turn_appends_what_the_full_render_adds(name: str, conversation: str) 
 @pytest.mark.parametrize("name", ["llama3", "qwen25"])
 def test_tools_are_rendered_with_the_first_turn_only(name: str) -> None:
     it = model(name)
-    assert it.codec.supports_tools
+    assert it.codec.shape.tools
     check_against_full_render(it, CONVERSATIONS["airline"], (GET_FLIGHT,))
     first, later = (
         it.tokenizer.decode(new, skip_special_tokens=False)

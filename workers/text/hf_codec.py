@@ -129,14 +129,9 @@ class HfCodec:
         return len(self._bytes)
 
     @property
-    def supports_tools(self) -> bool:
-        """The template renders definitions of tools. Where it does not (SmolLM2's), they are
-        ignored: describe the tools in the system message."""
-        return self._shape.tools
-
-    @property
     def shape(self) -> TemplateShape:
-        """What was found out about the template."""
+        """What was found out about the template. One that does not render definitions of tools
+        (SmolLM2's) ignores them: describe them in the system message."""
         return self._shape
 
     def render(
