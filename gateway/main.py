@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import logging
 import secrets
 import signal
@@ -108,15 +109,17 @@ async def serve(
                 task_status.started(address)
                 await stop.wait()
                 await health_service.enter_graceful_shutdown()
+                await server.stop(config.times.shutdown_grace_s)
             finally:
                 with anyio.CancelScope(shield=True):
-                    await server.stop(config.times.shutdown_grace_s if stop.is_set() else None)
+                    await server.stop(None)
             tasks.cancel_scope.cancel()
 
 
 def run(config: GatewayConfig) -> None:
     """Runs a gateway process until SIGTERM or SIGINT; a second signal ends it at once."""
-    anyio.run(_run, config, backend_options={"use_uvloop": True})
+    options = {"use_uvloop": importlib.util.find_spec("uvloop") is not None}
+    anyio.run(_run, config, backend_options=options)
 
 
 async def _run(config: GatewayConfig) -> None:

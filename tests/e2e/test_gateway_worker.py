@@ -152,6 +152,11 @@ async def agent(gateway: Child) -> AsyncIterator[Agent]:
         yield made
 
 
+async def ended(child: Child) -> None:
+    while child.running:  # noqa: ASYNC110 - nobody tells when a child ends
+        await anyio.sleep(0.05)
+
+
 async def hear(stream: Any) -> Heard:
     heard = Heard()
     async for message in stream:
@@ -355,8 +360,7 @@ async def test_a_replica_drains_and_its_process_ends(fleet: Fleet) -> None:
             assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
         drained = fleet.worker("a")
         with anyio.fail_after(READY_TIMEOUT_S):
-            while drained.running:  # noqa: ASYNC110 - nobody tells when a child ends
-                await anyio.sleep(0.05)
+            await ended(drained)
         assert drained.exit_code == 0
         await fleet.start_worker("a")
 
@@ -377,3 +381,20 @@ async def test_a_gateway_that_is_told_to_stop_lets_its_streams_end(fleet: Fleet)
         with pytest.raises(aio.AioRpcError) as caught:
             await client.open("too late")
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_gateway_that_is_told_twice_to_stop_ends_at_once(fleet: Fleet) -> None:
+    extra = await fleet.start_gateway()
+    async with agent(extra) as client:
+        session_id = await client.open("stop twice")
+        stream = client.sessions.RunTurn(turn(session_id, "t", tokens=3000))
+        await run_until(stream, Heard(), 5)
+        extra.kill(signal.SIGTERM)
+        await anyio.sleep(0.3)
+        assert extra.running
+        extra.kill(signal.SIGTERM)
+        with anyio.fail_after(5):
+            await ended(extra)
+        with pytest.raises(aio.AioRpcError):
+            async for _ in stream:
+                pass
