@@ -101,8 +101,9 @@ class SessionDirectory:
 
 def unknown_session(session_id: str) -> NotFound:
     """The same for sessions that do not exist and for those of other tenants."""
+    shown = session_id[:128]
     return NotFound(
-        "no such session", reason="SESSION_NOT_FOUND", metadata={"session_id": session_id[:128]}
+        f"no session {shown!r}", reason="SESSION_NOT_FOUND", metadata={"session_id": shown}
     )
 
 

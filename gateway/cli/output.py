@@ -73,11 +73,13 @@ def reported_errors(*others: type[Exception]) -> Iterator[None]:
 
 def fail(message: str, hint: str = "") -> NoReturn:
     """Ends the command."""
-    text = f"error: {message}"
-    if hint:
-        text += f"\n  {hint}"
-    typer.echo(text, err=True)
+    tell(message, hint)
     raise typer.Exit(1)
+
+
+def tell(message: str, hint: str = "") -> None:
+    """An error, to standard error."""
+    typer.echo(f"error: {message}" + (f"\n  {hint}" if hint else ""), err=True)
 
 
 def show(value: Any, table: Table, as_json: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from sessile import SessionInfo, SessionState, TranscriptTurn
+from sessile import NotFound, SessionInfo, SessionState, TranscriptTurn
 
 from gateway.cli.output import (
     DEFAULT_GATEWAY,
@@ -19,6 +19,7 @@ from gateway.cli.output import (
     print_json,
     show,
     table_of,
+    tell,
 )
 
 app = typer.Typer(no_args_is_help=True, help="List, read, fork and close sessions.")
@@ -125,14 +126,22 @@ def close(
     tenant: TenantOption = "default",
     as_json: JsonOption = False,
 ) -> None:
-    """End sessions; a running turn ends cancelled."""
+    """End sessions; a running turn ends cancelled. One that is not there does not stop the rest."""
+    unknown = False
     with client_of(gateway, tenant) as client:
         for session in sessions:
-            client.session(session).close(purge=purge)
+            try:
+                client.session(session).close(purge=purge)
+            except NotFound as error:
+                tell(error.message, error.hint)
+                unknown = True
+                continue
             if as_json:
                 print_json({"closed": session})
             else:
                 console().print(f"closed {session}", markup=False)
+    if unknown:
+        raise typer.Exit(1)
 
 
 def _show(info: SessionInfo, as_json: bool) -> None:

@@ -77,6 +77,16 @@ def test_forks_and_closes(gateway: FakeGateway) -> None:
     assert gateway.seen[1].purge
 
 
+def test_a_session_that_is_not_there_does_not_stop_the_rest_from_closing(
+    gateway: FakeGateway,
+) -> None:
+    gateway.answers += [Fail(errors.NotFound("no session")), session_pb2.CloseSessionResponse()]
+    closed = sessile(gateway, "sessions", "close", "ses_gone", "ses_a", "--json")
+    assert closed.exit_code == 1
+    assert closed.stderr.startswith("error: no session")
+    assert json.loads(closed.stdout) == {"closed": "ses_a"}
+
+
 def test_an_error_is_one_line_with_its_hint(gateway: FakeGateway) -> None:
     gateway.answers.append(Fail(errors.NotFound("no session ses_x")))
     shown = sessile(gateway, "sessions", "show", "ses_x")
