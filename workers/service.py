@@ -23,8 +23,8 @@ from gateway.core.errors import (
     NotOwner,
     Unavailable,
 )
-from statestore.ports import StoreError, StoreUnavailable
-from statestore.records import Epoch, Position, ReplicaRef
+from statestore.ports import Refused, StoreError, StoreUnavailable
+from statestore.records import Epoch, Position, ReplicaRef, SessionState
 from statestore.replica_info import ReplicaLoad
 from workers.journal import until_answered
 from workers.kv.transfer import KvTransfer, lease_seconds
@@ -32,7 +32,7 @@ from workers.residency import ResidentSession
 from workers.transcript import read_transcript
 from workers.turn.cursor import stream_turn
 from workers.turn.ending import Redirected
-from workers.turn.ports import TurnPorts, read_session
+from workers.turn.ports import TurnPorts, read_session, refusal
 from workers.turn.request import check_ids, check_turn
 from workers.turn.runs import TurnRuns
 
@@ -154,6 +154,8 @@ class ReplicaApp:
         with store_errors():
             give_up_at = anyio.current_time() + self._ports.limits.open_timeout_s
             session = await read_session(self._ports.store, session_id, request.tenant, give_up_at)
+            if session.state is SessionState.CLOSED:
+                raise refusal(session_id, Refused(session.state))
             if up_to.length > session.head.length:
                 raise MigrationRefused(f"the ledger ends at {session.head.length}")
             salt = await self._ports.salts.of(session.tenant, give_up_at)

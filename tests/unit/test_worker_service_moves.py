@@ -161,6 +161,17 @@ async def test_an_import_needs_the_ledgers_own_digest() -> None:
 
 
 @in_virtual_time
+async def test_a_closed_session_is_not_brought_back_by_a_late_import() -> None:
+    async with world() as w:
+        first, second = await two_replicas(w)
+        request = import_request(first, (await w.session()).head)
+        await w.store.close(SESSION, None)
+        with pytest.raises(errors.SessionClosed):
+            await second.app.import_session(request)
+        assert second.app._ports.residency.get(SESSION) is None
+
+
+@in_virtual_time
 async def test_pages_of_another_layout_are_not_exported() -> None:
     async with world() as w:
         first, _ = await two_replicas(w)
