@@ -17,7 +17,7 @@ end
 local id = ARGV[1]
 if not release(id, KEYS[1], KEYS[2]) then
   local far = call('HMGET', KEYS[3], 'tokens:' .. id, 'turns:' .. id)
-  truncate(KEYS[2], tonumber(far[1]) - s.own_base)
+  truncate(KEYS[2], tonumber(far[1] or '0') - s.own_base)
   local kept = {}
   for index = inherited_turns(parse_segments(v[2])), tonumber(far[2]) - 1 do
     local turn_id = call('HGET', KEYS[1], 'ti:' .. int(index))

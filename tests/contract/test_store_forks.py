@@ -226,6 +226,8 @@ async def test_turns_without_tokens_are_inherited(backend: Backend) -> None:
             await owner.write(commit=STOP)
             await forked(store, session_id, child_id)
         assert await tokens_of(store, f"{root}.d") == []
+        for gone in (root, f"{root}.c"):
+            await store.close(gone, 0)
         assert await turn_ids(store, f"{root}.d") == [root[-1], "c"]
 
 
