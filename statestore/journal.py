@@ -338,7 +338,7 @@ class RedisJournal:
             )
         )
 
-    async def _outcome(self, call: ScriptCall) -> replies.Outcome | None:
+    async def _outcome(self, call: ScriptCall) -> object:
         (reply,) = await self._scripts.run(call)
         return replies.outcome(reply)
 
@@ -353,7 +353,7 @@ class RedisJournal:
         return script_call("index_add", [keys.replica_index_key(ref)], [session_id, 0])
 
 
-def _append_outcome(append: Append, found: replies.Outcome | None) -> AppendOutcome:
+def _append_outcome(append: Append, found: object) -> AppendOutcome:
     outcome = found or Appended(append.head)
     if not isinstance(outcome, AppendOutcome):
         raise replies.unexpected(outcome)

@@ -414,7 +414,7 @@ def _record_and_ledger(session_id: str) -> tuple[str, str]:
     return keys.session_key(session_id), keys.ledger_key(session_id)
 
 
-def _written(found: replies.Outcome | None) -> _Written:
+def _written(found: object) -> _Written:
     if not isinstance(found, _Written):
         raise replies.unexpected(found)
     return found

@@ -43,28 +43,11 @@ from statestore.records import (
 from statestore.scripts import SESSION_FIELDS, TURN_FIELDS
 
 Arg = bytes | str | int
-Outcome = (
-    SessionWritten
-    | EpochLost
-    | Refused
-    | Missing
-    | Fenced
-    | HeadMismatch
-    | LimitReached
-    | TurnBegun
-    | TurnResumed
-    | TurnExists
-    | TurnConflict
-    | TurnEnded
-    | TurnInProgress
-    | TurnTombstoned
-    | TurnUnknown
-)
-"""Everything that scripts of one session answer with, but a plain success."""
 
 
-def outcome(reply: Reply) -> Outcome | None:
-    """The outcome that a script names; None for one that only says that it is done."""
+def outcome(reply: Reply) -> object:
+    """The outcome (of ``ports.py``) that a script of one session names; None if it only says that
+    it is done. Callers check that it is one of theirs."""
     kind, *rest = items(reply)
     match kind:
         case b"written" | b"purge":
