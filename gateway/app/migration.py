@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass
 
 import anyio
-from sessile.v1 import fleet_pb2, replica_pb2
+from sessile.v1 import fleet_pb2, replica_pb2, types_pb2
 
 from gateway.app.convert import epoch_to_pb, position_from_pb, position_to_pb, ref_to_pb
 from gateway.app.frames import BadFrame, Kind, events
@@ -143,6 +143,7 @@ class _Carrier:
         self._target = target
         self._source_client = services.replicas.at(source.details.endpoint)
         self._target_client = services.replicas.at(target.details.endpoint)
+        self._import_asked = False
         self._hold_asked = False
         self._was_running = False
         self._deadline = 0.0
@@ -204,13 +205,14 @@ class _Carrier:
             case Missing():
                 return Failed("the session is gone")
 
-    async def _import(self, up_to: object) -> Event:
+    async def _import(self, up_to: types_pb2.Position) -> Event:
+        self._import_asked = True
         request = replica_pb2.ImportSessionRequest(
             session_id=self._session_id,
             migration_id=self._migration_id,
             source_endpoint=self._source.details.endpoint,
             source=ref_to_pb(self._source.ref),
-            up_to=up_to,  # type: ignore[arg-type]
+            up_to=up_to,
             lease_ms=int(self._time_left() * 1000),
             tenant=self._tenant,
         )
@@ -320,7 +322,7 @@ class _Carrier:
                 await self._source_client.abort_hand_over(abort, self._times.stop_turn_s)
             except SessileError as error:
                 log.info("the hold of %s ends with its lease: %s", self._session_id, error)
-        if self._move.rounds or self._move.phase is MigrationPhase.COPYING:
+        if self._import_asked:
             release = replica_pb2.ReleaseSessionRequest(
                 session_id=self._session_id,
                 epoch=epoch_to_pb(self._epoch),

@@ -129,6 +129,7 @@ def test_a_move_that_fails_leaves_the_owner_as_it_was(step: str, running: bool) 
                 return
             assert not result.moved
             assert result.detail
+            assert [r.migration_id != "" for r in target.released] == [True]
             after = await w.session(session_id)
             assert after.owner == before
             assert after.migration is None
