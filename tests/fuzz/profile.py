@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 NIGHTLY_FACTOR = 40
@@ -23,6 +23,9 @@ def fuzz(examples: int) -> Callable[[Any], Any]:
         derandomize=not NIGHTLY,
         database=None,
         print_blob=True,
+        # Most draw no more than a seed, of which there is no smaller one.
+        phases=(Phase.explicit, Phase.generate),
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
 
