@@ -1,0 +1,65 @@
+"""Every class of fault: who is hit, in which phase, by what, over which store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.faults import processes, stores
+from tests.faults.fleet import SingleStore, Store
+from tests.faults.rounds import LONG_PROMPT, Scenario
+
+
+@dataclass(frozen=True, slots=True)
+class FaultClass:
+    """One row of the table. ``lossy``: the store itself loses acknowledged writes in it."""
+
+    name: str
+    scenario: Scenario
+    store: str = "everysec"
+    lossy: bool = False
+    opens_itself: bool = False
+    """The scenario opens the focus session."""
+    focus_prompt: int = 30
+    """Characters of the focus session's first prompt."""
+
+
+STORES: dict[str, Callable[[], Store]] = {
+    "everysec": lambda: SingleStore("everysec"),
+    "always": lambda: SingleStore("always"),
+    "sentinel": stores.SentinelStore,
+    "cluster": stores.ClusterStore,
+}
+
+
+def _of_processes() -> list[FaultClass]:
+    found: list[FaultClass] = []
+    for who, phases in (
+        ("worker", processes.WORKER_PHASES),
+        ("gateway", processes.GATEWAY_PHASES),
+    ):
+        for phase_name, phase in phases.items():
+            long = phase_name in ("kv-export", "kv-import", "migration")
+            for fault_name, fault in (("kill", processes.killed), ("stop", processes.frozen)):
+                found.append(
+                    FaultClass(
+                        f"{who}-{phase_name}-{fault_name}",
+                        fault(phase),
+                        opens_itself=phase_name == "open",
+                        focus_prompt=LONG_PROMPT if long else 30,
+                    )
+                )
+    return found
+
+
+CLASSES: list[FaultClass] = [
+    *_of_processes(),
+    FaultClass("redis-restart-everysec", stores.restart),
+    FaultClass("redis-disk-full-everysec", stores.disk_full),
+    FaultClass("redis-memory-limit", stores.memory_full),
+    FaultClass("redis-power-cut-everysec", stores.power_cut, lossy=True),
+    FaultClass("redis-restart-always", stores.restart, "always"),
+    FaultClass("redis-disk-full-always", stores.disk_full, "always"),
+    FaultClass("redis-sentinel-promotion", stores.promotion, "sentinel", lossy=True),
+    FaultClass("redis-cluster-slot-move", stores.slot_move, "cluster"),
+]

@@ -1,0 +1,32 @@
+"""A gateway or a worker in a process of its own: ``python -m tests.faults.child '{"role": …}'``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+from gateway.config import GatewayConfig
+from gateway.main import run as run_gateway
+from workers.config import ReplicaSettings, WorkerConfig
+from workers.main import run as run_worker
+
+
+def main(options: dict[str, Any]) -> None:
+    logging.basicConfig(
+        level=os.environ.get("SESSILE_LOG", "INFO"),
+        format="%(asctime)s.%(msecs)03d %(name)s %(levelname)s %(message)s",
+    )
+    role = options.pop("role")
+    if role == "gateway":
+        run_gateway(GatewayConfig(**options))
+        return
+    replica = ReplicaSettings(**options.pop("replica"))
+    engine = tuple(sorted(options.pop("engine").items()))
+    run_worker(WorkerConfig(replica=replica, engine="sim", engine_options=engine, **options))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

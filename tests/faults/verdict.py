@@ -1,0 +1,118 @@
+"""Every history is judged by the simulation's checkers, over the ledger read raw from the store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import anyio
+from sessile.v1 import fleet_pb2
+
+from loadtest.simulation import checks
+from statestore import keys
+from statestore.digest import unpack_tokens
+from tests.faults.agents import Agent, Door, Heard
+from tests.faults.fleet import ENGINE, Fleet
+
+checks.ENGINE = ENGINE  # type: ignore[attr-defined] # the model that the checkers recompute outputs with
+CLEAN_WITHIN_S = 20.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts over output tokens and turns; all but ``turns`` and ``tokens`` must be zero."""
+
+    turns: int = 0
+    tokens: int = 0
+    lost: int = 0
+    """In the ledger of a turn that its client saw end, and never received."""
+    repeated: int = 0
+    """Received more than once."""
+    hung: int = 0
+    """Turns that did not end, for their client or in the ledger."""
+    violations: list[str] = field(default_factory=list)
+    worst_gap_s: float = 0.0
+
+
+async def judge(fleet: Fleet, agents: Sequence[Agent]) -> Tally:
+    """Everything that was promised to these agents."""
+    tally = Tally()
+    for agent in agents:
+        tally.violations += [f"{agent.name}: {what}" for what in agent.violations]
+        if agent.session_id:
+            found = await _judge_session(fleet, agent, tally)
+            tally.violations += [f"{agent.name} ({agent.session_id}): {what}" for what in found]
+    return tally
+
+
+async def _judge_session(fleet: Fleet, agent: Agent, tally: Tally) -> list[str]:
+    session = await fleet.records.get_session(agent.session_id)
+    if session is None:
+        return ["the session is gone"]
+    raw = await fleet.raw.get(keys.ledger_key(agent.session_id))
+    ledger = unpack_tokens(raw or b"")
+    turns = await fleet.records.get_turns(session, 0, 1000)
+    salt = await fleet.records.tenant_salt(session.tenant)
+    found: list[str] = []
+    if len(ledger) != session.head.length:
+        return [f"I1: {len(ledger)} tokens are stored, the head is at {session.head.length}"]
+    found += checks.check_ledger(session, turns, ledger, salt)
+    by_id = {turn.spec.turn_id: turn for turn in turns}
+    for heard in agent.turns:
+        complaints = [*heard.violations]
+        turn = by_id.get(heard.turn_id)
+        if turn is not None:
+            complaints += checks.check_heard(heard, turn, ledger, salt)
+        elif heard.start is not None:
+            complaints.append("I7: it was accepted and is not in the ledger")
+        found += [f"{heard.turn_id}: {complaint}" for complaint in complaints]
+        await _count(fleet, agent, heard, tally)
+    return found
+
+
+async def _count(fleet: Fleet, agent: Agent, heard: Heard, tally: Tally) -> None:
+    """By the fields of the stored hash alone."""
+    names = (f"t:{heard.turn_id}:{name}" for name in ("status", "start_len", "end_len"))
+    status, start, end = await fleet.raw.hmget(keys.session_key(agent.session_id), *names)
+    tally.turns += 1
+    tally.worst_gap_s = max(tally.worst_gap_s, heard.worst_gap_s)
+    if status not in (b"COMMITTED", b"CANCELLED", b"FAILED") or not heard.ended:
+        tally.hung += 1
+        return
+    received = Counter(
+        position for _, first, count in heard.arrivals for position in range(first, first + count)
+    )
+    span = range(int(start), int(end))
+    tally.tokens += len(span)
+    tally.repeated += sum(count - 1 for count in received.values())
+    if heard.finished is not None:
+        tally.lost += sum(position not in received for position in span)
+
+
+async def replicas(door: Door) -> dict[str, fleet_pb2.Replica]:
+    """The fleet as one gateway sees it."""
+    answer = await door.fleet.ListReplicas(fleet_pb2.ListReplicasRequest(), timeout=5.0)
+    return {replica.ref.replica_id: replica for replica in answer.replicas}
+
+
+async def nothing_left(fleet: Fleet, door: Door) -> list[str]:
+    """After all sessions are closed: nothing runs, waits, or is pinned, and every page is free."""
+    found: list[str] = ["no replica is known"]
+    with anyio.move_on_after(CLEAN_WITHIN_S):
+        while found:
+            seen = await replicas(door)
+            found = [f"{name} is not there" for name in fleet.nodes if name[0] == "w"
+                     and name not in seen]  # fmt: skip
+            for name, replica in seen.items():
+                load = replica.load
+                for what, count in (
+                    ("turns run", load.running_turns),
+                    ("turns wait", load.queued_turns),
+                    ("pages are pinned", load.pinned_pages),
+                    ("pages are held", replica.capacity_pages - load.free_pages),
+                ):
+                    if count:
+                        found.append(f"{name}: {count} {what} after every session was closed")
+            await anyio.sleep(0.2)
+    return found
