@@ -22,9 +22,13 @@ from gateway.core.errors import SessileError
 DOMAIN = "sessile"
 DETAILS_KEY = "grpc-status-details-bin"
 LOCALE = "en"
-MAX_TEXT_CHARS = 1024
-"""Message, hint and metadata values are cut to this: trailers must stay under HTTP/2's 8 KiB."""
-MAX_METADATA_ENTRIES = 16
+MAX_TEXT_BYTES = 768
+"""Message and hint are cut to this, in UTF-8. Trailers must stay under the 8 KiB that gRPC takes for
+certain, where a message costs up to three times its bytes and the details a third more than theirs.
+"""
+MAX_METADATA_ENTRIES = 8
+MAX_METADATA_BYTES = 128
+"""Of a key, and of a value."""
 
 CODES: dict[type[SessileError], grpc.StatusCode] = {
     SessileError: grpc.StatusCode.INTERNAL,
@@ -88,7 +92,10 @@ def to_status(error: SessileError) -> status_pb2.Status:
         error_details_pb2.ErrorInfo(
             reason=error.reason,
             domain=DOMAIN,
-            metadata={key: _cut(value) for key, value in metadata},
+            metadata={
+                _cut(key, MAX_METADATA_BYTES): _cut(value, MAX_METADATA_BYTES)
+                for key, value in metadata
+            },
         ),
     )
     _add(status, error_details_pb2.LocalizedMessage(locale=LOCALE, message=_cut(error.hint)))
@@ -150,5 +157,8 @@ def _add(status: status_pb2.Status, detail: Any) -> None:
     status.details.add().Pack(detail)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_TEXT_CHARS else text[: MAX_TEXT_CHARS - 1] + "…"
+def _cut(text: str, limit: int = MAX_TEXT_BYTES) -> str:
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= limit:
+        return encoded.decode()
+    return encoded[: limit - len("…".encode())].decode(errors="ignore") + "…"

@@ -132,3 +132,19 @@ async def test_abort_carries_the_error_over_a_real_call() -> None:
     assert type(got) is errors.Overloaded
     assert (got.message, got.retry_after_ms) == (sent.message, 300)
     assert got.metadata == {"bound": "max_streams"}
+
+
+@pytest.mark.anyio
+async def test_the_longest_texts_of_any_script_arrive() -> None:
+    """gRPC writes a byte beyond ASCII as three and refuses trailers past a limit."""
+    text = "会话" * 10_000
+    sent = errors.NotFound(text, hint=text, metadata={f"key{i}{text}": text for i in range(20)})
+    async with _failing_server(sent) as channel:
+        call: Any = channel.unary_unary("/t.T/Fail")
+        for _ in range(20):  # past the soft limit a call is refused at random
+            with pytest.raises(aio.AioRpcError) as caught:
+                await call(b"")
+            got = status.error_from_rpc(caught.value)
+            assert type(got) is errors.NotFound
+            assert got.message.startswith("会话")
+            assert got.hint.endswith("…")
