@@ -23,9 +23,8 @@ DOMAIN = "sessile"
 DETAILS_KEY = "grpc-status-details-bin"
 LOCALE = "en"
 MAX_TEXT_BYTES = 768
-"""Message and hint are cut to this, in UTF-8. Trailers must stay under the 8 KiB that gRPC takes for
-certain, where a message costs up to three times its bytes and the details a third more than theirs.
-"""
+"""Message and hint are cut to this, in UTF-8. Trailers must stay under the 8 KiB that gRPC always
+takes, where a message costs up to three times its bytes and details a third more than theirs."""
 MAX_METADATA_ENTRIES = 8
 MAX_METADATA_BYTES = 128
 """Of a key, and of a value."""
