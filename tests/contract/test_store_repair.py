@@ -26,7 +26,7 @@ from statestore.records import (
 )
 from statestore.records import Owner as Ownership
 from statestore.redis_store import RedisStore
-from tests.support.owners import EMPTY, STOP, A, B, Owner, position_of, session_of
+from tests.support.owners import EMPTY, STOP, A, B, Owner, position_of, session_of, taken
 from tests.support.stores import ANSWERING, Backend
 
 pytestmark = pytest.mark.anyio
@@ -98,10 +98,7 @@ async def test_a_lost_grant_is_claimed_again_by_its_owner(
     first = await Owner.of(store)
     await first.run_turn("t1", [4])
     saved = await backend.save()
-    outcome = await store.take("ses_f", first.epoch, B, b"nonce")
-    assert isinstance(outcome, SessionWritten)
-    second = Owner(store, "ses_f", B, outcome.session.epoch)
-    second.tokens = list(first.tokens)
+    second = await taken(store, first)
     active = await second.begun("t2")
     await backend.roll_back(saved)
     # The old owner is the owner again, for the store. Its work gives way to the newer epoch's.
@@ -145,10 +142,7 @@ async def test_turns_of_an_abandoned_history_are_forgotten(
     first = await Owner.of(store)
     await first.run_turn("t1", [4])
     saved = await backend.save()
-    outcome = await store.take("ses_f", first.epoch, B, b"nonce")
-    assert isinstance(outcome, SessionWritten)
-    second = Owner(store, "ses_f", B, outcome.session.epoch)
-    second.tokens = list(first.tokens)
+    second = await taken(store, first)
     await backend.roll_back(saved)
     for turn_id in ("x1", "x2"):
         await first.run_turn(turn_id, [9])
@@ -239,9 +233,7 @@ async def test_tokens_that_a_fork_refers_to_are_never_replaced(
 ) -> None:
     first = await Owner.of(store)
     saved = await backend.save()
-    outcome = await store.take("ses_f", first.epoch, B, b"nonce")
-    assert isinstance(outcome, SessionWritten)
-    second = Owner(store, "ses_f", B, outcome.session.epoch)
+    second = await taken(store, first)
     await backend.roll_back(saved)
     await first.run_turn("t1", [4])
     await store.fork("ses_f", "ses_f.c", None, ())
@@ -298,9 +290,7 @@ async def test_a_repair_does_not_replace_turns_that_a_fork_inherits(
 ) -> None:
     first = await Owner.of(store)
     saved = await backend.save()
-    outcome = await store.take("ses_f", first.epoch, B, b"nonce")
-    assert isinstance(outcome, SessionWritten)
-    second = Owner(store, "ses_f", B, outcome.session.epoch)
+    second = await taken(store, first)
     await second.begun("t2", ())
     await second.write(commit=STOP)
     turns = await known_turns(store)

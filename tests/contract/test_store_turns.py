@@ -44,6 +44,7 @@ from tests.support.owners import (
     position_of,
     session_of,
     spec,
+    taken,
 )
 from tests.support.stores import ANSWERING, Backend, store_on
 
@@ -60,16 +61,6 @@ async def ledger(store: RedisStore) -> list[int]:
     session = await store.get_session("ses_f")
     assert session is not None
     return await store.read_tokens(session, 0, 1 << 30)
-
-
-async def taken(store: RedisStore, owner: Owner, nonce: bytes = b"taken") -> Owner:
-    """B takes the session and knows its ledger."""
-    outcome = await store.take("ses_f", owner.epoch, B, nonce)
-    assert isinstance(outcome, SessionWritten)
-    successor = Owner(store, "ses_f", B, outcome.session.epoch)
-    successor.tokens = await ledger(store)
-    successor.turn_id = owner.turn_id
-    return successor
 
 
 async def test_a_begun_turn_is_in_the_ledger_with_all_that_continues_it(store: RedisStore) -> None:

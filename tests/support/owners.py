@@ -165,3 +165,14 @@ class Owner:
             active_turn_id=active,
             turn_index=turn_index,
         )
+
+
+async def taken(store: SessionStore, owner: Owner, nonce: bytes = b"taken") -> Owner:
+    """B takes the session and knows its ledger."""
+    outcome = await store.take(owner.session_id, owner.epoch, B, nonce)
+    assert isinstance(outcome, SessionWritten)
+    session = outcome.session
+    successor = Owner(store, owner.session_id, B, session.epoch)
+    successor.tokens = await store.read_tokens(session, 0, session.head.length)
+    successor.turn_id = owner.turn_id
+    return successor
