@@ -244,7 +244,8 @@ async def test_a_foreign_session_looks_like_none() -> None:
         unknown = await w.finish(w.turn("ses_abcdefgh", tenant="other"))
         assert isinstance(stranger.error, NotFound)
         assert isinstance(unknown.error, NotFound)
-        assert stranger.error.message == unknown.error.message
+        assert stranger.error.message == f"no session {session_id!r}"
+        assert unknown.error.message == "no session 'ses_abcdefgh'"
         assert stranger.error.reason == unknown.error.reason == "SESSION_NOT_FOUND"
 
 
