@@ -78,6 +78,16 @@ class ResidentSession:
             hashes.append(previous)
         return hashes
 
+    def block_hashes_with(self, info: EngineInfo, more: Sequence[int]) -> list[bytes]:
+        """The same with tokens ``more`` behind the ledger's end."""
+        size, hashes = info.page_size, list(self.block_hashes(info))
+        previous = hashes[-1] if hashes else root_hash(info.kv_fingerprint, self.salt)
+        rest = [*self.tokens[len(hashes) * size :], *more]
+        for start in range(0, len(rest) - size + 1, size):
+            previous = next_hash(previous, pack_tokens(rest[start : start + size]))
+            hashes.append(previous)
+        return hashes
+
 
 class Residency:
     """The replica's resident sessions, least recently used first out.
@@ -164,14 +174,20 @@ class Residency:
         """A turn runs: the session stays until :meth:`rest`."""
         self._busy.add(session_id)
 
-    def rest(self, session_id: str) -> None:
+    def rest(self, session_id: str, unwritten: Sequence[int] = ()) -> None:
         """The turn ended: its KV is pinned softly for the gap until the next one, if there will be
-        one here."""
+        one here. KV of what was generated but not written to the ledger is freed: nothing will ever
+        ask for it, nor name it when the session is closed."""
         self._busy.discard(session_id)
         resident = self._sessions.get(session_id)
-        if resident is not None and resident.epoch != NO_EPOCH:
+        if resident is not None:
             self.pin(session_id, self._pin_ttl_s)
-            self._sessions.move_to_end(session_id)
+            if unwritten:
+                self._engine.drop(resident.block_hashes_with(self._engine.info, unwritten))
+            if resident.epoch == NO_EPOCH:
+                self._engine.unpin(session_id)
+            else:
+                self._sessions.move_to_end(session_id)
         self._shrink()
 
     def disown(self, session_id: str) -> None:

@@ -398,11 +398,42 @@ async def test_a_closed_session_ends_its_run() -> None:
         await listen(replica, await w.request(replica), heard, between=close)
         assert heard.finished.status == types_pb2.TURN_STATUS_CANCELLED
         assert replica.app.session_ids() == []
+        await anyio.sleep(1)  # a step that is under way still holds its pages
         load = replica.engine.load()
         assert load.free_pages == replica.engine.info.capacity_pages
         assert load.pinned_pages == 0
         with pytest.raises(errors.SessionClosed):
             await listen(replica, await w.request(replica, "Next", "t2"))
+
+
+@pytest.mark.parametrize("heard_tokens", range(1, 20, 3))
+def test_nothing_stays_of_tokens_that_never_reached_the_ledger(heard_tokens: int) -> None:
+    @in_virtual_time
+    async def cancelled() -> None:
+        # A slow store lets the engine run ahead of the ledger.
+        async with world(delay_s=0.03) as w:
+            replica = await w.start()
+            await w.open()
+            session = await w.give(replica)
+            heard = Heard()
+
+            async def cancel() -> None:
+                if len(heard.tokens) >= heard_tokens:
+                    await w.store.cancel_turn(SESSION, "t1")
+
+            request = await w.request(replica, params={"max_tokens": 100})
+            await listen(replica, request, heard, between=cancel)
+            await anyio.sleep(1)
+            epoch = types_pb2.Epoch(number=session.epoch.number, nonce=session.epoch.nonce)
+            await replica.app.release_session(
+                replica_pb2.ReleaseSessionRequest(session_id=SESSION, epoch=epoch, drop_kv=True)
+            )
+            salt = await w.store.tenant_salt(TENANT)
+            pages = replica.engine.block_hashes(salt, await w.ledger())
+            assert pages
+            assert replica.engine.resident_pages(pages) == 0
+
+    cancelled()
 
 
 @in_virtual_time

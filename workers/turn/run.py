@@ -84,6 +84,7 @@ class TurnRun:
         self._look = False
         self._told: Ending | None = None
         self._decided: tuple[FinishReason, str] | None = None
+        self._unwritten: list[int] = []
 
     # -- what streams and the service use -------------------------------------------------------
 
@@ -205,9 +206,11 @@ class TurnRun:
             self.opened.resident.ended(ending.turn)
         elif lost_session(ending):
             self._ports.residency.disown(self.session_id)
+        if self.opened is not None:
+            self._unwritten += self.opened.output.tokens[self.released :]
         self.ending = ending
         self._on_end(self)
-        self._ports.residency.rest(self.session_id)
+        self._ports.residency.rest(self.session_id, self._unwritten)
         self._notify()
 
     async def _drive(self, open_turn: OpenTurn, pull: PullTurn) -> Ending:
@@ -349,6 +352,7 @@ class TurnRun:
         known = self.released <= count <= len(output.tokens)
         if not known or output.digest_at(count) != turn.output_end.digest:
             return Broken(Unavailable("the turn ended elsewhere; attach again to read it"))
+        self._unwritten = output.tokens[count:]
         output.end(count)
         self._acknowledge(opened, count, turn.output_end)
         return Ended(turn)
