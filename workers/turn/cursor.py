@@ -8,7 +8,6 @@ nothing: it lags, gets fewer and larger messages, and never sees a gap.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Protocol
 
 from sessile.v1 import types_pb2 as pb
 
@@ -17,6 +16,7 @@ from statestore.records import FinishReason, Turn, TurnResult, TurnStatus
 from workers.text.port import TextCodec
 from workers.turn.ending import Broken, Ended, Ending, Redirected
 from workers.turn.output import TurnOutput
+from workers.turn.run import TurnRun
 
 MAX_EVENTS_PER_MESSAGE = 16
 """Of MAX_TOKENS_PER_EVENT tokens each at most, a message stays under gRPC's 4 MiB."""
@@ -38,31 +38,6 @@ REASON = {
 }
 
 
-class TurnView(Protocol):
-    """What a cursor follows: a live run, or an ended turn read from the ledger."""
-
-    @property
-    def output(self) -> TurnOutput: ...
-
-    @property
-    def released(self) -> int: ...
-
-    @property
-    def ending(self) -> Ending | None: ...
-
-    @property
-    def waiting(self) -> pb.TurnWaiting.Reason.ValueType: ...
-
-    @property
-    def streams(self) -> int: ...
-
-    def attach(self) -> None: ...
-
-    def detach(self) -> None: ...
-
-    async def changed(self, timeout_s: float) -> bool: ...
-
-
 class Replay:
     """An ended turn, folded again from the ledger."""
 
@@ -79,6 +54,10 @@ class Replay:
 
     async def changed(self, timeout_s: float) -> bool:
         return True
+
+
+TurnView = TurnRun | Replay
+"""What a cursor follows: a live run, or an ended turn read from the ledger."""
 
 
 async def stream_turn(
