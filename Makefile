@@ -50,7 +50,7 @@ $(BIN)/python:
 # torch first and by its exact version, so that pip takes the build of the configured links and
 # indexes rather than a larger one that a range would also allow.
 $(INSTALLED): pyproject.toml sdk/pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --no-input --progress-bar off $(TORCH_ARGS) $(TORCH)
+	$(BIN)/python -m pip install --no-input --progress-bar off $(TORCH_ARGS) $(TORCH) -c constraints.txt
 	$(BIN)/python -m pip install --no-input --progress-bar off \
 	  -e ./sdk -e '.[torch,otlp,dev]' -c constraints.txt
 	touch $@
