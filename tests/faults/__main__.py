@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.faults.agents import Agent
-from tests.faults.catalogue import CLASSES, STORES, FaultClass
+from tests.faults.catalogue import CLASSES, CLOCKS, STORES, FaultClass
 from tests.faults.fleet import Fleet, fleet
 from tests.faults.rounds import Outcome, play
 from tests.faults.verdict import nothing_left
@@ -35,7 +35,7 @@ async def run_classes(
             (cls, index) for cls in chosen if cls.store == store for index in range(per_class)
         )
         while waiting:
-            async with fleet(STORES[store]()) as running:
+            async with fleet(STORES[store](), clocks=store == CLOCKS) as running:
                 await _play_on(running, waiting, seed, outcomes, console)
                 if not outcomes[-1].fleet_lost:
                     left += [f"{store}: {what}" for what in await _what_is_left(running)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults import processes, stores
+from tests.faults import networks, processes, stores
 from tests.faults.fleet import SingleStore, Store
 from tests.faults.rounds import LONG_PROMPT, Scenario
 
@@ -24,9 +24,11 @@ class FaultClass:
     """Characters of the focus session's first prompt."""
 
 
+CLOCKS = "everysec, clocks that can be set"
 STORES: dict[str, Callable[[], Store]] = {
     "everysec": lambda: SingleStore("everysec"),
     "always": lambda: SingleStore("always"),
+    CLOCKS: lambda: SingleStore("everysec"),
     "sentinel": stores.SentinelStore,
     "cluster": stores.ClusterStore,
 }
@@ -52,8 +54,20 @@ def _of_processes() -> list[FaultClass]:
     return found
 
 
+def _of_networks() -> list[FaultClass]:
+    return [
+        FaultClass(f"{path}-{fault}", networks.on_path(path, fault))
+        for path in ("client-gateway", "gateway-worker", "worker-redis")
+        for fault in ("delay", "cut", "half-open", "throttle")
+    ]
+
+
 CLASSES: list[FaultClass] = [
     *_of_processes(),
+    *_of_networks(),
+    FaultClass("client-slow", networks.slow_client),
+    FaultClass("client-vanished", networks.vanished_client),
+    FaultClass("worker-clock-jump", networks.clock_jump, CLOCKS),
     FaultClass("redis-restart-everysec", stores.restart),
     FaultClass("redis-disk-full-everysec", stores.disk_full),
     FaultClass("redis-memory-limit", stores.memory_full),

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import time
 from typing import Any
 
 from gateway.config import GatewayConfig
 from gateway.main import run as run_gateway
+from tests.faults.fleet import CLOCK_MARK
 from workers.config import ReplicaSettings, WorkerConfig
 from workers.main import run as run_worker
+
+
+def _say_the_time(*_: object) -> None:
+    print(CLOCK_MARK, time.time(), file=sys.stderr, flush=True)
 
 
 def main(options: dict[str, Any]) -> None:
@@ -19,6 +26,7 @@ def main(options: dict[str, Any]) -> None:
         level=os.environ.get("SESSILE_LOG", "INFO"),
         format="%(asctime)s.%(msecs)03d %(name)s %(levelname)s %(message)s",
     )
+    signal.signal(signal.SIGUSR1, _say_the_time)
     role = options.pop("role")
     if role == "gateway":
         run_gateway(GatewayConfig(**options))

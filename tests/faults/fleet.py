@@ -48,7 +48,13 @@ ENGINE = SimConfig(
 )
 PIN_TTL_S = 5.0
 PULL_TIMEOUT_S = 5.0
-FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
+CLOCK_MARK = "the time is"
+"""Before the wall clock, in the log of a process that got SIGUSR1."""
+
+
+def faketime() -> Path | None:
+    """libfaketime (Debian package faketime), if it is installed."""
+    return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
 
 
 class Child:
@@ -271,6 +277,8 @@ class Node:
         self.role = role
         self.options = options
         self.env: dict[str, str] = {}
+        self.clock: Path | None = None
+        """What its wall clock is set off by, if it can be."""
         self.child: Child | None = None
 
     @property
@@ -335,6 +343,20 @@ class Fleet:
         self.move(self.nodes[name])
         return self.nodes[name]
 
+    def unclock(self, worker: Node) -> None:
+        """The worker's next process takes its wall clock's offset from a file."""
+        library = faketime()
+        if library is None:
+            raise RuntimeError("libfaketime is not installed (Debian package faketime)")
+        worker.clock = self.directory / f"{worker.name}.clock"
+        worker.clock.write_text("+0")
+        worker.env = {
+            "LD_PRELOAD": str(library),
+            "FAKETIME_TIMESTAMP_FILE": str(worker.clock),
+            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+
     def move(self, worker: Node) -> None:
         """The worker's next process listens on other ports: its last one may still be there."""
         for setting, kind in (("listen", "grpc"), ("kv_listen", "kv")):
@@ -379,8 +401,11 @@ class Fleet:
 
 
 @asynccontextmanager
-async def fleet(store: Store, *, workers: int = 3, gateways: int = 2) -> AsyncIterator[Fleet]:
-    """A running fleet. At the end no child of this process may be left."""
+async def fleet(
+    store: Store, *, workers: int = 3, gateways: int = 2, clocks: bool = False
+) -> AsyncIterator[Fleet]:
+    """A running fleet. At the end no child of this process may be left. ``clocks``: those of the
+    workers can be set."""
     directory = Path(tempfile.mkdtemp(prefix="sessile-faults-"))
     before = set(children())
     try:
@@ -391,6 +416,8 @@ async def fleet(store: Store, *, workers: int = 3, gateways: int = 2) -> AsyncIt
                 await store.start(proxy, directory)
                 built.records = RedisStore(await connect(store.url_for_checks))
                 nodes = [built.add_worker(f"w{i + 1}") for i in range(workers)]
+                for node in nodes if clocks else ():
+                    built.unclock(node)
                 nodes += [built.add_gateway(f"g{i + 1}") for i in range(gateways)]
                 async with anyio.create_task_group() as starts:
                     for node in nodes:

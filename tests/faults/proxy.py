@@ -119,7 +119,9 @@ class _Broken(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class _Connection:
+class Connection:
+    """One connection through a link."""
+
     client: socket.socket
     server: socket.socket
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
@@ -149,7 +151,7 @@ class Link:
         """Receive buffer towards the server (0: the system's): a small one keeps a sender in
         mid-send."""
         self.seen: deque[Sighting] = deque(maxlen=MEMORY)
-        self.connections: set[_Connection] = set()
+        self.connections: set[Connection] = set()
         self.passed = {Way.UP: 0, Way.DOWN: 0}
         """Bytes that went through."""
         self.resets = 0
@@ -225,7 +227,7 @@ class Link:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.window_bytes)
         for end in (client, server):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = _Connection(client, server)
+        connection = Connection(client, server)
         orderly = False
         try:
             await asyncio.get_running_loop().sock_connect(server, self.target)
@@ -245,7 +247,7 @@ class Link:
                 else:
                     _reset(end)
 
-    async def _pump(self, connection: _Connection, way: Way) -> None:
+    async def _pump(self, connection: Connection, way: Way) -> None:
         loop = asyncio.get_running_loop()
         source, sink = connection.client, connection.server
         if way is Way.DOWN:
@@ -283,7 +285,7 @@ class Link:
         return None
 
     async def _forward(
-        self, connection: _Connection, way: Way, sink: socket.socket, data: bytes
+        self, connection: Connection, way: Way, sink: socket.socket, data: bytes
     ) -> None:
         if not data:
             return
@@ -321,7 +323,7 @@ class Link:
 class _Scanner:
     """Cuts one direction of a connection into units, with what is known of each."""
 
-    def __init__(self, link: Link, connection: _Connection, way: Way) -> None:
+    def __init__(self, link: Link, connection: Connection, way: Way) -> None:
         self._link = link
         self._connection = connection
         self._way = way

@@ -90,6 +90,8 @@ class Round:
         self.focus_done = anyio.Event()
         self.bystanders_done: list[anyio.Event] = []
         self.proofs: list[str] = []
+        self.may_be_told: set[str] = set()
+        """Agents that may be told of a loss: whoever could repair it is gone too."""
         self._started_at = anyio.current_time()
 
     def prove(self, what: str) -> None:
@@ -151,6 +153,18 @@ class Round:
         await until(changed, "nobody took the session")
         epoch, owner, _ = await self.ownership(self.focus)
         self.prove(f"replaced: owner {owner.decode()} under epoch {epoch.decode()}")
+
+    async def kill_owner(self) -> Node:
+        """Kills the focus session's owner: what the store has lost of the sessions that it owned
+        cannot be repaired."""
+        owner = await self.owner(self.focus)
+        for agent in self.agents:
+            if (await self.ownership(agent))[1] == owner.name.encode():
+                self.may_be_told.add(agent.name)
+        owner.process.kill()
+        await owner.process.ended()
+        self.prove(f"{owner.name}, which holds them, killed")
+        return owner
 
     # -- phases -------------------------------------------------------------------------------
 
@@ -258,6 +272,11 @@ async def play(
     with anyio.CancelScope(shield=True):
         if round_ is not None:
             outcome.proofs = round_.proofs
+            outcome.tally.violations += [
+                f"{agent.name}: told of a loss, though its owner lived: {agent.losses} times"
+                for agent in made
+                if agent.losses and agent.name not in round_.may_be_told
+            ]
         await _conclude(fleet, made, outcome)
     outcome.losses = sum(agent.losses for agent in made)
     outcome.seconds = anyio.current_time() - started

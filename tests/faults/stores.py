@@ -223,19 +223,16 @@ async def power_cut(round_: Round) -> None:
     before = len(turn.tokens)
     await hear_more(turn, 15)
     heard = len(turn.tokens)
-    owner = await round_.owner(round_.focus)
+    unrepaired = round_.index % 3 == 2
+    owner = await round_.kill_owner() if unrepaired else None
     await _kill(round_, server)
     size = server.aof().stat().st_size
     os.truncate(server.aof(), kept)
     if heard <= before or size <= kept or turn.ended:
         raise Unproven("nothing acknowledged was lost")
     round_.prove(f"{size - kept} bytes lost, {heard - before} heard tokens among them")
-    if round_.index % 3 == 2:
-        owner.process.kill()
-        await owner.process.ended()
-        round_.prove(f"{owner.name}, which holds them, killed")
     await server.start()
-    if round_.index % 3 == 2:
+    if owner is not None:
         await round_.restart(owner)
     await round_.focus_done.wait()
 
@@ -322,24 +319,19 @@ async def promotion(round_: Round) -> None:
     name = keys.ledger_key(round_.focus.session_id)
     behind = client_of(store.replica.port)
     try:
-        owner = await round_.owner(round_.focus)
         had = await store.raw.strlen(name) - await behind.strlen(name)
         if had <= 0 or turn.ended:
             raise Unproven("the replica was not behind")
+        owner = await round_.kill_owner() if round_.index % 3 == 2 else None
         await _kill(round_, store.primary)
         round_.prove(f"its replica has {had // 4} tokens of the session less")
-        if round_.index % 3 == 2:
-            owner.process.kill()
-            await owner.process.ended()
-            round_.prove(f"{owner.name}, which holds them, killed")
-
         await until(store.promoted, "Sentinel promoted nobody")
     finally:
         await behind.aclose()
     round_.prove(f"{store.replica.name} promoted")
     link.heal()
     await store.swap()
-    if round_.index % 3 == 2:
+    if owner is not None:
         await round_.restart(owner)
     await round_.focus_done.wait()
     await store.in_sync()
