@@ -22,7 +22,7 @@ from gateway.core.errors import (
 )
 from gateway.core.fleet import Replica
 from gateway.core.machines import ReplicaState
-from gateway.core.placement import Decision, Holder, NoCandidate, PlacementRequest, place
+from gateway.core.placement import Decision, Holder, NoCandidate, PlacementRequest, place, relieve
 from statestore.ports import (
     EpochLost,
     Missing,
@@ -101,6 +101,19 @@ class Assigner:
         raise Unavailable(
             "the session's owner changes faster than it can be followed", retry_after_ms=200
         )
+
+    async def relieve(self, session: Session, owner: Owner, new_tokens: int) -> Assignment | None:
+        """Another owner for an idle session whose own has no place for its next turn; None if it
+        is not idle, or nobody would be quicker than the wait. Raises StoreError."""
+        full = self._fleet.snapshot.get(owner.replica)
+        if session.owner != owner or session.active_turn_id is not None or full is None:
+            return None
+        request = await self._request(session, new_tokens)
+        decision = relieve(self._fleet.snapshot, request, full, self._model)
+        if isinstance(decision, NoCandidate):
+            return None
+        written = await self._write(session, decision)
+        return written if isinstance(written, Assignment) else None
 
     def reader_for(self, session: Session) -> Assignment | None:
         """Somebody who can decode the session's ledger: its owner, else any live replica with its

@@ -166,6 +166,11 @@ class _TurnStream:
             request.accepts_redirect,
         )
         self._lost: Owner | None = None
+        self._next: Assignment | None = None
+        """Chosen already."""
+        self._relieved = False
+        """Moved away from a full owner, or tried to: once a stream, so that full replicas do not
+        pass a session round."""
         self._fruitless = 0
         self._disowned = 0
         self._last_heard = 0.0
@@ -198,13 +203,16 @@ class _TurnStream:
                 case Disowned():
                     await self._after_disowned(assignment)
                 case Busy(error):
-                    await self._after_busy(error)
+                    await self._after_busy(assignment, error)
                 case Broken(refused, why):
                     await self._after_broken(assignment, refused, why)
 
     # -- finding a replica -------------------------------------------------------------------
 
     async def _assignment(self) -> Assignment:
+        if self._next is not None:
+            chosen, self._next = self._next, None
+            return chosen
         known = await self._patiently(
             lambda: self._s.directory.find(self._tenant, self._request.session_id)
         )
@@ -226,8 +234,7 @@ class _TurnStream:
             session.owner is None and request.attach_only
         ):
             return await self._replay(session)
-        new_tokens = sum(len(m.content) for m in request.messages) // BYTES_PER_TOKEN
-        return await self._s.assigner.assign(session, self._lost, new_tokens)
+        return await self._s.assigner.assign(session, self._lost, self._new_tokens())
 
     async def _replay(self, session: Session) -> Assignment | NoCandidate:
         """A session that nobody owns: what has ended can be read by anybody."""
@@ -249,7 +256,8 @@ class _TurnStream:
             tasks.start_soon(self._watch_silence, assignment, tasks.cancel_scope)
             end = await self._read_stream(assignment)
             tasks.cancel_scope.cancel()
-        return end
+        # It may be given up after its last event, while its end is awaited.
+        return Delivered() if self._cursor.finished else end
 
     async def _read_stream(self, assignment: Assignment) -> StreamEnd:
         dispatch = self._dispatch(assignment)
@@ -330,11 +338,20 @@ class _TurnStream:
                 self._lost = assignment.owner
         await self._pause(self._backoff_s())
 
-    async def _after_busy(self, error: Overloaded) -> None:
+    async def _after_busy(self, assignment: Assignment, error: Overloaded) -> None:
         if not self._cursor.accepted:
-            raise error
+            if not self._relieved:
+                self._relieved = True
+                self._next = await self._patiently(lambda: self._relieve(assignment.owner))
+            if self._next is None:
+                raise error
+            return
         await self._wait(pb.TurnWaiting.REASON_QUEUED)
         await self._pause(max(self._backoff_s(), (error.retry_after_ms or 0) / 1000))
+
+    async def _relieve(self, owner: Owner) -> Assignment | None:
+        session = await self._s.directory.read(self._tenant, self._request.session_id)
+        return await self._s.assigner.relieve(session, owner, self._new_tokens())
 
     async def _after_broken(self, assignment: Assignment, refused: bool, why: str) -> None:
         replica = assignment.owner.replica
@@ -410,6 +427,9 @@ class _TurnStream:
         limits = self._s.config.failover
         earlier = self._earlier_fruitless()
         return failover.backoff_ms(self._request.session_id, earlier, limits) / 1000
+
+    def _new_tokens(self) -> int:
+        return sum(len(m.content) for m in self._request.messages) // BYTES_PER_TOKEN
 
     def _time_left(self) -> float:
         return max(self._deadline - self._s.clock.now(), 0.001)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gateway.core.fleet import FleetSnapshot, Replica
 from gateway.core.machines import ReplicaState
@@ -173,6 +173,25 @@ def place(
     cost, replica = scored[0]
     source = None if cost.pull_from is None else fleet.get(cost.pull_from)
     return Decision(replica, cost, source, tuple(c for c, _ in scored), tuple(excluded))
+
+
+def relieve(
+    fleet: FleetSnapshot, request: PlacementRequest, owner: Replica, model: PlacementModel
+) -> Decision | NoCandidate:
+    """Where a session goes whose owner refused a turn because every place is taken: to the best
+    other replica, if the first token is predicted sooner there than after the wait for a place."""
+    elsewhere = replace(request, exclude={**request.exclude, owner.ref: "every place is taken"})
+    decision = place(fleet, elsewhere, model)
+    if isinstance(decision, NoCandidate):
+        return decision
+    details, assumed = owner.details, owner.assumed
+    free = max(details.max_running_turns + details.max_queued_turns - owner.turns, 0)
+    full = replace(owner, assumed=replace(assumed, turns=assumed.turns + free))
+    wait_ms, cost = _queue_ms(full, model), decision.cost
+    if cost.prefill_ms + cost.transfer_ms + cost.queue_ms < wait_ms:
+        return decision
+    stays = Excluded(decision.replica.ref, "would take longer than the wait where the KV is")
+    return NoCandidate((*decision.excluded, stays), True, True, int(wait_ms))
 
 
 def unfit(replica: Replica, request: PlacementRequest) -> str | None:

@@ -142,9 +142,7 @@ class GrpcReplicaClients:
             ("grpc.max_send_message_length", size),
             ("grpc.max_receive_message_length", size),
             ("grpc.enable_retries", 0),
-            ("grpc.keepalive_time_ms", int(config.times.keepalive_s * 1000)),
-            ("grpc.keepalive_timeout_ms", int(config.times.keepalive_timeout_s * 1000)),
-            ("grpc.http2.max_pings_without_data", 0),
+            *config.times.keepalive_options(),
             # Each channel has connections of its own, so that a new one to a restarted worker does
             # not inherit the back-off of the old one.
             ("grpc.use_local_subchannel_pool", 1),

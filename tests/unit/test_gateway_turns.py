@@ -12,6 +12,7 @@ from gateway.core.errors import (
     SessionSuspended,
     Unavailable,
 )
+from gateway.core.placement import PlacementModel
 from statestore.records import TurnStatus
 from tests.support.gateway_world import simulated, world
 
@@ -343,6 +344,37 @@ async def test_an_overloaded_owner_is_told_to_a_new_turn_at_once() -> None:
         client = await w.finish(w.turn(session_id))
         assert isinstance(client.error, Overloaded)
         assert client.error.retry_after_ms == 50
+
+
+@simulated
+async def test_a_session_leaves_a_full_owner_for_an_idle_replica_with_its_kv() -> None:
+    config = GatewayConfig(placement=PlacementModel(transfer_setup_ms=0.0))
+    async with world(config=config, a=4, b=4) as w:
+        session_id = await w.open()
+        await w.finish(w.turn(session_id))
+        owner = (await w.session(session_id)).owner
+        assert owner is not None
+        hot = w.fleet.replicas[owner.replica.replica_id]
+        idle = w.fleet.replicas["b" if hot.name == "a" else "a"]
+        hot.overloaded = 1
+        client = await w.finish(w.turn(session_id, "t2"))
+        assert client.error is None
+        await w.check_gapless(client, session_id, "t2")
+        owner = (await w.session(session_id)).owner
+        assert owner is not None
+        assert owner.replica == idle.ref
+        assert idle.dispatches[-1].prefix.source.replica_id == hot.name
+
+
+@simulated
+async def test_full_replicas_do_not_pass_a_session_round() -> None:
+    async with world(a=4, b=4) as w:
+        session_id = await w.open()
+        for replica in w.fleet.replicas.values():
+            replica.overloaded = 100
+        client = await w.finish(w.turn(session_id))
+        assert isinstance(client.error, Overloaded)
+        assert sum(len(r.dispatches) for r in w.fleet.replicas.values()) == 2
 
 
 @simulated

@@ -15,6 +15,7 @@ from gateway.core.placement import (
     PlacementModel,
     PlacementRequest,
     place,
+    relieve,
 )
 from statestore.records import ReplicaRef
 from statestore.replica_info import ReplicaLoad
@@ -221,3 +222,21 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         PlacementModel(transfer_tokens_per_s=0)
     with pytest.raises(ValueError, match="shares"):
         PlacementModel(activity=2.0)
+
+
+@pytest.mark.parametrize(("history", "moves"), [(2_000, True), (200_000, False)])
+def test_a_full_owner_is_left_only_if_moving_is_quicker_than_waiting(
+    history: int, moves: bool
+) -> None:
+    """The wait: nine turns of 200 tokens at 30/s over eight places, 7.5 s."""
+    owner = replica("a")
+    other = replica("b", capacity_pages=20_000, max_context_tokens=10**6)
+    asked = request(history_tokens=history, holders=(Holder(owner.ref, history),))
+    decision = relieve(fleet(owner, other), asked, owner, CONFIG)
+    assert isinstance(decision, Decision) is moves
+    if isinstance(decision, Decision):
+        assert decision.replica.ref == other.ref
+        assert decision.pull_from == owner
+    else:
+        assert decision.overloaded
+        assert decision.retry_after_ms == 7_500
