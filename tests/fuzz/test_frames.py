@@ -73,7 +73,6 @@ def test_random_bytes_are_refused_or_cut_without_loss(data: bytes) -> None:
     assert b"".join(data[start:end] for _, start, end in cut) == data
 
 
-@pytest.mark.xfail(strict=True, reason="event_of lets protobuf's DecodeError through")
 @fuzz(400)
 @given(seeds)
 def test_a_cursor_fed_with_damaged_messages_passes_them_on_or_refuses_them(seed: int) -> None:

@@ -114,14 +114,12 @@ def test_a_spoilt_stream_is_a_typed_error_or_no_spoilt_turn(seed: int) -> None:
         check_whole(fold, start.length if resumed else fold.accepted.output_start.length)
 
 
-@pytest.mark.xfail(strict=True, reason="TurnFold takes Finished without Accepted")
 def test_a_turn_that_finishes_before_it_was_accepted_is_an_error() -> None:
     fold = TurnFold(None)
     with pytest.raises(SessileError):
         fold.take(finished(0, text_end=0))
 
 
-@pytest.mark.xfail(strict=True, reason="TurnFold takes Finished with any status")
 @pytest.mark.parametrize("status", [pb.TURN_STATUS_UNSPECIFIED, pb.TURN_STATUS_RUNNING, 77])
 def test_a_turn_that_finishes_without_having_ended_is_an_error(status: Any) -> None:
     """With such a status no gap would be noticed."""
@@ -131,7 +129,6 @@ def test_a_turn_that_finishes_without_having_ended_is_an_error(status: Any) -> N
         fold.take(finished(5, status))
 
 
-@pytest.mark.xfail(strict=True, reason="TurnFold takes positions past 64 bits")
 def test_a_position_that_no_ledger_can_have_is_an_error() -> None:
     """It could not be sent back as ``resume_from``."""
     fold = TurnFold(None)

@@ -1,0 +1,29 @@
+"""Processes with small bounds, so that an attack on them is a small one."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from gateway.config import Admission, GatewayConfig
+from gateway.main import run as run_gateway
+from workers.config import ReplicaSettings, WorkerConfig
+from workers.main import run as run_worker
+
+ADMISSION = Admission(max_streams=12, max_watches=12, max_calls=12, max_message_bytes=1 << 20)
+ENGINE = (("decode_token_ms", "0"), ("eos_probability", "0"), ("step_ms", "5"))
+
+
+def main(role: str, redis_url: str) -> None:
+    """Serves until it is told to stop; announces its address. A role is ``gateway`` or the id of a
+    worker."""
+    logging.basicConfig(level="CRITICAL")
+    if role == "gateway":
+        run_gateway(GatewayConfig(listen="127.0.0.1:0", redis_url=redis_url, admission=ADMISSION))
+    else:
+        replica = ReplicaSettings(replica_id=role)
+        run_worker(WorkerConfig(redis_url=redis_url, replica=replica, engine_options=ENGINE))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
