@@ -3,6 +3,8 @@
 #
 #   make demo           the live demonstration: three replicas, two gateways, eight agents, faults
 #   make test           everything that CI checks
+#   make faults         real faults on real processes: about 500, half an hour
+#   make soak MINUTES=… agents under steady faults for so long, and what memory grows
 #   make lint           ruff, mypy --strict, import layers
 #   make protos         regenerate sdk/sessile/v1 from proto/
 #   make check-protos   fail if sdk/sessile/v1 is not what proto/ generates
@@ -11,11 +13,14 @@
 # PYTHON      interpreter the environments are made from
 # TORCH_ARGS  extra arguments of the torch install, for instance to choose an index of CPU builds
 # DEMO_ARGS   extra arguments of the demo, for instance --engine sim
+# FAULTS_ARGS extra arguments of faults, for instance --classes gateway --per-class 3
 # PYTEST_ARGS extra arguments of pytest, for instance -k ledger
 
 PYTHON ?= python3
 TORCH_ARGS ?=
 DEMO_ARGS ?=
+FAULTS_ARGS ?=
+MINUTES ?= 10
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -31,7 +36,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint protos check-protos clean install
+.PHONY: demo test faults soak lint protos check-protos clean install
 
 install: $(INSTALLED)
 
@@ -84,6 +89,12 @@ lint: $(INSTALLED)
 
 test: lint check-protos
 	$(BIN)/python -m pytest $(PYTEST_ARGS) </dev/null
+
+faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
+
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 demo: $(INSTALLED)
 	$(BIN)/sessile demo $(DEMO_ARGS)
