@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 
+from google.protobuf.message import DecodeError
 from sessile.v1 import types_pb2 as pb
 
 _EVENTS_TAG = 0x0A
@@ -67,8 +68,11 @@ def events(message: bytes) -> Iterator[tuple[Kind, int, int]]:
 
 
 def event_of(frame: bytes) -> pb.TurnEvent:
-    """The one event of a frame that :func:`events` cut out."""
-    stream = pb.TurnStream.FromString(frame)
+    """The one event of a frame that :func:`events` cut out. Raises BadFrame."""
+    try:
+        stream = pb.TurnStream.FromString(frame)
+    except DecodeError as error:
+        raise BadFrame(f"an event cannot be read: {error}") from error
     if len(stream.events) != 1:
         raise BadFrame(f"{len(stream.events)} events in one frame")
     return stream.events[0]

@@ -16,6 +16,7 @@ from sessile.v1 import types_pb2 as pb
 from gateway.app.assignment import not_open
 from gateway.app.convert import SESSION_STATES, TURN_STATUSES, epoch_to_pb, session_to_pb
 from gateway.app.directory import unknown_session
+from gateway.app.request_checks import check_params, check_roles, check_tools
 from gateway.app.services import Services
 from gateway.core.errors import (
     InvalidRequest,
@@ -307,9 +308,9 @@ def leading_digest(salt: bytes, request: session_pb2.OpenSessionRequest) -> byte
 
 
 def _check_leading(request: session_pb2.OpenSessionRequest) -> None:
-    for message in request.messages:
-        if message.role == pb.Message.ROLE_UNSPECIFIED:
-            raise InvalidRequest("a leading message has no role")
+    check_roles(request.messages)
+    check_tools(request.tools)
+    check_params(request.default_params)
     names = [tool.name for tool in request.tools]
     if len(set(names)) != len(names):
         raise InvalidRequest("tools have unique names")

@@ -105,6 +105,11 @@ class Finished:
 TurnEvent = Accepted | Waiting | Tokens | Moved | Finished
 
 
+_ENDED = frozenset({TurnStatus.COMMITTED, TurnStatus.CANCELLED, TurnStatus.FAILED})
+MAX_LENGTH = 2**63
+"""Of a ledger, tokens: what does not fit could not be sent back as a position."""
+
+
 class TurnFold:
     """What a client has of one turn: text, tokens and the place reached.
 
@@ -194,6 +199,8 @@ class TurnFold:
                 f"{kind}: tokens at position {tokens.position}, expected {self.at.length}"
             )
         ids = tuple(tokens.token_ids)
+        if tokens.position + len(ids) > MAX_LENGTH:
+            raise ProtocolError(f"no ledger is as long as {tokens.position} tokens")
         self._take_text(tokens.text, tokens.text_offset)
         self.at = Position(tokens.position + len(ids), tokens.digest)
         self.token_ids.extend(ids)
@@ -207,7 +214,11 @@ class TurnFold:
         return Moved(source, target, reason, moved.attempt)
 
     def _take_finished(self, finished: pb.TurnFinished) -> Finished:
+        if not self._stream_began:
+            raise ProtocolError("TurnFinished before TurnAccepted")
         status, end = TurnStatus.from_pb(finished.status), Position.from_pb(finished.end)
+        if status not in _ENDED:
+            raise ProtocolError(f"TurnFinished with status {finished.status}, which is no end")
         if self.at is not None:
             if end.length < self.at.length or end.contradicts(self.at):
                 raise DataLoss(

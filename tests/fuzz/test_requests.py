@@ -343,7 +343,6 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="OpenSession checks neither defaults, roles nor schemas")
 @pytest.mark.parametrize("request_", UNUSABLE.values(), ids=UNUSABLE)
 def test_a_session_that_was_opened_takes_turns(request_: session_pb2.OpenSessionRequest) -> None:
     """What every turn of the session would refuse is refused when it is opened."""
@@ -359,7 +358,6 @@ def test_a_session_that_was_opened_takes_turns(request_: session_pb2.OpenSession
     in_a_world(test)
 
 
-@pytest.mark.xfail(strict=True, reason="chat_tools lets RecursionError through")
 def test_a_tool_schema_that_is_nested_too_deep_is_an_invalid_request() -> None:
     deep = opening(tools=[pb.ToolDefinition(name="t", parameters_json="[" * 100_000)])
 

@@ -117,7 +117,7 @@ def test_a_spoilt_stream_is_a_typed_error_or_no_spoilt_turn(seed: int) -> None:
 def test_a_turn_that_finishes_before_it_was_accepted_is_an_error() -> None:
     fold = TurnFold(None)
     with pytest.raises(SessileError):
-        fold.take(finished(0, text_end=0))
+        fold.take(finished(0))
 
 
 @pytest.mark.parametrize("status", [pb.TURN_STATUS_UNSPECIFIED, pb.TURN_STATUS_RUNNING, 77])

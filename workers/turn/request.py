@@ -7,14 +7,13 @@ without the client and without this replica's defaults (P4).
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 from sessile.v1 import session_pb2, types_pb2
 
+from gateway.app.request_checks import check_params, check_roles, check_tools
 from gateway.core.errors import ContextTooLong, InvalidRequest
 from statestore.digest import DIGEST_BYTES
 from statestore.ports import StoreCorrupt
@@ -26,8 +25,6 @@ from workers.turn.output import FinishRules
 MAX_MESSAGES = 1024
 MAX_INPUT_BYTES = 4 << 20
 MAX_ID_CHARS = 128
-MAX_STOPS = 16
-MAX_STOP_BYTES = 256
 DEFAULT_MAX_TOKENS = 1024
 DEFAULT_TIMEOUT_MS = 600_000
 MAX_TIMEOUT_MS = 86_400_000
@@ -68,23 +65,6 @@ def check_turn(turn: types_pb2.RunTurnRequest) -> None:
     if turn.timeout_ms > MAX_TIMEOUT_MS:
         raise InvalidRequest(f"timeout_ms may be at most {MAX_TIMEOUT_MS}")
     check_params(turn.params)
-
-
-def check_params(params: types_pb2.SamplingParams) -> None:
-    """Raises InvalidRequest naming the first parameter out of its range."""
-    if not (math.isfinite(params.temperature) and 0.0 <= params.temperature <= 2.0):
-        raise InvalidRequest("temperature must be within 0 and 2")
-    if params.HasField("top_p") and not 0.0 < params.top_p <= 1.0:
-        raise InvalidRequest("top_p must be over 0 and at most 1")
-    if params.HasField("max_tokens") and params.max_tokens < 1:
-        raise InvalidRequest("max_tokens must be at least 1")
-    if params.HasField("max_tokens") and params.min_tokens > params.max_tokens:
-        raise InvalidRequest("min_tokens must not be over max_tokens")
-    if len(params.stop) > MAX_STOPS or len(params.stop_token_ids) > MAX_STOPS:
-        raise InvalidRequest(f"at most {MAX_STOPS} stop strings and {MAX_STOPS} stop_token_ids")
-    for stop in params.stop:
-        if not 1 <= len(stop.encode()) <= MAX_STOP_BYTES:
-            raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_BYTES} bytes")
 
 
 def input_digest(salt: bytes, turn: types_pb2.RunTurnRequest) -> bytes:
@@ -199,25 +179,20 @@ def plan_of(
 
 def chat_messages(messages: Sequence[types_pb2.Message]) -> list[ChatMessage]:
     """Wire to codec; raises InvalidRequest for a message without a role."""
-    result: list[ChatMessage] = []
-    for message in messages:
-        role = _ROLES.get(message.role)
-        if role is None:
-            raise InvalidRequest("every message needs a role")
-        calls = tuple(Call(c.id, c.name, c.arguments_json) for c in message.tool_calls)
-        result.append(ChatMessage(role, message.content, calls, message.tool_call_id, message.name))
-    return result
+    check_roles(messages)
+    return [
+        ChatMessage(
+            _ROLES[message.role],
+            message.content,
+            tuple(Call(c.id, c.name, c.arguments_json) for c in message.tool_calls),
+            message.tool_call_id,
+            message.name,
+        )
+        for message in messages
+    ]
 
 
 def chat_tools(tools: Sequence[types_pb2.ToolDefinition]) -> list[Tool]:
     """Wire to codec; raises InvalidRequest for parameters that are not a JSON object."""
-    result: list[Tool] = []
-    for tool in tools:
-        try:
-            valid = isinstance(json.loads(tool.parameters_json or "{}"), dict)
-        except ValueError:
-            valid = False
-        if not valid:
-            raise InvalidRequest(f"tool {tool.name!r}: parameters_json must be a JSON object")
-        result.append(Tool(tool.name, tool.description, tool.parameters_json or "{}"))
-    return result
+    check_tools(tools)
+    return [Tool(tool.name, tool.description, tool.parameters_json or "{}") for tool in tools]
