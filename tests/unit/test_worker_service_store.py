@@ -308,6 +308,31 @@ async def test_a_client_that_knows_more_than_the_ledger_gets_data_loss_from_a_ne
 
 
 @in_virtual_time
+async def test_a_client_that_saw_the_end_of_a_turn_is_told_that_the_end_is_lost() -> None:
+    async with world() as w:
+        first, second = await w.start("r1"), await w.start("r2")
+        await w.open()
+        await w.give(first)
+        heard = Heard()
+        kept = w.executor.snapshot()
+
+        async def remember() -> None:
+            nonlocal kept
+            if 3 <= len(heard.tokens) < 5:
+                kept = w.executor.snapshot()
+
+        await listen(first, await w.request(first), heard, between=remember)
+        await first.kill()
+        w.executor.restore(kept)
+        await w.give(second)
+        known = types_pb2.Precondition(head=heard.finished.end, turn_index=1)
+        with pytest.raises(errors.DataLoss):
+            await listen(second, await w.request(second, "More", "t2", precondition=known))
+        with pytest.raises(errors.TurnInProgress):
+            await listen(second, await w.request(second, "More", "t3"))
+
+
+@in_virtual_time
 async def test_a_turn_whose_caller_goes_away_during_its_begin_runs_on() -> None:
     async with world(delay_s=0.05) as w:
         replica = await w.start()

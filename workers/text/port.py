@@ -116,6 +116,12 @@ class TextCodec(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def quick_chars(self) -> int:
+        """Up to so many characters are rendered fast enough to do it on the event loop. A codec
+        that gives a bound can be called from any thread."""
+        ...
+
     def render(
         self,
         last_turn: LastTurn,

@@ -209,8 +209,10 @@ class TurnOpening:
     ) -> Opened | Turn | None:
         """None: the session changed meanwhile; look again."""
         session = context.session
-        if session.active_turn_id is not None:
+        known = self._turn.precondition.turn_index
+        if session.active_turn_id is not None and known <= session.turn_index:
             raise refusal(session.session_id, store.Refused(session.state, session.active_turn_id))
+        # Who knows of more ended turns saw the active one end: its end is lost (P1).
         if self._turn.HasField("precondition"):
             check_precondition(self._turn.precondition, session)
         fingerprint = self._ports.codec.token_fingerprint
@@ -219,7 +221,7 @@ class TurnOpening:
         resident = await self._ports.residency.load(
             self._ports.store, session, salt, context.ledger
         )
-        tokens = self._render(session, resident)
+        tokens = await self._render(session, resident)
         state = resident.digest.copy()
         state.update(tokens)
         preamble = preamble_of(session.preamble)
@@ -250,7 +252,7 @@ class TurnOpening:
                 resident.extend(tokens)
                 if turn.output_end.length > len(resident.tokens):
                     return None  # an earlier call of ours began it; take it up as a resume
-                self._note_leading(session, tokens)
+                await self._note_leading(session, tokens)
                 output = fold(self._ports, turn, state, [])
                 plan = _plan(self._ports, turn)
                 deadline = began_at + spec.timeout_ms / 1000
@@ -268,7 +270,7 @@ class TurnOpening:
             case _:
                 raise refusal(session.session_id, outcome)
 
-    def _render(self, session: Session, resident: ResidentSession) -> list[int]:
+    async def _render(self, session: Session, resident: ResidentSession) -> list[int]:
         """The turn's input tokens. Raises InvalidRequest for what the template cannot render."""
         messages = chat_messages(self._turn.messages)
         preamble = preamble_of(session.preamble)
@@ -281,17 +283,17 @@ class TurnOpening:
         else:
             messages = chat_messages(preamble.messages) + messages
         try:
-            return self._ports.codec.render(last, messages, chat_tools(preamble.tools))
+            return await self._ports.render(last, messages, chat_tools(preamble.tools))
         except BadMessages as error:
             raise InvalidRequest(str(error)) from error
 
-    def _note_leading(self, session: Session, tokens: list[int]) -> None:
+    async def _note_leading(self, session: Session, tokens: list[int]) -> None:
         """Learns how many of a first turn's tokens are its session's leading messages."""
         preamble = preamble_of(session.preamble)
         if session.head.length or not preamble.messages:
             return
         try:
-            alone = self._ports.codec.render(
+            alone = await self._ports.render(
                 LastTurn.NONE, chat_messages(preamble.messages), chat_tools(preamble.tools)
             )
         except BadMessages:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+import anyio
+import anyio.to_thread
 from sessile.v1 import replica_pb2
 
 from gateway.core.errors import (
@@ -25,11 +27,14 @@ from workers.config import TurnLimits
 from workers.engines.port import Engine
 from workers.journal import Journal, until_answered
 from workers.residency import Residency, ResidentSession
-from workers.text.port import TextCodec
+from workers.text.port import ChatMessage, LastTurn, TextCodec, Tool
 from workers.turn.dispatcher import Dispatcher
 
 MAX_SALTS = 4096
 """Tenant salts kept in memory; the least recently used goes first."""
+
+MAX_RENDER_THREADS = 2
+"""Long inputs rendered at once; others wait, and the store's and client's time limits apply."""
 
 
 PullPrefix = Callable[[ResidentSession, replica_pb2.PrefixPlan], Awaitable[None]]
@@ -52,6 +57,28 @@ class TurnPorts:
     draw_seed: Callable[[], int]
     """A seed below 2^63 for turns whose client gave none."""
     limits: TurnLimits
+    render_threads: anyio.CapacityLimiter = field(
+        default_factory=lambda: anyio.CapacityLimiter(MAX_RENDER_THREADS)
+    )
+
+    async def render(
+        self, last_turn: LastTurn, messages: Sequence[ChatMessage], tools: Sequence[Tool]
+    ) -> list[int]:
+        """What the codec renders; in a thread where that would hold up the event loop."""
+        chars = sum(
+            len(it.content) + sum(len(c.arguments) for c in it.tool_calls) for it in messages
+        )
+        chars += sum(len(tool.description) + len(tool.parameters) for tool in tools)
+        if chars <= self.codec.quick_chars:
+            return self.codec.render(last_turn, messages, tools)
+        return await anyio.to_thread.run_sync(
+            self.codec.render,
+            last_turn,
+            messages,
+            tools,
+            limiter=self.render_threads,
+            abandon_on_cancel=True,
+        )
 
 
 @dataclass(slots=True)
