@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import logging
 import secrets
-import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import anyio
 from anyio.abc import TaskStatus
@@ -32,6 +31,7 @@ from gateway.rpc.services import (
 from gateway.rpc.serving import Serving
 from statestore.embedded import embedded_server
 from statestore.ports import StoreMisconfigured
+from statestore.process import run_process
 from statestore.redis_executor import connect
 from statestore.redis_store import RedisStore
 from statestore.script_runner import RetryPolicy
@@ -118,30 +118,7 @@ async def serve(
 
 def run(config: GatewayConfig) -> None:
     """Runs a gateway process until SIGTERM or SIGINT; a second signal ends it at once."""
-    options = {"use_uvloop": importlib.util.find_spec("uvloop") is not None}
-    anyio.run(_run, config, backend_options=options)
-
-
-async def _run(config: GatewayConfig) -> None:
-    stop = anyio.Event()
-    async with anyio.create_task_group() as tasks:
-
-        async def watch_signals() -> None:
-            with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-                async for number in signals:
-                    if stop.is_set():
-                        tasks.cancel_scope.cancel()
-                        return
-                    log.info("signal %s: stopping", number.name)
-                    stop.set()
-
-        async def serve_to_the_end(*, task_status: TaskStatus[str]) -> None:
-            await serve(config, stop=stop, task_status=task_status)
-            tasks.cancel_scope.cancel()
-
-        tasks.start_soon(watch_signals, name="signals")
-        address = await tasks.start(serve_to_the_end)
-        print(f"sessile gateway on {address}", flush=True)  # noqa: T201 - for whoever starts it
+    run_process("sessile gateway", partial(serve, config))
 
 
 def _server(

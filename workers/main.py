@@ -79,10 +79,11 @@ async def serve(
             tasks.start_soon(channel.serve)
             try:
                 await run_replica(adapters, config.replica, endpoint, reachable, stop)
+                await health_service.enter_graceful_shutdown()
+                await server.stop(config.shutdown_grace_s)
             finally:
                 with anyio.CancelScope(shield=True):
-                    await health_service.enter_graceful_shutdown()
-                    await server.stop(config.shutdown_grace_s)
+                    await server.stop(None)
             tasks.cancel_scope.cancel()
 
 

@@ -27,6 +27,9 @@ MAX_PEER_CHANNELS = 64
 MAX_MESSAGE_BYTES = 16 << 20
 """Of one message in either direction; input, block hashes and transcripts stay well below."""
 
+MIN_PING_INTERVAL_MS = 5_000
+"""Half of what gateways leave between their pings."""
+
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -137,7 +140,11 @@ class GrpcPeers:
 def new_server(host: str, port: int) -> tuple[aio.Server, int]:
     """A server bound to host:port (0: any free port) but not started; and its port. Raises OSError
     if the address cannot be bound."""
-    server = aio.server(options=OPTIONS)
+    # Gateways ping while a stream is silent (a queued turn, a long prefill, a store that is away).
+    # By default a server takes that for abuse and ends the connection.
+    server = aio.server(
+        options=[*OPTIONS, ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS)]
+    )
     try:
         bound = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError as error:
