@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from sessile.v1 import types_pb2 as sessile_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sessile/v1/fleet.proto\x12\nsessile.v1\x1a\x16sessile/v1/types.proto\"\x85\x02\n\x0bReplicaLoad\x12\x15\n\rrunning_turns\x18\x01 \x01(\r\x12\x14\n\x0cqueued_turns\x18\x02 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x03 \x01(\x04\x12\x12\n\nfree_pages\x18\x04 \x01(\r\x12\x14\n\x0cpinned_pages\x18\x05 \x01(\r\x12\x10\n\x08sessions\x18\x06 \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\x07 \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x08 \x01(\x01\x12\x19\n\x11max_running_turns\x18\t \x01(\r\x12\x18\n\x10max_queued_turns\x18\n \x01(\r\"\xf5\x02\n\x07Replica\x12#\n\x03ref\x18\x01 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.sessile.v1.ReplicaState\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x19\n\x11token_fingerprint\x18\x06 \x01(\x0c\x12\x16\n\x0ekv_fingerprint\x18\x07 \x01(\x0c\x12\x11\n\tpage_size\x18\x08 \x01(\r\x12\x16\n\x0e\x63\x61pacity_pages\x18\t \x01(\r\x12\x1a\n\x12max_context_tokens\x18\n \x01(\x04\x12%\n\x04load\x18\x0b \x01(\x0b\x32\x17.sessile.v1.ReplicaLoad\x12\x0c\n\x04site\x18\x0c \x01(\t\x12\x10\n\x08hardware\x18\r \x01(\t\x12\x14\n\x0cprotocol_min\x18\x0e \x01(\r\x12\x14\n\x0cprotocol_max\x18\x0f \x01(\r\"+\n\x13ListReplicasRequest\x12\x14\n\x0cinclude_down\x18\x01 \x01(\x08\"=\n\x14ListReplicasResponse\x12%\n\x08replicas\x18\x01 \x03(\x0b\x32\x13.sessile.v1.Replica\"(\n\x11WatchFleetRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\x04\";\n\x12WatchFleetResponse\x12%\n\x08replicas\x18\x01 \x03(\x0b\x32\x13.sessile.v1.Replica\"O\n\x13\x44rainReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x04\x12\x10\n\x08shutdown\x18\x03 \x01(\x08\"x\n\x14\x44rainReplicaResponse\x12\x15\n\rmoved_with_kv\x18\x01 \x01(\r\x12\x18\n\x10moved_without_kv\x18\x02 \x01(\r\x12\x11\n\tremaining\x18\x03 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\r\x12\x0c\n\x04\x64one\x18\x05 \x01(\x08\"\xf8\x01\n\x0fMigrationResult\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12$\n\x04\x66rom\x18\x02 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12\"\n\x02to\x18\x03 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12\r\n\x05moved\x18\x04 \x01(\x08\x12\x17\n\x0fverified_tokens\x18\x05 \x01(\x04\x12\x14\n\x0c\x62ytes_copied\x18\x06 \x01(\x04\x12\x13\n\x0b\x64uration_ms\x18\x07 \x01(\x01\x12\x0e\n\x06rounds\x18\x08 \x01(\r\x12\x14\n\x0crunning_turn\x18\t \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\n \x01(\t\"s\n\x15MigrateSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x19\n\x11target_replica_id\x18\x02 \x01(\t\x12\x12\n\ntimeout_ms\x18\x03 \x01(\x04\x12\x17\n\x0f\x61llow_recompute\x18\x04 \x01(\x08\"E\n\x16MigrateSessionResponse\x12+\n\x06result\x18\x01 \x01(\x0b\x32\x1b.sessile.v1.MigrationResult*\xb0\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_PENDING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x19\n\x15REPLICA_STATE_SUSPECT\x10\x03\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x04\x12\x16\n\x12REPLICA_STATE_DOWN\x10\x05\x32\xde\x02\n\x0c\x46leetService\x12Q\n\x0cListReplicas\x12\x1f.sessile.v1.ListReplicasRequest\x1a .sessile.v1.ListReplicasResponse\x12M\n\nWatchFleet\x12\x1d.sessile.v1.WatchFleetRequest\x1a\x1e.sessile.v1.WatchFleetResponse0\x01\x12S\n\x0c\x44rainReplica\x12\x1f.sessile.v1.DrainReplicaRequest\x1a .sessile.v1.DrainReplicaResponse0\x01\x12W\n\x0eMigrateSession\x12!.sessile.v1.MigrateSessionRequest\x1a\".sessile.v1.MigrateSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sessile/v1/fleet.proto\x12\nsessile.v1\x1a\x16sessile/v1/types.proto\"\x85\x02\n\x0bReplicaLoad\x12\x15\n\rrunning_turns\x18\x01 \x01(\r\x12\x14\n\x0cqueued_turns\x18\x02 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x03 \x01(\x04\x12\x12\n\nfree_pages\x18\x04 \x01(\r\x12\x14\n\x0cpinned_pages\x18\x05 \x01(\r\x12\x10\n\x08sessions\x18\x06 \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\x07 \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x08 \x01(\x01\x12\x19\n\x11max_running_turns\x18\t \x01(\r\x12\x18\n\x10max_queued_turns\x18\n \x01(\r\"\xfb\x02\n\x07Replica\x12#\n\x03ref\x18\x01 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.sessile.v1.ReplicaState\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x19\n\x11token_fingerprint\x18\x06 \x01(\x0c\x12\x16\n\x0ekv_fingerprint\x18\x07 \x01(\x0c\x12\x11\n\tpage_size\x18\x08 \x01(\r\x12\x16\n\x0e\x63\x61pacity_pages\x18\t \x01(\r\x12\x1a\n\x12max_context_tokens\x18\n \x01(\x04\x12%\n\x04load\x18\x0b \x01(\x0b\x32\x17.sessile.v1.ReplicaLoad\x12\x0c\n\x04site\x18\x0c \x01(\t\x12\x10\n\x08hardware\x18\r \x01(\t\x12\x14\n\x0cprotocol_min\x18\x0e \x01(\r\x12\x14\n\x0cprotocol_max\x18\x0f \x01(\rJ\x04\x08\x14\x10 \"+\n\x13ListReplicasRequest\x12\x14\n\x0cinclude_down\x18\x01 \x01(\x08\"=\n\x14ListReplicasResponse\x12%\n\x08replicas\x18\x01 \x03(\x0b\x32\x13.sessile.v1.Replica\"(\n\x11WatchFleetRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\x04\";\n\x12WatchFleetResponse\x12%\n\x08replicas\x18\x01 \x03(\x0b\x32\x13.sessile.v1.Replica\"O\n\x13\x44rainReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x04\x12\x10\n\x08shutdown\x18\x03 \x01(\x08\"x\n\x14\x44rainReplicaResponse\x12\x15\n\rmoved_with_kv\x18\x01 \x01(\r\x12\x18\n\x10moved_without_kv\x18\x02 \x01(\r\x12\x11\n\tremaining\x18\x03 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\r\x12\x0c\n\x04\x64one\x18\x05 \x01(\x08\"\xfe\x01\n\x0fMigrationResult\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12$\n\x04\x66rom\x18\x02 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12\"\n\x02to\x18\x03 \x01(\x0b\x32\x16.sessile.v1.ReplicaRef\x12\r\n\x05moved\x18\x04 \x01(\x08\x12\x17\n\x0fverified_tokens\x18\x05 \x01(\x04\x12\x14\n\x0c\x62ytes_copied\x18\x06 \x01(\x04\x12\x13\n\x0b\x64uration_ms\x18\x07 \x01(\x01\x12\x0e\n\x06rounds\x18\x08 \x01(\r\x12\x14\n\x0crunning_turn\x18\t \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\n \x01(\tJ\x04\x08\x10\x10\x18\"s\n\x15MigrateSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x19\n\x11target_replica_id\x18\x02 \x01(\t\x12\x12\n\ntimeout_ms\x18\x03 \x01(\x04\x12\x17\n\x0f\x61llow_recompute\x18\x04 \x01(\x08\"E\n\x16MigrateSessionResponse\x12+\n\x06result\x18\x01 \x01(\x0b\x32\x1b.sessile.v1.MigrationResult*\xb0\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_PENDING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x19\n\x15REPLICA_STATE_SUSPECT\x10\x03\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x04\x12\x16\n\x12REPLICA_STATE_DOWN\x10\x05\x32\xde\x02\n\x0c\x46leetService\x12Q\n\x0cListReplicas\x12\x1f.sessile.v1.ListReplicasRequest\x1a .sessile.v1.ListReplicasResponse\x12M\n\nWatchFleet\x12\x1d.sessile.v1.WatchFleetRequest\x1a\x1e.sessile.v1.WatchFleetResponse0\x01\x12S\n\x0c\x44rainReplica\x12\x1f.sessile.v1.DrainReplicaRequest\x1a .sessile.v1.DrainReplicaResponse0\x01\x12W\n\x0eMigrateSession\x12!.sessile.v1.MigrateSessionRequest\x1a\".sessile.v1.MigrateSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sessile.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATE']._serialized_start=1556
-  _globals['_REPLICASTATE']._serialized_end=1732
+  _globals['_REPLICASTATE']._serialized_start=1568
+  _globals['_REPLICASTATE']._serialized_end=1744
   _globals['_REPLICALOAD']._serialized_start=63
   _globals['_REPLICALOAD']._serialized_end=324
   _globals['_REPLICA']._serialized_start=327
-  _globals['_REPLICA']._serialized_end=700
-  _globals['_LISTREPLICASREQUEST']._serialized_start=702
-  _globals['_LISTREPLICASREQUEST']._serialized_end=745
-  _globals['_LISTREPLICASRESPONSE']._serialized_start=747
-  _globals['_LISTREPLICASRESPONSE']._serialized_end=808
-  _globals['_WATCHFLEETREQUEST']._serialized_start=810
-  _globals['_WATCHFLEETREQUEST']._serialized_end=850
-  _globals['_WATCHFLEETRESPONSE']._serialized_start=852
-  _globals['_WATCHFLEETRESPONSE']._serialized_end=911
-  _globals['_DRAINREPLICAREQUEST']._serialized_start=913
-  _globals['_DRAINREPLICAREQUEST']._serialized_end=992
-  _globals['_DRAINREPLICARESPONSE']._serialized_start=994
-  _globals['_DRAINREPLICARESPONSE']._serialized_end=1114
-  _globals['_MIGRATIONRESULT']._serialized_start=1117
-  _globals['_MIGRATIONRESULT']._serialized_end=1365
-  _globals['_MIGRATESESSIONREQUEST']._serialized_start=1367
-  _globals['_MIGRATESESSIONREQUEST']._serialized_end=1482
-  _globals['_MIGRATESESSIONRESPONSE']._serialized_start=1484
-  _globals['_MIGRATESESSIONRESPONSE']._serialized_end=1553
-  _globals['_FLEETSERVICE']._serialized_start=1735
-  _globals['_FLEETSERVICE']._serialized_end=2085
+  _globals['_REPLICA']._serialized_end=706
+  _globals['_LISTREPLICASREQUEST']._serialized_start=708
+  _globals['_LISTREPLICASREQUEST']._serialized_end=751
+  _globals['_LISTREPLICASRESPONSE']._serialized_start=753
+  _globals['_LISTREPLICASRESPONSE']._serialized_end=814
+  _globals['_WATCHFLEETREQUEST']._serialized_start=816
+  _globals['_WATCHFLEETREQUEST']._serialized_end=856
+  _globals['_WATCHFLEETRESPONSE']._serialized_start=858
+  _globals['_WATCHFLEETRESPONSE']._serialized_end=917
+  _globals['_DRAINREPLICAREQUEST']._serialized_start=919
+  _globals['_DRAINREPLICAREQUEST']._serialized_end=998
+  _globals['_DRAINREPLICARESPONSE']._serialized_start=1000
+  _globals['_DRAINREPLICARESPONSE']._serialized_end=1120
+  _globals['_MIGRATIONRESULT']._serialized_start=1123
+  _globals['_MIGRATIONRESULT']._serialized_end=1377
+  _globals['_MIGRATESESSIONREQUEST']._serialized_start=1379
+  _globals['_MIGRATESESSIONREQUEST']._serialized_end=1494
+  _globals['_MIGRATESESSIONRESPONSE']._serialized_start=1496
+  _globals['_MIGRATESESSIONRESPONSE']._serialized_end=1565
+  _globals['_FLEETSERVICE']._serialized_start=1747
+  _globals['_FLEETSERVICE']._serialized_end=2097
 # @@protoc_insertion_point(module_scope)

@@ -336,7 +336,7 @@ class DrainReplicaResponse(_message.Message):
     remaining: _builtins.int
     """Sessions still on the replica."""
     failed: _builtins.int
-    """Sessions that could not be moved."""
+    """Sessions, among the remaining ones, that could not be moved in the last round."""
     done: _builtins.bool
     """The drain ended."""
     def __init__(
