@@ -24,16 +24,14 @@ from tests.faults.verdict import nothing_left
 
 
 async def run_classes(
-    chosen: list[FaultClass], per_class: int, seed: str, console: Console
+    chosen: list[FaultClass], numbers: range, seed: str, console: Console
 ) -> tuple[list[Outcome], list[str]]:
     """Plays every class, on one fleet per kind of store as long as it lasts; (outcomes, what was
     left at the end)."""
     outcomes: list[Outcome] = []
     left: list[str] = []
     for store in dict.fromkeys(cls.store for cls in chosen):
-        waiting = deque(
-            (cls, index) for cls in chosen if cls.store == store for index in range(per_class)
-        )
+        waiting = deque((cls, index) for cls in chosen if cls.store == store for index in numbers)
         while waiting:
             async with fleet(STORES[store](), clocks=store == CLOCKS) as running:
                 await _play_on(running, waiting, seed, outcomes, console)
@@ -115,8 +113,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--classes", default="", help="comma-separated parts of class names")
     parser.add_argument("--per-class", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="number of each class's first fault")
     parser.add_argument("--seed", default="1")
-    parser.add_argument("--report", type=Path, default=Path("faults-report.json"))
+    parser.add_argument("--report", type=Path, default=Path(".cache/faults-report.json"))
     parser.add_argument("--list", action="store_true", help="only list the classes")
     options = parser.parse_args()
     parts = [part for part in options.classes.split(",") if part]
@@ -129,7 +128,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING)
     started = time.monotonic()
     outcomes, left = anyio.run(
-        run_classes, chosen, options.per_class, options.seed, console,
+        run_classes, chosen, range(options.first, options.first + options.per_class), options.seed, console,
         backend_options={"use_uvloop": True},
     )  # fmt: skip
     seconds = time.monotonic() - started
@@ -148,6 +147,7 @@ def main() -> int:
         "left_behind": left,
         "rounds": [asdict(o) for o in outcomes],
     }
+    options.report.parent.mkdir(parents=True, exist_ok=True)
     options.report.write_text(json.dumps(report, indent=1))
     return 1 if failed or left else 0
 

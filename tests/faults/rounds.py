@@ -34,6 +34,8 @@ ROUND_S = 150.0
 NEXT_TURN_S = 15.0
 """Limit of a turn once everything is mended."""
 LONG_PROMPT = 6000
+AGENTS = 3
+"""Sessions of a round."""
 
 
 class Unproven(Exception):
@@ -226,7 +228,6 @@ async def play(
     seed: str,
     *,
     lossy: bool = False,
-    agents: int = 3,
     opens_itself: bool = False,
     focus_prompt: int = 30,
 ) -> Outcome:
@@ -238,7 +239,7 @@ async def play(
     }
     made = [
         Agent(f"{name}-{index}-{draw.randrange(1 << 32):08x}-{i}", endpoints, draw, lossy=lossy)
-        for i in range(agents)
+        for i in range(AGENTS)
     ]
     started = anyio.current_time()
     round_: Round | None = None

@@ -1,0 +1,258 @@
+"""``make soak MINUTES=…``: agents work for so long under steady faults that end no process, and the
+memory of every process, and of the store per session, is followed over time.
+
+Faults that end processes are left out on purpose: the memory of a process can only be followed
+while it lives. Fails on any violation, as ``make faults`` does; growth is reported, not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import linear_regression
+
+import anyio
+from rich.console import Console
+from rich.table import Table
+
+from statestore import keys
+from tests.faults.agents import Agent
+from tests.faults.catalogue import CLASSES, FaultClass
+from tests.faults.fleet import Fleet, SingleStore, fleet, rss_bytes
+from tests.faults.rounds import AGENTS, Outcome, play
+from tests.faults.verdict import judge, nothing_left
+
+STEADY = ("-stop", "client-", "gateway-worker-", "worker-redis-")
+WARM = 0.2
+"""Share of the time after which growth is measured: caches and pools are filled by then."""
+MIB = 1 << 20
+TURNS_PER_SESSION = 150
+
+
+@dataclass(slots=True)
+class Sample:
+    """The state at one time."""
+
+    at_s: float
+    rss: dict[str, int]
+    store_bytes: int
+    store_keys: int
+    sessions_opened: int
+    turns: int
+    session_bytes: dict[str, list[int]] = field(default_factory=dict)
+    """Lasting session -> [turns, bytes of its keys in the store]."""
+
+
+class Soak:
+    """One run."""
+
+    def __init__(self, running: Fleet, seed: str, console: Console) -> None:
+        self.outcomes: list[Outcome] = []
+        self.samples: list[Sample] = []
+        self.lasting: list[Agent] = []
+        self.done_agents: list[Agent] = []
+        self.sessions_opened = 0
+        self._fleet = running
+        self._seed = seed
+        self._console = console
+        self._over = anyio.Event()
+        self._endpoints = {
+            n.name: running.proxy.links[f"client:{n.name}"].endpoint for n in running.gateways
+        }
+
+    async def run(self, minutes: float, every_s: float) -> list[str]:
+        """What was wrong in the end."""
+        async with anyio.create_task_group() as tasks:
+            for index in range(3):
+                tasks.start_soon(self._live, index)
+            tasks.start_soon(self._sample, every_s)
+            await self._faults(anyio.current_time() + 60 * minutes)
+            self._over.set()
+        wrong = [what for outcome in self.outcomes for what in outcome.tally.violations]
+        wrong += [f"{o.name} {o.index}: {o.unproven}" for o in self.outcomes if o.unproven]
+        for agent in self.done_agents:
+            await agent.aclose()
+        monitor = Agent("monitor", self._endpoints, random.Random(0))
+        wrong += await nothing_left(self._fleet, monitor.door)
+        await monitor.aclose()
+        return wrong
+
+    async def _faults(self, until: float) -> None:
+        draw = random.Random(self._seed)
+        steady = [c for c in CLASSES if any(part in c.name for part in STEADY)]
+        # A worker is killed to have a fail-over.
+        steady = [c for c in steady if c.store == "everysec" and "failover" not in c.name]
+        index = 0
+        while anyio.current_time() < until:
+            chosen: FaultClass = draw.choice(steady)
+            # Not every fifth index: there a namesake replaces the stopped process.
+            number = draw.choice([0, 1, 2, 3, 5, 6, 7, 8])
+            outcome = await play(
+                self._fleet,
+                chosen.name,
+                chosen.scenario,
+                number,
+                f"{self._seed} {index}",
+                opens_itself=chosen.opens_itself,
+                focus_prompt=chosen.focus_prompt,
+            )
+            self.outcomes.append(outcome)
+            self.sessions_opened += AGENTS
+            index += 1
+            if outcome.failed:
+                lines = [outcome.unproven, *outcome.proofs, *outcome.tally.violations]
+                self._console.print(f"{outcome.name} {number} FAILED", *lines, sep="\n    ")
+            if outcome.fleet_lost:
+                return
+
+    async def _live(self, number: int) -> None:
+        """Lasting sessions, one after the other: many turns each, then closed."""
+        index = 0
+        while not self._over.is_set():
+            agent = Agent(
+                f"lasting-{number}-{index}", self._endpoints, random.Random(f"{number} {index}")
+            )
+            index += 1
+            await agent.open()
+            self.lasting.append(agent)
+            self.sessions_opened += 1
+            while not self._over.is_set() and len(agent.turns) < TURNS_PER_SESSION:
+                await agent.turn(tokens=30)
+                with anyio.move_on_after(0.2):
+                    await self._over.wait()
+            tally = await judge(self._fleet, [agent])
+            self.outcomes.append(Outcome("lasting session", number, tally=tally))
+            await agent.close()
+            self.lasting.remove(agent)
+            self.done_agents.append(agent)
+
+    async def _sample(self, every_s: float) -> None:
+        started = anyio.current_time()
+        while not self._over.is_set():
+            self.samples.append(await self._take(anyio.current_time() - started))
+            with anyio.move_on_after(every_s):
+                await self._over.wait()
+
+    async def _take(self, at_s: float) -> Sample:
+        raw = self._fleet.raw
+        memory = await raw.info("memory")
+        rss = {
+            f"{node.name} ({node.process.pid})": rss_bytes(node.process.pid)
+            for node in self._fleet.nodes.values()
+        }
+        rss["redis"] = rss_bytes(self._fleet.store.servers[0].process.pid)
+        rss["this test"] = rss_bytes(os.getpid())
+        sessions: dict[str, list[int]] = {}
+        for agent in [*self.lasting]:
+            used = 0
+            for name in (keys.session_key(agent.session_id), keys.ledger_key(agent.session_id)):
+                used += int(await raw.memory_usage(name, samples=0) or 0)
+            sessions[agent.session_id] = [len(agent.turns), used]
+        return Sample(
+            at_s,
+            rss,
+            int(memory["used_memory"]),
+            int(await raw.dbsize()),
+            self.sessions_opened,
+            sum(o.tally.turns for o in self.outcomes) + sum(len(a.turns) for a in self.lasting),
+            sessions,
+        )
+
+
+def growth_table(samples: list[Sample]) -> Table:
+    """Growth of every process that lived all the time, after the warm-up."""
+    table = Table(title="Memory of processes")
+    for head in ("process", "at first", "after warm-up", "at the end", "MiB/h", "bytes/turn"):
+        table.add_column(head, justify="left" if head == "process" else "right")
+    warm = [s for s in samples if s.at_s >= WARM * samples[-1].at_s]
+    for name in samples[-1].rss:
+        series = [(s.at_s, s.turns, s.rss[name]) for s in warm if s.rss.get(name)]
+        if len(series) < 3:
+            continue
+        first = next(s.rss[name] for s in samples if s.rss.get(name))
+        times, turns, sizes = (list(column) for column in zip(*series, strict=True))
+        per_hour = linear_regression(times, sizes).slope * 3600 / MIB
+        per_turn = linear_regression(turns, sizes).slope if len(set(turns)) > 1 else 0.0
+        table.add_row(
+            name,
+            *(f"{size / MIB:.1f}" for size in (first, sizes[0], sizes[-1])),
+            f"{per_hour:+.1f}",
+            f"{per_turn:+.0f}",
+        )
+    return table
+
+
+def store_table(samples: list[Sample]) -> Table:
+    """The store over time."""
+    table = Table(title="The store, and sessions in it")
+    heads = ("minute", "sessions so far", "turns", "store MiB", "keys", "bytes per lasting session",
+             "bytes per turn of them")  # fmt: skip
+    for head in heads:
+        table.add_column(head, justify="right")
+    step = max(1, len(samples) // 12)
+    for sample in samples[::step]:
+        used = [size for _, size in sample.session_bytes.values()]
+        turns = sum(count for count, _ in sample.session_bytes.values())
+        table.add_row(
+            f"{sample.at_s / 60:.1f}",
+            str(sample.sessions_opened),
+            str(sample.turns),
+            f"{sample.store_bytes / MIB:.2f}",
+            str(sample.store_keys),
+            f"{sum(used) / len(used):.0f}" if used else "",
+            f"{sum(used) / turns:.0f}" if turns else "",
+        )
+    return table
+
+
+async def soak(minutes: float, seed: str, console: Console) -> tuple[Soak, list[str]]:
+    async with fleet(SingleStore("everysec")) as running:
+        made = Soak(running, seed, console)
+        return made, await made.run(minutes, max(2.0, minutes * 60 / 200))
+
+
+def main() -> int:
+    """Exit code 1 if anything was violated, unproven or left behind."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", default="1")
+    parser.add_argument("--report", type=Path, default=Path(".cache/soak-report.json"))
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    made, wrong = anyio.run(
+        soak, options.minutes, options.seed, console, backend_options={"use_uvloop": True}
+    )
+    console.print(growth_table(made.samples))
+    console.print(store_table(made.samples))
+    faults = [o for o in made.outcomes if o.name != "lasting session"]
+    turns = sum(o.tally.turns for o in made.outcomes)
+    lost = sum(o.tally.lost for o in made.outcomes)
+    repeated = sum(o.tally.repeated for o in made.outcomes)
+    console.print(
+        f"{len(faults)} faults, {turns} turns, {lost} tokens lost, {repeated} repeated,"
+        f" {len(wrong)} complaints, seed {options.seed}"
+    )
+    for what in wrong:
+        console.print(what, markup=False, highlight=False)
+    report = {
+        "seed": options.seed,
+        "minutes": options.minutes,
+        "faults": len(faults),
+        "turns": turns,
+        "complaints": wrong,
+        "samples": [asdict(sample) for sample in made.samples],
+    }
+    options.report.parent.mkdir(parents=True, exist_ok=True)
+    options.report.write_text(json.dumps(report, indent=1))
+    return 1 if wrong or lost or repeated else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""A few faults of each cheap kind on real processes; ``make faults`` plays them all."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import anyio
+import pytest
+
+from tests.faults.catalogue import CLASSES, STORES
+from tests.faults.fleet import Fleet, fleet
+from tests.faults.proxy import Breakpoint, Proxy, Verdict, Way
+from tests.faults.rounds import play
+
+CHEAP = (
+    "worker-prefill-kill",
+    "worker-decode-kill",
+    "worker-group-commit-kill",
+    "worker-commit-kill",
+    "worker-kv-export-kill",
+    "worker-kv-import-kill",
+    "worker-group-commit-stop",
+    "gateway-open-kill",
+    "gateway-relay-kill",
+    "gateway-failover-kill",
+    "gateway-worker-cut",
+    "worker-redis-cut",
+    "client-vanished",
+    "redis-memory-limit",
+    "redis-power-cut-everysec",
+)
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def running(anyio_backend: str) -> AsyncIterator[Fleet]:
+    async with fleet(STORES["everysec"]()) as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", CHEAP)
+async def test_a_fault_costs_no_token_no_turn_and_no_session(running: Fleet, name: str) -> None:
+    cls = next(c for c in CLASSES if c.name == name)
+    outcome = await play(
+        running,
+        cls.name,
+        cls.scenario,
+        0,
+        "pytest",
+        lossy=cls.lossy,
+        opens_itself=cls.opens_itself,
+        focus_prompt=cls.focus_prompt,
+    )
+    told = "\n".join([outcome.unproven, *outcome.proofs, *outcome.tally.violations])
+    assert not outcome.failed, told
+    assert (outcome.tally.lost, outcome.tally.repeated) == (0, 0), told
+
+
+async def test_the_catalogue_has_every_class_once() -> None:
+    names = [cls.name for cls in CLASSES]
+    assert len(names) == len(set(names))
+    assert {cls.store for cls in CLASSES} == set(STORES)
+
+
+# -- the proxy itself --------------------------------------------------------------------------
+
+
+async def _echo(stream: anyio.abc.SocketStream) -> None:
+    with suppress(anyio.BrokenResourceError):
+        async with stream:
+            async for data in stream:
+                await stream.send(data)
+
+
+@pytest.fixture
+async def proxy() -> AsyncIterator[Proxy]:
+    """One link before a server that sends everything back."""
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, _echo)
+        made = Proxy(tasks)
+        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+        made.add("echo", ("127.0.0.1", 0), ("127.0.0.1", port))
+        yield made
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_breakpoint_holds_the_bytes_after_its_place(proxy: Proxy) -> None:
+    link = proxy.links["echo"]
+    point = Breakpoint(Way.DOWN, lambda s: s.offset == 3, at_byte=3)
+    link.arm(point)
+    async with await anyio.connect_tcp(*link.address) as client:
+        await client.send(b"abcdef")
+        await point.hit.wait()
+        assert await client.receive() == b"abc"
+        assert link.passed[Way.DOWN] == 3
+        point.decide(Verdict.PASS)
+        assert await client.receive() == b"def"
+
+
+async def test_what_a_breakpoint_drops_is_lost_with_its_connection(proxy: Proxy) -> None:
+    link = proxy.links["echo"]
+    point = Breakpoint(Way.UP, lambda s: s.offset == 0, at_byte=0)
+    link.arm(point)
+    async with await anyio.connect_tcp(*link.address) as client:
+        await client.send(b"abc")
+        await point.hit.wait()
+        point.decide(Verdict.DROP)
+        with pytest.raises(anyio.BrokenResourceError):
+            await client.receive()
+    assert link.passed[Way.UP] == 0
+
+
+async def test_a_cut_link_resets_old_and_new_connections_until_it_is_healed(proxy: Proxy) -> None:
+    link = proxy.links["echo"]
+    async with await anyio.connect_tcp(*link.address) as client:
+        await client.send(b"abc")
+        assert await client.receive() == b"abc"
+        link.cut()
+        with pytest.raises(anyio.BrokenResourceError):
+            await client.receive()
+    async with await anyio.connect_tcp(*link.address) as client:
+        with pytest.raises(anyio.BrokenResourceError):
+            await client.receive()
+    link.heal()
+    async with await anyio.connect_tcp(*link.address) as client:
+        await client.send(b"again")
+        assert await client.receive() == b"again"
+
+
+async def test_nothing_passes_a_half_open_link_and_nobody_is_told(proxy: Proxy) -> None:
+    link = proxy.links["echo"]
+    async with await anyio.connect_tcp(*link.address) as client:
+        await client.send(b"abc")
+        assert await client.receive() == b"abc"
+        link.half_open()
+        await client.send(b"lost")
+        with anyio.move_on_after(0.1) as silence:
+            await client.receive()
+        assert silence.cancelled_caught
+        link.heal()
+        with pytest.raises(anyio.BrokenResourceError):
+            await client.receive()
