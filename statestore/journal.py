@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import anyio
 
 from statestore import keys, replies
-from statestore.digest import pack_tokens, unpack_tokens
+from statestore.digest import pack_tokens
 from statestore.executor import ScriptCall, ScriptExecutor
 from statestore.ports import (
     Append,
@@ -105,7 +105,7 @@ class RedisJournal:
         if not isinstance(outcome, SessionWritten):
             return None
         turn, start, tokens = replies.items(reply)[3:]
-        piece = LedgerPiece(replies.number(start), unpack_tokens(replies.data(tokens)))
+        piece = LedgerPiece(replies.number(start), replies.tokens(tokens))
         return TurnContext(outcome.session, replies.optional_turn(turn), piece)
 
     async def get_turns(self, session: Session, start: int, count: int) -> tuple[Turn, ...]:
@@ -160,7 +160,7 @@ class RedisJournal:
                 )
             )
             for (_, start, end), reply in zip(some, found, strict=True):
-                piece = unpack_tokens(replies.data(reply))
+                piece = replies.tokens(reply)
                 tokens += piece
                 if len(piece) < end - start:
                     return tokens

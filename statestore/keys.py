@@ -29,6 +29,11 @@ def family_of(session_id: str) -> str:
     return match[1]
 
 
+def is_session_id(text: str) -> bool:
+    """Whether keys can be named after it."""
+    return _SESSION_ID.fullmatch(text) is not None
+
+
 def session_key(session_id: str) -> str:
     """Hash with everything about a session but its tokens."""
     return f"sessile:{{{family_of(session_id)}}}:s:{session_id}"

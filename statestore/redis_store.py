@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
 from statestore import keys, replies
-from statestore.executor import ScriptCall
+from statestore.executor import Reply, ScriptCall
 from statestore.journal import RedisJournal
 from statestore.ports import (
     CancelOutcome,
@@ -15,6 +17,8 @@ from statestore.ports import (
     PlaceOutcome,
     Refused,
     SessionWritten,
+    StoreCorrupt,
+    StoreError,
     StoreUnavailable,
     SwitchOutcome,
     TakeOutcome,
@@ -34,10 +38,14 @@ from statestore.records import (
 from statestore.replies import Arg
 from statestore.script_runner import script_call
 
+log = logging.getLogger(__name__)
+
 MAX_PAGE = 1000
 MAX_PAGE_BYTES = 8 << 20
 """Of preambles: a page that has more of them ends there."""
 SESSIONS_PER_READ = 32
+UNREADABLE_RETRY_MS = 60_000
+"""Until a sweep looks again at a session whose record it cannot read."""
 
 _Written = SessionWritten | EpochLost | Refused | Missing
 
@@ -322,14 +330,14 @@ class RedisStore(RedisJournal):
         return list(zip(flat[::2], flat[1::2], strict=True))
 
     async def _read_sessions(self, session_ids: list[str]) -> list[tuple[str, Session | None]]:
-        if not session_ids:
-            return []
+        valid = [session_id for session_id in session_ids if keys.is_session_id(session_id)]
         found = await self._scripts.run(
-            *(script_call("read_session", [keys.session_key(i)], []) for i in session_ids)
+            *(script_call("read_session", [keys.session_key(i)], []) for i in valid)
         )
-        sessions = []
-        for session_id, reply in zip(session_ids, found, strict=True):
-            outcome = replies.outcome(reply)
+        outcomes = dict(zip(valid, map(replies.outcome, found), strict=True))
+        sessions: list[tuple[str, Session | None]] = []
+        for session_id in session_ids:
+            outcome = outcomes.get(session_id)
             session = outcome.session if isinstance(outcome, SessionWritten) else None
             sessions.append((session_id, session))
         return sessions
@@ -384,30 +392,48 @@ class RedisStore(RedisJournal):
         due = list(zip(flat[::2], flat[1::2], strict=True))
         if not due:
             return SweepReport()
-        found = await self._scripts.run(
-            *(script_call("sweep", [keys.session_key(session_id)], []) for session_id, _ in due)
+        valid = [(session_id, score) for session_id, score in due if keys.is_session_id(session_id)]
+        found = await self._scripts.run_each(
+            *(script_call("sweep", [keys.session_key(session_id)], []) for session_id, _ in valid)
         )
         expired: list[tuple[str, str]] = []
         purged: list[str] = []
-        fixes: list[ScriptCall] = []
-        for (session_id, score), reply in zip(due, found, strict=True):
-            next_ms: Arg = ""
-            outcome = replies.outcome(reply)
-            if isinstance(outcome, SessionWritten):
-                # Refused if the clock stepped back meanwhile: looked at again in the next sweep.
-                if await self._purge(outcome.session):
-                    purged.append(session_id)
-                else:
-                    next_ms = 0
-            elif outcome is None:
-                _, turn_id, due_in_ms = replies.items(reply)
-                if turn_id:
-                    expired.append((session_id, replies.text(turn_id)))
-                next_ms = replies.data(due_in_ms)
+        fixes = [
+            script_call("due_fix", [keys.DUE], [*entry, ""]) for entry in due if entry not in valid
+        ]
+        for (session_id, score), reply in zip(valid, found, strict=True):
+            try:
+                next_ms = await self._swept(session_id, reply, expired, purged)
+            except StoreCorrupt as error:
+                log.error("sweep: session %s is left as it is: %s", session_id, error)
+                next_ms = UNREADABLE_RETRY_MS
             fixes.append(script_call("due_fix", [keys.DUE], [session_id, score, next_ms]))
         await self._scripts.run(*fixes)
         await self._tidy_indices()
         return SweepReport(tuple(expired), tuple(purged), len(due))
+
+    async def _swept(
+        self,
+        session_id: str,
+        reply: Reply | StoreError,
+        expired: list[tuple[str, str]],
+        purged: list[str],
+    ) -> Arg:
+        """Notes what a sweep did with a session; returns ms until it is due next, or ''."""
+        if isinstance(reply, StoreError):
+            raise reply
+        outcome = replies.outcome(reply)
+        if isinstance(outcome, SessionWritten):
+            # Refused if the clock stepped back meanwhile: looked at again in the next sweep.
+            if not await self._purge(outcome.session):
+                return 0
+            purged.append(session_id)
+        elif outcome is None:
+            _, turn_id, due_in_ms = replies.items(reply)
+            if turn_id:
+                expired.append((session_id, replies.text(turn_id)))
+            return replies.data(due_in_ms)
+        return ""
 
 
 def _record_and_ledger(session_id: str) -> tuple[str, str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from statestore.digest import unpack_tokens
 from statestore.executor import Reply
+from statestore.keys import family_of
 from statestore.ports import (
     EpochLost,
     Fenced,
@@ -48,6 +50,13 @@ Arg = bytes | str | int
 def outcome(reply: Reply) -> object:
     """The outcome (of ``ports.py``) that a script of one session names; None if it only says that
     it is done. Callers check that it is one of theirs."""
+    try:
+        return _outcome(reply)
+    except (ValueError, TypeError, IndexError) as error:
+        raise StoreCorrupt(f"an answer of a script cannot be read: {error}") from error
+
+
+def _outcome(reply: Reply) -> object:
     kind, *rest = items(reply)
     match kind:
         case b"written" | b"purge":
@@ -101,7 +110,7 @@ def session(reply: Sequence[Reply]) -> Session:
     try:
         epoch = Epoch(number(f["epoch"]), data(f["nonce"]))
         return Session(
-            session_id=text(f["id"]),
+            session_id=_session_id(text(f["id"])),
             tenant=text(f["tenant"]),
             model=text(f["model"]),
             state=SessionState(text(f["state"])),
@@ -123,7 +132,7 @@ def session(reply: Sequence[Reply]) -> Session:
             previous_owner=replica_ref(f["prev"], f["prev_inc"]) if f["prev"] else None,
             version=number(f["version"]),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StoreCorrupt) as error:
         raise StoreCorrupt(f"session {f['id']!r} cannot be read: {error}") from error
 
 
@@ -146,7 +155,7 @@ def turn(reply: Reply) -> Turn:
             result=_result(f, status) if status.ended else None,
             attempt_replica=replica_ref(f["replica"], f["replica_inc"]) if f["replica"] else None,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StoreCorrupt) as error:
         raise StoreCorrupt(f"turn {f['id']!r} cannot be read: {error}") from error
 
 
@@ -184,7 +193,10 @@ def turn_args(turn: Turn) -> list[Arg]:
 
 def replica_record(reply: Reply) -> ReplicaRecord:
     """From one item of the fleet script's answer."""
-    replica_id, incarnation, details, beat, load, draining, gone = items(reply)
+    values = items(reply)
+    if len(values) != 7:
+        raise unexpected(reply)
+    replica_id, incarnation, details, beat, load, draining, gone = values
     return ReplicaRecord(
         ref=replica_ref(replica_id, incarnation),
         details=text(details),
@@ -217,18 +229,32 @@ def data(value: Reply) -> bytes:
     if value is None:
         return b""
     if not isinstance(value, bytes):
-        raise TypeError(f"expected bytes, not {value!r}")
+        raise unexpected(value)
     return value
 
 
 def text(value: Reply) -> str:
     """A field as text; absent is empty."""
-    return data(value).decode()
+    try:
+        return data(value).decode()
+    except UnicodeDecodeError as error:
+        raise StoreCorrupt(f"{value!r} is no text") from error
 
 
 def number(value: Reply) -> int:
-    """A decimal field, or an integer reply; ValueError if absent."""
-    return value if isinstance(value, int) else int(data(value))
+    """A decimal field, or an integer reply."""
+    try:
+        return value if isinstance(value, int) else int(data(value))
+    except ValueError as error:
+        raise StoreCorrupt(f"{value!r} is no number") from error
+
+
+def tokens(value: Reply) -> list[int]:
+    """A piece of a ledger."""
+    try:
+        return unpack_tokens(data(value))
+    except ValueError as error:
+        raise StoreCorrupt(f"a ledger cannot be read: {error}") from error
 
 
 def replica_ref(replica_id: Reply, incarnation: Reply) -> ReplicaRef:
@@ -238,7 +264,12 @@ def replica_ref(replica_id: Reply, incarnation: Reply) -> ReplicaRef:
 
 def _segments(packed: str) -> tuple[Segment, ...]:
     parts = (part.split(":") for part in packed.split(",") if part)
-    return tuple(Segment(ancestor, *map(int, bounds)) for ancestor, *bounds in parts)
+    return tuple(Segment(_session_id(ancestor), *map(int, bounds)) for ancestor, *bounds in parts)
+
+
+def _session_id(found: str) -> str:
+    family_of(found)  # raises ValueError
+    return found
 
 
 def _migration(f: dict[str, Reply], now_ms: int) -> Migration | None:

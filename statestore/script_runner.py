@@ -52,11 +52,20 @@ class ScriptRunner:
         return await self._executor.execute(calls, self._policy.attempt_timeout_s)
 
     async def run(self, *calls: ScriptCall) -> list[Reply]:
-        """One reply per call, in order. Repeats calls without an answer; raises StoreUnavailable
-        when the time is up (any of the calls may have been applied), other failures at once."""
+        """One reply per call, in order. Raises what any of them failed with."""
+        replies: list[Reply] = []
+        for result in await self.run_each(*calls):
+            if isinstance(result, StoreError):
+                raise result
+            replies.append(result)
+        return replies
+
+    async def run_each(self, *calls: ScriptCall) -> list[Reply | StoreError]:
+        """The same with failures among the results. Repeats calls without an answer; raises
+        StoreUnavailable when the time is up (any of the calls may have been applied)."""
         deadline = self._now() + self._policy.total_timeout_s
         delay = self._policy.first_delay_s
-        replies: list[Reply] = [None] * len(calls)
+        replies: list[Reply | StoreError] = [None] * len(calls)
         pending = list(range(len(calls)))
         while True:
             timeout_s = min(self._policy.attempt_timeout_s, deadline - self._now())
@@ -67,8 +76,6 @@ class ScriptRunner:
                 if isinstance(result, StoreUnavailable):
                     failed.append(i)
                     failure = result
-                elif isinstance(result, StoreError):
-                    raise result
                 else:
                     replies[i] = result
             if failure is None:

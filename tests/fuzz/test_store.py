@@ -169,19 +169,7 @@ FOUND: dict[str, tuple[int, ...]] = {
 """Seeds that once showed a defect."""
 
 
-def known(kind: str, reason: str) -> Any:
-    return pytest.param(kind, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
-@pytest.mark.parametrize(
-    "kind_of_key",
-    [
-        known("records", "some fields of a session and of outcomes are decoded without care"),
-        known("ledgers", "a ledger of broken tokens is a ValueError"),
-        known("indices", "an entry that is no session id is a ValueError"),
-        known("fleet", "a damaged replica record is a ValueError"),
-    ],
-)
+@pytest.mark.parametrize("kind_of_key", KEYS)
 def test_damaged_records_are_store_errors(valkey_url: str, kind_of_key: str) -> None:
     @fuzz(6)
     @given(seeds)
@@ -206,7 +194,6 @@ async def _sweep_beside_a_damaged_session(url: str) -> SweepReport:
         return await store.sweep(100)
 
 
-@pytest.mark.xfail(strict=True, reason="one unreadable record fails the whole sweep, each time")
 def test_a_sweep_goes_on_beside_a_damaged_session(valkey_url: str) -> None:
     """Else no turn of anybody is ended at its deadline any more (P4)."""
     report = anyio.run(_sweep_beside_a_damaged_session, valkey_url)
