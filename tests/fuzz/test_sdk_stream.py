@@ -69,17 +69,19 @@ def _edited(hostile: Hostile, event: pb.TurnEvent) -> pb.TurnEvent:
     if edited.HasField("tokens"):
         match hostile.draw.randrange(4):
             case 0:
-                edited.tokens.position += hostile.draw.choice((1, 2, 2**40))
+                moved = edited.tokens.position + hostile.draw.choice((1, 2, 2**40))
+                edited.tokens.position = moved % 2**64
             case 1:
                 del edited.tokens.token_ids[-1:]
             case 2:
                 edited.tokens.token_ids.append(7)
             case _:
-                edited.tokens.text_offset += 1
+                edited.tokens.text_offset ^= 1
     elif edited.HasField("finished"):
-        edited.finished.end.length += hostile.draw.choice((1, 5))
+        moved = edited.finished.end.length + hostile.draw.choice((1, 5))
+        edited.finished.end.length = moved % 2**64
     elif edited.HasField("accepted"):
-        edited.accepted.output_start.length += 1
+        edited.accepted.output_start.length ^= 1
     return edited
 
 

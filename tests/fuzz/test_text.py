@@ -355,7 +355,6 @@ def test_long_outputs_are_parsed_in_bounded_time(parser: str, text: str) -> None
     check_calls(parser, "<|python_tag|>" + text)
 
 
-@pytest.mark.xfail(strict=True, reason="each open block looks for an end tag in all that follows")
 def test_many_open_blocks_take_time_in_proportion() -> None:
     """Calls are parsed on the worker's event loop: all its turns wait for it."""
 
