@@ -462,6 +462,48 @@ async def test_drop_frees_what_nothing_else_needs(it: EngineHarness) -> None:
     assert it.engine.drop(it.hashes(two)) == 4
 
 
+async def test_what_was_dropped_in_use_is_freed_when_it_is_let_go_of(it: EngineHarness) -> None:
+    page = it.engine.info.page_size
+    prompt = it.prompt(1, 3 * page + 1)
+    running = it.request(prompt, 100)
+    await it.until(running, 1)
+    assert it.engine.drop(it.hashes(prompt)) == 0
+    assert it.engine.resident_pages(it.hashes(prompt)) == 3
+    it.engine.cancel(running)
+    await it.generate(it.prompt(2, 2 * page), 2)  # the step that was under way has ended
+    assert it.engine.resident_pages(it.hashes(prompt)) == 0
+
+
+async def test_what_was_dropped_in_use_stays_if_it_is_asked_for_again(it: EngineHarness) -> None:
+    page = it.engine.info.page_size
+    prompt = it.prompt(1, 3 * page + 1)
+    running = it.request(prompt, 100)
+    await it.until(running, 1)
+    assert it.engine.drop(it.hashes(prompt)) == 0
+    assert it.engine.pin("p", it.hashes(prompt), ttl_s=60.0) == 3
+    it.engine.cancel(running)
+    it.engine.unpin("p")
+    await it.generate(it.prompt(2, 2 * page), 2)
+    assert it.engine.resident_pages(it.hashes(prompt)) == 3
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+async def test_a_step_under_way_leaves_no_page_of_a_cancelled_generation(
+    start: Start, tokens: int
+) -> None:
+    async with start(EngineSize()) as it:
+        page = it.engine.info.page_size
+        prompt = it.prompt(1, 3 * page - tokens)
+        running = it.request(prompt, 100)
+        await it.until(running, tokens)  # the next step fills a page
+        said = it.so_far(running).tokens
+        it.engine.cancel(running)
+        it.engine.drop(it.hashes([*prompt, *said]))
+        await it.generate(it.prompt(2, 2 * page), 2)
+        assert it.engine.load().free_pages == it.engine.info.capacity_pages
+        assert it.engine.resident_pages(it.hashes([*prompt, *said])) == 0
+
+
 async def test_closing_ends_everything_without_output(start: Start) -> None:
     async with start(EngineSize()) as it:
         running = it.request(it.prompt(1, 9), 100)

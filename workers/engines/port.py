@@ -199,7 +199,7 @@ class Engine(Protocol):
 
     def cancel(self, generation_id: str) -> None:
         """Ends a generation; after return nothing more is delivered for it. What it computed stays
-        in the prefix cache. Unknown ids are ignored."""
+        in the prefix cache, but for a step under way. Unknown ids are ignored."""
         ...
 
     def block_hashes(self, namespace: bytes, tokens: Sequence[int]) -> list[bytes]:
@@ -220,7 +220,8 @@ class Engine(Protocol):
 
     def drop(self, block_hashes: Sequence[bytes]) -> int:
         """Frees those of the blocks that nothing else uses (running generation, export, another
-        pin, a longer context's pages in between); returns how many."""
+        pin, a longer context's pages in between); returns how many. What is in use but not pinned
+        is freed when it is let go of, unless somebody asks for it before."""
         ...
 
     def export_pages(self, block_hashes: Sequence[bytes]) -> PageExport:

@@ -43,6 +43,8 @@ class _Block:
     refs: int = 0
     pins: int = 0
     last_used: int = 0
+    dropped: bool = False
+    """Free it as soon as nothing needs it; whoever wants it meanwhile resets this."""
     resident: bool = True
 
     @property
@@ -187,6 +189,7 @@ class PrefixCache:
             if block.refs == 0:
                 self._unreferenced -= 1
             block.refs += 1
+            block.dropped = False
         return [block.page for block in blocks]
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
@@ -237,6 +240,7 @@ class PrefixCache:
         run = self._run(block_hashes)
         for block in run:
             block.pins += 1
+            block.dropped = False
             if block.pins == 1:
                 self._pinned += 1
                 self._push(block)
@@ -267,15 +271,16 @@ class PrefixCache:
 
     def drop(self, block_hashes: Sequence[bytes]) -> int:
         """Frees those of the blocks that nothing else needs: no holder, no pin, no longer cached
-        context behind them. Returns how many."""
+        context behind them; others as soon as that is so, unless they are used or pinned before.
+        Returns how many of the pages are free now."""
         self._expire_pins()
-        dropped = 0
+        free = len(self._free)
         for block in reversed(self._run(block_hashes)):
-            if not block.evictable or block.pins:
-                break  # an ancestor of a block that stays has to stay too
-            self._evict(block)
-            dropped += 1
-        return dropped
+            if block.pins:
+                break  # and so are its ancestors
+            block.dropped = True
+            self._push(block)
+        return len(self._free) - free
 
     # -- incoming KV --------------------------------------------------------------------------
 
@@ -331,6 +336,7 @@ class PrefixCache:
         """Caches ``page`` without a reference, or frees it and returns the resident block."""
         present = self._index.get(block_hash)
         if present is not None:
+            present.dropped = False
             self._free[page] = None
             return present
         parent = None if parent_hash is None else self._index[parent_hash]
@@ -360,7 +366,11 @@ class PrefixCache:
         return pages
 
     def _push(self, block: _Block) -> None:
+        """Enters a block whose place among the leaves may have changed; frees a dropped one."""
         if not block.evictable:
+            return
+        if block.dropped:
+            self._evict(block)
             return
         heap = self._leaves[block.pins > 0]
         heapq.heappush(heap, (block.last_used, next(self._ticks), block))
@@ -383,17 +393,22 @@ class PrefixCache:
                     return entry[2]
         raise AssertionError("unreferenced blocks are counted but none is a leaf")
 
-    def _evict(self, block: _Block) -> None:
-        del self._index[block.block_hash], self._by_page[block.page]
-        block.resident = False
-        self._unreferenced -= 1
-        if block.pins:
-            self._pinned -= 1
-        self._free[block.page] = None
-        if block.parent is not None:
-            block.parent.children -= 1
-            self._push(block.parent)
-            block.parent = None  # an outliving pin must not keep the whole chain in memory
+    def _evict(self, block: _Block | None) -> None:
+        """Frees the block, and those dropped before that were kept for it alone."""
+        while block is not None:
+            del self._index[block.block_hash], self._by_page[block.page]
+            block.resident = False
+            self._unreferenced -= 1
+            if block.pins:
+                self._pinned -= 1
+            self._free[block.page] = None
+            parent, block.parent = block.parent, None  # a pin that outlives it must not keep these
+            if parent is not None:
+                parent.children -= 1
+                if not (parent.dropped and parent.evictable):
+                    self._push(parent)
+                    return
+            block = parent
 
     def _expire_pins(self) -> None:
         now = self.clock()
@@ -424,6 +439,7 @@ class PrefixCache:
                 children[block.parent.block_hash] += 1
                 held_below[block.parent.block_hash] += block.refs
         for block in blocks:
+            assert not (block.dropped and (block.pins or block.evictable)), "it should be free"
             assert block.children == children[block.block_hash]
             assert block.refs >= held_below[block.block_hash], "a holder lacks part of its prefix"
         self._check_counts(blocks)

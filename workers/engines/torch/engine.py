@@ -69,8 +69,10 @@ class TorchEngine(PagedEngine):
     def _enter(self, result: StepResult, works: Sequence[Work]) -> list[StepOutput]:
         outputs = []
         for work, part in zip(works, result.parts, strict=True):
+            if work.generation.ended:
+                continue
             self._scheduler.advance(work, part.checksums.__getitem__)
-            if part.token is not None and not work.generation.ended:
+            if part.token is not None:
                 outputs.append(self._scheduler.add_token(work.generation, part.token))
         return outputs
 
