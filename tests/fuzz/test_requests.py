@@ -369,3 +369,17 @@ def test_a_tool_schema_that_is_nested_too_deep_is_an_invalid_request() -> None:
         assert answer.code is grpc.StatusCode.INVALID_ARGUMENT, answer
 
     in_a_world(test)
+
+
+@pytest.mark.xfail(strict=True, reason="nothing bounds the time limit of a move")
+def test_a_move_without_end_is_an_invalid_request() -> None:
+    async def test(made: Target) -> None:
+        request = fleet_pb2.MigrateSessionRequest(
+            session_id=made.session_id,
+            target_replica_id=made.real["target_replica_id"],
+            timeout_ms=2**64 - 1,
+        )
+        (await made.call(FLEET_SERVICE, "MigrateSession", request)).check()
+        await made.check_unharmed()
+
+    in_a_world(test)
