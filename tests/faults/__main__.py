@@ -127,10 +127,10 @@ def main() -> int:
         return 0 if options.list else 2
     logging.basicConfig(level=logging.WARNING)
     started = time.monotonic()
+    numbers = range(options.first, options.first + options.per_class)
     outcomes, left = anyio.run(
-        run_classes, chosen, range(options.first, options.first + options.per_class), options.seed, console,
-        backend_options={"use_uvloop": True},
-    )  # fmt: skip
+        run_classes, chosen, numbers, options.seed, console, backend_options={"use_uvloop": True}
+    )
     seconds = time.monotonic() - started
     console.print(table_of(outcomes))
     failed = [o for o in outcomes if o.failed]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
-from anyio.abc import TaskGroup
+from anyio.abc import TaskGroup, TaskStatus
 from redis.exceptions import RedisError
 from sessile.v1 import fleet_pb2
 
@@ -23,7 +23,7 @@ from statestore import keys
 from tests.faults.agents import Agent, Door, Heard, quietly
 from tests.faults.fleet import Child, Fleet, Node
 from tests.faults.proxy import Breakpoint, Sighting, Verdict, Way
-from tests.faults.verdict import Tally, judge, replicas
+from tests.faults.verdict import Tally, Watch, judge, replicas
 
 log = logging.getLogger(__name__)
 
@@ -243,6 +243,7 @@ async def play(
     ]
     started = anyio.current_time()
     round_: Round | None = None
+    watch = Watch(fleet, made, lossy=lossy)
     try:
         with anyio.fail_after(ROUND_S):
             await healthy(fleet, made[0].doors)
@@ -256,12 +257,14 @@ async def play(
                         prompt = focus_prompt if agent is round_.focus else 30
                         await agent.turn(tokens=5, prompt_chars=prompt)
                 round_.start_bystanders()
+                watching = await tasks.start(_watched, watch)
                 try:
                     await scenario(round_)
                 except Unproven as error:
                     outcome.unproven = str(error)
                 finally:
                     mend(fleet)
+                    watching.cancel()
             await revive(fleet)
             await healthy(fleet, made[0].doors)
             await _next_turns(made)
@@ -270,6 +273,7 @@ async def play(
         outcome.tally.violations.append(f"the round failed: {_explain(error)}")
         outcome.fleet_lost = True
         mend(fleet)
+    outcome.tally.violations += watch.violations
     with anyio.CancelScope(shield=True):
         if round_ is not None:
             outcome.proofs = round_.proofs
@@ -282,6 +286,12 @@ async def play(
     outcome.losses = sum(agent.losses for agent in made)
     outcome.seconds = anyio.current_time() - started
     return outcome
+
+
+async def _watched(watch: Watch, *, task_status: TaskStatus[anyio.CancelScope]) -> None:
+    with anyio.CancelScope() as scope:
+        task_status.started(scope)
+        await watch.run()
 
 
 async def _next_turns(agents: list[Agent]) -> None:

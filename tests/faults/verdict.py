@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import anyio
+from redis.exceptions import RedisError
 from sessile.v1 import fleet_pb2
 
 from loadtest.simulation import checks
@@ -17,6 +19,8 @@ from tests.faults.fleet import ENGINE, Fleet
 
 checks.ENGINE = ENGINE  # type: ignore[attr-defined] # the model that the checkers recompute outputs with
 CLEAN_WITHIN_S = 20.0
+WATCH_PERIOD_S = 0.025
+ENDED = (b"COMMITTED", b"CANCELLED", b"FAILED")
 
 
 @dataclass(slots=True)
@@ -77,7 +81,7 @@ async def _count(fleet: Fleet, agent: Agent, heard: Heard, tally: Tally) -> None
     status, start, end = await fleet.raw.hmget(keys.session_key(agent.session_id), *names)
     tally.turns += 1
     tally.worst_gap_s = max(tally.worst_gap_s, heard.worst_gap_s)
-    if status not in (b"COMMITTED", b"CANCELLED", b"FAILED") or not heard.ended:
+    if status not in ENDED or not heard.ended:
         tally.hung += 1
         return
     received = Counter(
@@ -88,6 +92,67 @@ async def _count(fleet: Fleet, agent: Agent, heard: Heard, tally: Tally) -> None
     tally.repeated += sum(count - 1 for count in received.values())
     if heard.finished is not None:
         tally.lost += sum(position not in received for position in span)
+
+
+class Watch:
+    """Looks at sessions again and again while things break. I1: a ledger only grows, epochs only
+    grow, an epoch has one owner. I3: one turn runs at most, what has ended stays as it ended."""
+
+    def __init__(self, fleet: Fleet, agents: Sequence[Agent], *, lossy: bool) -> None:
+        """``lossy``: the store itself may go back; then only one state at a time is judged."""
+        self.violations: list[str] = []
+        self.looks = 0
+        self._fleet = fleet
+        self._agents = agents
+        self._lossy = lossy
+        self._seen: dict[str, tuple[bytes, dict[bytes, bytes]]] = {}
+
+    async def run(self) -> None:
+        """Until cancelled. A store that does not answer is not looked at."""
+        while True:
+            for agent in self._agents:
+                if agent.session_id:
+                    with suppress(RedisError, OSError):
+                        await self._look(agent.session_id)
+            await anyio.sleep(WATCH_PERIOD_S)
+
+    async def _look(self, session_id: str) -> None:
+        ledger = await self._fleet.raw.get(keys.ledger_key(session_id)) or b""
+        record = await self._fleet.raw.hgetall(keys.session_key(session_id))
+        if not record:
+            return
+        self.looks += 1
+        running = [
+            name[2:-7]
+            for name, value in record.items()
+            if name[:2] == b"t:" and name[-7:] == b":status" and value not in ENDED
+        ]
+        active = [record[b"active"]] if record.get(b"active") else []
+        wrong = [] if running == active else [f"I3: {running} run, {active} is active"]
+        before = self._seen.get(session_id)
+        self._seen[session_id] = ledger, record
+        if before is not None and not self._lossy:
+            wrong += _illegal(*before, ledger, record)
+        self.violations += [f"{session_id}: {what}" for what in wrong]
+
+
+def _illegal(
+    old_ledger: bytes, old: dict[bytes, bytes], ledger: bytes, new: dict[bytes, bytes]
+) -> list[str]:
+    """What must not have become of a session between two looks."""
+    wrong: list[str] = []
+    if not ledger.startswith(old_ledger):
+        wrong.append("I1: the ledger was rewritten")
+    if int(new[b"epoch"]) < int(old[b"epoch"]):
+        wrong.append(f"I1: epoch {new[b'epoch']!r} after {old[b'epoch']!r}")
+    if new[b"epoch"] == old[b"epoch"] and old[b"owner"]:
+        holder = [(r[b"nonce"], r[b"owner"], r[b"owner_inc"]) for r in (old, new)]
+        if holder[0] != holder[1]:
+            wrong.append(f"I1: {holder[0]} became {holder[1]} in one epoch")
+    for name, value in old.items():
+        if name[-7:] == b":status" and value in ENDED and new.get(name) != value:
+            wrong.append(f"I3: {name!r} was {value!r}, is {new.get(name)!r}")
+    return wrong
 
 
 async def replicas(door: Door) -> dict[str, fleet_pb2.Replica]:
@@ -109,6 +174,7 @@ async def nothing_left(fleet: Fleet, door: Door) -> list[str]:
                 for what, count in (
                     ("turns run", load.running_turns),
                     ("turns wait", load.queued_turns),
+                    ("sessions are resident", load.sessions),
                     ("pages are pinned", load.pinned_pages),
                     ("pages are held", replica.capacity_pages - load.free_pages),
                 ):
