@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tests.faults.agents import Agent
 from tests.faults.catalogue import CLASSES, CLOCKS, STORES, FaultClass
-from tests.faults.fleet import Fleet, fleet
+from tests.faults.fleet import Fleet, faketime, fleet
 from tests.faults.rounds import Outcome, play
 from tests.faults.verdict import nothing_left
 
@@ -125,6 +125,9 @@ def main() -> int:
         for cls in CLASSES:
             console.print(f"{cls.name} (store: {cls.store})", highlight=False)
         return 0 if options.list else 2
+    if faketime() is None and any(cls.store == CLOCKS for cls in chosen):
+        console.print("clocks cannot be set: install libfaketime (Debian package faketime)")
+        return 2
     logging.basicConfig(level=logging.WARNING)
     started = time.monotonic()
     numbers = range(options.first, options.first + options.per_class)
