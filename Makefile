@@ -5,6 +5,7 @@
 #   make test           everything that CI checks
 #   make faults         real faults on real processes: about 500, half an hour
 #   make soak MINUTES=… agents under steady faults for so long, and what memory grows
+#   make mutants        deliberate bugs in copies of the code: the simulation must find each of them
 #   make lint           ruff, mypy --strict, import layers
 #   make protos         regenerate sdk/sessile/v1 from proto/
 #   make check-protos   fail if sdk/sessile/v1 is not what proto/ generates
@@ -14,12 +15,14 @@
 # TORCH_ARGS  extra arguments of the torch install, for instance to choose an index of CPU builds
 # DEMO_ARGS   extra arguments of the demo, for instance --engine sim
 # FAULTS_ARGS extra arguments of faults, for instance --classes gateway --per-class 3
+# MUTANTS_ARGS extra arguments of mutants, for instance --only epoch --jobs 4
 # PYTEST_ARGS extra arguments of pytest, for instance -k ledger
 
 PYTHON ?= python3
 TORCH_ARGS ?=
 DEMO_ARGS ?=
 FAULTS_ARGS ?=
+MUTANTS_ARGS ?=
 MINUTES ?= 10
 PYTEST_ARGS ?=
 
@@ -36,7 +39,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test faults soak lint protos check-protos clean install
+.PHONY: demo test faults soak mutants lint protos check-protos clean install
 
 install: $(INSTALLED)
 
@@ -95,6 +98,9 @@ faults: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.sim.mutants $(MUTANTS_ARGS)
 
 demo: $(INSTALLED)
 	$(BIN)/sessile demo $(DEMO_ARGS)
