@@ -93,6 +93,7 @@ async def run_replica(
             try:
                 await serve(app, ref)
                 tasks.start_soon(beat, ref, app)
+                tasks.start_soon(app.reconcile)
                 await stop.wait()
             finally:
                 app.close()

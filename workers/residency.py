@@ -2,11 +2,13 @@
 
 Soft state throughout: everything here can be dropped and rebuilt from the ledger. What is held is
 always a copy of acknowledged ledger content, so after the store lost writes the owner can put them
-back from here (P1).
+back from here (P1). Pages go with the last that is known of their session: what cannot be named
+could not be dropped when the session is closed (I9).
 """
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
@@ -14,11 +16,21 @@ from dataclasses import dataclass, field
 
 from gateway.core.errors import DataLoss, Unavailable
 from statestore.digest import RollingDigest, pack_tokens
-from statestore.ports import JournalPort
-from statestore.records import NO_EPOCH, Epoch, LedgerPiece, Position, Session, Turn
+from statestore.ports import JournalPort, StoreError
+from statestore.records import (
+    NO_EPOCH,
+    Epoch,
+    LedgerPiece,
+    Position,
+    Session,
+    SessionState,
+    Turn,
+)
 from statestore.replica_info import MAX_LEADING
 from workers.engines.port import Engine, EngineInfo
 from workers.kv.blocks import next_hash, root_hash
+
+log = logging.getLogger(__name__)
 
 MAX_RECENT_TURNS = 16
 """Ended turns kept per session for a repair; if the store lost more, the loss is reported."""
@@ -107,8 +119,9 @@ class Residency:
         self._busy: set[str] = set()
         self._leading: OrderedDict[bytes, list[bytes]] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._sessions)
+    def idle_ids(self) -> list[str]:
+        """Ids of all sessions held without a running turn, as their owner or not."""
+        return [session_id for session_id in self._sessions if session_id not in self._busy]
 
     def session_ids(self) -> list[str]:
         """Ids of the sessions held as their owner, sorted."""
@@ -144,8 +157,11 @@ class Residency:
             raise DataLoss(
                 f"session {session.session_id}: the ledger's tokens do not match its digest"
             )
-        self._forget(session.session_id)
         self._sessions[session.session_id] = fresh
+        self._sessions.move_to_end(session.session_id)
+        if resident is not None:
+            self.pin(session.session_id, self._pin_ttl_s)  # keeps what both have in common
+            self._engine.drop(resident.block_hashes(self._engine.info))
         self._shrink()
         return fresh
 
@@ -202,14 +218,40 @@ class Residency:
         resident = self._sessions[session_id]
         self._engine.pin(session_id, resident.block_hashes(self._engine.info), ttl_s)
 
-    def release(self, session_id: str, *, drop_kv: bool) -> bool:
-        """Lets go of a session; with ``drop_kv`` its pages are freed, else they may serve as
-        cache. Returns whether it was held."""
+    def release(self, session_id: str, *, drop_kv: bool) -> None:
+        """Lets go of a session: with ``drop_kv`` of everything, else a mere copy stays, whose pages
+        may serve as cache."""
         resident = self._sessions.get(session_id)
-        self._forget(session_id)
-        if resident is not None and drop_kv:
-            self._engine.drop(resident.block_hashes(self._engine.info))
-        return resident is not None
+        if not drop_kv:
+            self.disown(session_id)
+        elif resident is not None:
+            self.discard(resident)
+
+    def discard(self, resident: ResidentSession) -> None:
+        """Forgets a session and frees its pages."""
+        self._sessions.pop(resident.session_id, None)
+        self._engine.unpin(resident.session_id)
+        self._engine.drop(resident.block_hashes(self._engine.info))
+
+    async def look(self, store: JournalPort, session_id: str) -> bool:
+        """Asks the store what became of an idle session, and lets go of one that was closed,
+        suspended or purged, or that is not ours any more. Whoever did that may not have reached
+        this replica. Returns False if the store does not answer."""
+        try:
+            session = await store.get_session(session_id)
+        except StoreError as error:
+            log.warning("the store cannot tell what became of %s: %s", session_id, error)
+            return False
+        resident = self._sessions.get(session_id)
+        if resident is None or session_id in self._busy:
+            return True
+        if session is None or session.state is not SessionState.OPEN:
+            self.discard(resident)
+        elif session.epoch >= resident.epoch != NO_EPOCH:  # below: the store lost what we hold
+            owner = session.owner
+            if owner is None or owner.epoch != resident.epoch:
+                self.disown(session_id)
+        return True
 
     def note_leading(self, digest: bytes, tokens: Sequence[int], salt: bytes) -> None:
         """Remembers which pages a session's leading messages became, for placement by prefix."""
@@ -229,10 +271,6 @@ class Residency:
         }
         return {digest: tokens for digest, tokens in resident.items() if tokens}
 
-    def _forget(self, session_id: str) -> None:
-        self._sessions.pop(session_id, None)
-        self._engine.unpin(session_id)
-
     def _shrink(self) -> None:
         total = sum(len(s.tokens) for s in self._sessions.values())
         for session_id in list(self._sessions):
@@ -240,4 +278,4 @@ class Residency:
                 return
             if session_id not in self._busy:
                 total -= len(self._sessions[session_id].tokens)
-                self._forget(session_id)
+                self.discard(self._sessions[session_id])

@@ -41,6 +41,12 @@ log = logging.getLogger(__name__)
 LOOK_PERIOD_S = 0.5
 """Between looks at what is left in a drain that ends the process."""
 
+RECONCILE_S = 10.0
+RECONCILE_SESSIONS = 128
+"""So many idle sessions are looked up in the store per period, one after the other: a session that
+was closed behind this replica's back is gone from it after one period, or as many as it takes to
+ask for all."""
+
 
 class ReplicaApp:
     """One replica's service. ``tasks`` owns what outlives a call."""
@@ -168,6 +174,9 @@ class ReplicaApp:
             ref_of(request.source),
             lease_seconds(request.lease_ms),
         )
+        if self._ports.residency.get(session_id) is None:  # closed or suspended meanwhile
+            self._ports.residency.discard(resident)
+            raise MigrationRefused(f"session {session_id} was released during its import")
         return pb.ImportSessionResponse(
             verified=_wire(self._transfer.verified(resident, pulled.pages)),
             pages=pulled.pages,
@@ -208,23 +217,22 @@ class ReplicaApp:
         """Waits until nothing is left, then asks for the end. Idle sessions that were taken by
         others leave no word here, so the store is asked about what seems left."""
         while self._leaving:
-            for session_id in self.session_ids():
-                if session_id not in self._runs:
-                    await self._forget_if_taken(session_id)
+            for session_id in self._ports.residency.session_ids():
+                await self._ports.residency.look(self._ports.store, session_id)
             if not self.session_ids():
                 self._on_empty()
                 return
             await anyio.sleep(LOOK_PERIOD_S)
 
-    async def _forget_if_taken(self, session_id: str) -> None:
-        try:
-            session = await self._ports.store.get_session(session_id)
-        except StoreError as error:
-            log.warning("drain: the store cannot tell who owns %s: %s", session_id, error)
-            return
-        owner = session.owner if session is not None else None
-        if (owner is None or owner.replica != self._ports.ref) and session_id not in self._runs:
-            self._ports.residency.release(session_id, drop_kv=False)
+    async def reconcile(self) -> None:
+        """Asks the store what became of the sessions held here, a few at a time, for ever (I9)."""
+        while True:
+            await anyio.sleep(RECONCILE_S)
+            for count, session_id in enumerate(self._ports.residency.idle_ids(), 1):
+                if not await self._ports.residency.look(self._ports.store, session_id):
+                    break
+                if count % RECONCILE_SESSIONS == 0:
+                    await anyio.sleep(RECONCILE_S)
 
     def load(self) -> ReplicaLoad:
         """For the heartbeat."""
@@ -235,7 +243,7 @@ class ReplicaApp:
             queued_prefill_tokens=load.queued_prefill_tokens,
             free_pages=load.free_pages,
             pinned_pages=load.pinned_pages,
-            sessions=len(self._ports.residency),
+            sessions=len(self.session_ids()),
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             decode_tokens_per_s=load.decode_tokens_per_s,
             leading=self._ports.residency.leading_tokens(),

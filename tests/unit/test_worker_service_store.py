@@ -274,7 +274,7 @@ async def test_histories_that_part_before_what_the_owner_holds_are_not_spliced()
         await listen(second, await w.request(second, "More", "t3"))
         fourth = await w.request(second, "More", "t4")
         w.executor.restore(kept)
-        first.app._ports.residency.release(SESSION, drop_kv=False)
+        first.app._ports.residency.release(SESSION, drop_kv=True)
         await listen(first, await w.request(first, "Something else", "other"))
         with pytest.raises(errors.DataLoss):
             await listen(second, fourth)

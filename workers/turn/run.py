@@ -85,6 +85,7 @@ class TurnRun:
         self._told: Ending | None = None
         self._decided: tuple[FinishReason, str] | None = None
         self._unwritten: list[int] = []
+        self._wrote_end = False
 
     # -- what streams and the service use -------------------------------------------------------
 
@@ -199,6 +200,9 @@ class TurnRun:
             self._end(Broken(Unavailable("the replica is stopping")))
             raise
         self._end(ending)
+        if self.opened is not None and not self._wrote_end:
+            # Perhaps because the session was closed: then its pages are not kept for a next turn.
+            await self._ports.residency.look(self._ports.store, self.session_id)
 
     def _end(self, ending: Ending) -> None:
         self._retract()
@@ -327,6 +331,7 @@ class TurnRun:
                 generation.acknowledge(steps, anyio.current_time())
                 if commit is None:
                     return None
+                self._wrote_end = True
                 return Ended(
                     replace(opened.turn, status=commit.status, output_end=head, result=commit)
                 )
