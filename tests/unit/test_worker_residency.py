@@ -1,4 +1,4 @@
-"""Nothing of a session stays where it has no business, even if a replica was not told of its end."""
+"""Nothing of a session stays where it has no business, even if nobody told the replica."""
 
 from __future__ import annotations
 

@@ -133,12 +133,11 @@ class IncomingPages:
             self._on_release()
 
     def _take(self, first: int, pages: Sequence[PageMeta]) -> int:
-        """Writes the pages from index ``first`` on to the pool, up to the first that is not what it
-        should be; returns how many."""
+        """Writes the pages from index ``first`` on to the pool, up to the first whose bytes are not
+        what they should be; returns how many. Their names are the reservation's to check."""
         for index, meta in enumerate(pages, first):
             raw = self.buffer(index)
-            named = meta.block_hash == self._reservation.block_hashes[index]
-            if not named or checksum(raw) != meta.checksum:
+            if checksum(raw) != meta.checksum:
                 return index - first
             self._memory.write(self._reservation.pages[index], raw)
         return len(pages)
