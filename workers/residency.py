@@ -253,6 +253,13 @@ class Residency:
                 self.disown(session_id)
         return True
 
+    def knows_leading(self, digest: bytes) -> bool:
+        """Whether these leading messages were noted before; counts as a use."""
+        known = digest in self._leading
+        if known:
+            self._leading.move_to_end(digest)
+        return known
+
     def note_leading(self, digest: bytes, tokens: Sequence[int], salt: bytes) -> None:
         """Remembers which pages a session's leading messages became, for placement by prefix."""
         if not digest:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anyio
 import pytest
 from sessile.v1 import replica_pb2 as pb
@@ -415,10 +417,30 @@ async def test_a_transcript_is_told_from_the_ledger_by_any_replica() -> None:
 @in_virtual_time
 async def test_the_heartbeat_tells_which_leading_messages_are_resident() -> None:
     async with world() as w:
-        first, _ = await two_replicas(w)
+        first = await w.start("r1")
         await w.open("ses_bbbbbbbbbbbbbbbb", leading="Long instructions. " * 20)
         await w.give(first, "ses_bbbbbbbbbbbbbbbb")
         await listen(first, await w.request(first, session_id="ses_bbbbbbbbbbbbbbbb"))
         leading = first.app.load().leading
         assert set(leading) == {(b"L" * 16).hex()}
         assert 300 < leading[(b"L" * 16).hex()] <= 400
+
+
+@in_virtual_time
+async def test_known_leading_messages_are_not_rendered_by_themselves_again() -> None:
+    async with world() as w:
+        first = await w.start("r1")
+        codec, rendered = first.app._ports.codec, list[int]()
+        render = codec.render
+
+        def counted(*args: Any) -> list[int]:
+            rendered.append(len(args[1]))
+            return render(*args)
+
+        codec.render = counted  # type: ignore[method-assign, assignment]
+        for name in ("ses_bbbbbbbbbbbbbbbb", "ses_cccccccccccccccc"):
+            await w.open(name, leading="Long instructions. " * 20)
+            await w.give(first, name)
+            await listen(first, await w.request(first, session_id=name))
+        assert rendered == [2, 1, 2]
+        assert first.app.load().leading

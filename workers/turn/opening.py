@@ -292,6 +292,8 @@ class TurnOpening:
         preamble = preamble_of(session.preamble)
         if session.head.length or not preamble.messages:
             return
+        if self._ports.residency.knows_leading(session.leading_digest):
+            return  # rendering them once more would only delay the first token
         try:
             alone = await self._ports.render(
                 LastTurn.NONE, chat_messages(preamble.messages), chat_tools(preamble.tools)
