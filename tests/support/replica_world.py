@@ -27,6 +27,7 @@ from workers.engines.sim.engine import SimEngine
 from workers.replica import ReplicaAdapters, run_replica
 from workers.service import ReplicaApp
 from workers.text.bytes_codec import BytesCodec
+from workers.text.port import TextCodec
 
 EPOCH_US = 1_763_888_000_000_000
 TENANT = "acme"
@@ -106,12 +107,14 @@ class World:
     failures: list[BaseException] = field(default_factory=list)
     _nonces: int = 0
 
-    async def start(self, name: str = "r1", **settings: float) -> RunningReplica:
+    async def start(
+        self, name: str = "r1", *, codec: TextCodec | None = None, **settings: float
+    ) -> RunningReplica:
         engine = SimEngine(self.config, anyio.current_time)
         adapters = ReplicaAdapters(
             store=RedisStore(self.executor, random_bytes=random.Random(name).randbytes),
             engine=engine,
-            codec=BytesCodec(),
+            codec=codec or BytesCodec(),
             tickets=self.channel,
             peers=self,
             pull_pages=self.channel.pull,

@@ -16,6 +16,7 @@ from workers.engines.port import Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.model import expected_output
 from workers.text.byte_vocabulary import END_OF_TURN
+from workers.text.bytes_codec import BytesCodec
 
 
 def expected(ledger: list[int], start: int, count: int) -> list[int]:
@@ -562,6 +563,33 @@ async def test_a_turn_that_outgrew_a_smaller_replica_ends_there_with_all_it_said
         assert (
             await listen(small, await w.request(small, ""))
         ).tokens == heard.tokens + rest.tokens
+
+
+class OtherTokens(BytesCodec):
+    token_fingerprint = b"other tokens"
+
+
+@in_virtual_time
+async def test_a_replica_with_other_tokens_neither_begins_nor_resumes_a_turn() -> None:
+    async with world() as w:
+        first, other = await w.start("r1"), await w.start("r2", codec=OtherTokens())
+        await w.open()
+        await w.give(first)
+        await listen(first, await w.request(first), until=lambda h: len(h.tokens) > 5)
+        await first.kill()
+        await w.give(other)
+        before = await w.session(), await w.turn()
+        with pytest.raises(errors.NotOwner, match="tokenizer"):
+            await listen(other, await w.request(other, ""))
+        assert (await w.session(), await w.turn()) == before
+        third = await w.start("r3")
+        await w.give(third)
+        await listen(third, await w.request(third, ""))
+        await w.give(other)
+        before = await w.session(), await w.turn()
+        with pytest.raises(errors.NotOwner, match="tokenizer"):
+            await listen(other, await w.request(other, "More", "t2"))
+        assert (await w.session(), await w.turn()) == before
 
 
 @in_virtual_time

@@ -166,7 +166,7 @@ class TurnOpening:
         raise Unavailable(f"session {self._turn.session_id} keeps changing; try again")
 
     async def _restored(self, context: TurnContext, give_up_at: float) -> TurnContext:
-        """Checks that the session is open and ours; if the store has forgotten what this epoch
+        """Checks that the session is open and ours, and written in our tokens (P14); if the store has forgotten what this epoch
         wrote and this replica still holds it, puts it back first."""
         session = context.session
         if session.state is not SessionState.OPEN:
@@ -189,6 +189,9 @@ class TurnOpening:
         owner = session.owner
         if owner is None or owner.replica != self._ports.ref or owner.epoch != self._epoch:
             raise NotOwner(f"session {session.session_id} is not owned under this epoch")
+        needed = session.token_fingerprint
+        if needed and needed != self._ports.codec.token_fingerprint:
+            raise NotOwner(f"session {session.session_id} needs another tokenizer or template")
         return context
 
     @staticmethod
@@ -215,9 +218,6 @@ class TurnOpening:
         # Who knows of more ended turns saw the active one end: its end is lost (P1).
         if self._turn.HasField("precondition"):
             check_precondition(self._turn.precondition, session)
-        fingerprint = self._ports.codec.token_fingerprint
-        if session.token_fingerprint and session.token_fingerprint != fingerprint:
-            raise NotOwner(f"session {session.session_id} needs another tokenizer or template")
         resident = await self._ports.residency.load(
             self._ports.store, session, salt, context.ledger
         )
@@ -242,7 +242,7 @@ class TurnOpening:
                 spec,
                 tokens,
                 state.position(),
-                token_fingerprint=fingerprint,
+                token_fingerprint=self._ports.codec.token_fingerprint,
             ),
             give_up_at,
         )
