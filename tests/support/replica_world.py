@@ -151,10 +151,14 @@ class World:
         self._nonces += 1
         return self._nonces.to_bytes(8, "big")
 
-    async def open(self, session_id: str = SESSION, leading: str = "Be brief.") -> Session:
+    async def open(
+        self, session_id: str = SESSION, leading: str = "Be brief.", **defaults: float
+    ) -> Session:
+        """``defaults``: the session's sampling parameters."""
         salt = await self.store.tenant_salt(TENANT)
         preamble = session_pb2.OpenSessionRequest(
-            messages=[message(leading, types_pb2.Message.ROLE_SYSTEM)] if leading else []
+            messages=[message(leading, types_pb2.Message.ROLE_SYSTEM)] if leading else [],
+            default_params=types_pb2.SamplingParams(**defaults),  # type: ignore[arg-type]
         )
         outcome = await self.store.open_session(
             NewSession(

@@ -17,6 +17,7 @@ from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.model import expected_output
 from workers.text.byte_vocabulary import END_OF_TURN
 from workers.text.bytes_codec import BytesCodec
+from workers.turn.request import fork_seed
 
 
 def expected(ledger: list[int], start: int, count: int) -> list[int]:
@@ -610,3 +611,39 @@ async def test_a_fork_goes_on_from_its_parents_ledger_and_kv() -> None:
         assert heard.tokens == expected(ledger, start, 20)
         assert heard.finished.usage.cached_tokens == (len(parent) - 1) // 16 * 16
         assert await w.ledger() == parent
+
+
+@in_virtual_time
+async def test_forks_draw_other_noise_than_their_parent_and_each_other() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open(seed=7, temperature=1.0)
+        await w.give(replica)
+        await listen(replica, await w.request(replica))
+        names = [SESSION, *(f"{SESSION}.{name}" for name in "abc")]
+        for name in names[1:]:
+            assert isinstance(await w.store.fork(SESSION, name, None, ()), SessionWritten)
+            await w.give(replica, name)
+
+        async def say(name: str, **params: float) -> tuple[int, list[int]]:
+            limits = {"max_tokens": 20} | params
+            request = await w.request(replica, "Go on", "t2", session_id=name, params=limits)
+            heard = await listen(replica, request)
+            turn = await w.turn("t2", name)
+            seed = types_pb2.RunTurnRequest.FromString(turn.spec.body).params.seed
+            again = await listen(replica, request)
+            assert (again.tokens, again.accepted.seed) == (heard.tokens, seed)
+            return seed, heard.tokens
+
+        said = [await say(name) for name in names[:3]]
+        assert said[0][0] == 7, "a session's own default is used as it is"
+        assert len({seed for seed, _ in said}) == 3
+        assert len({tuple(tokens) for _, tokens in said}) == 3
+        assert (await say(names[3], seed=7)) == said[0], "and so is a turn's own seed"
+
+
+def test_a_forks_seed_is_a_function_of_its_id_and_what_it_inherited() -> None:
+    assert fork_seed(7, "a") == fork_seed(7, "a")
+    seeds = {fork_seed(seed, name) for seed in (0, 7, 2**64 - 1) for name in ("a", "b")}
+    assert len(seeds) == 6
+    assert max(seeds) < 2**63

@@ -166,8 +166,8 @@ class TurnOpening:
         raise Unavailable(f"session {self._turn.session_id} keeps changing; try again")
 
     async def _restored(self, context: TurnContext, give_up_at: float) -> TurnContext:
-        """Checks that the session is open and ours, and written in our tokens (P14); if the store has forgotten what this epoch
-        wrote and this replica still holds it, puts it back first."""
+        """Checks that the session is open, ours and in our tokens (P14); if the store has forgotten
+        what this epoch wrote and this replica still holds it, puts it back first."""
         session = context.session
         if session.state is not SessionState.OPEN:
             raise refusal(session.session_id, store.Refused(session.state))
@@ -232,6 +232,7 @@ class TurnOpening:
             output_start=state.position().length,
             info=self._ports.engine.info,
             seed=self._seed,
+            fork=session.parent_id is not None,
         )
         began_at = anyio.current_time()
         outcome = await until_answered(

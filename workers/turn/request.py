@@ -89,6 +89,14 @@ def merged_params(
     return merged
 
 
+def fork_seed(inherited: int, session_id: str) -> int:
+    """A fork's own default seed, below 2^63: with its parent's it would draw the same noise at the
+    same positions (P20)."""
+    key = inherited.to_bytes(8, "little")
+    digest = hashlib.blake2b(session_id.encode(), digest_size=8, key=key, person=b"fork-seed")
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
 def resolve(
     turn: types_pb2.RunTurnRequest,
     defaults: types_pb2.SamplingParams,
@@ -97,9 +105,11 @@ def resolve(
     output_start: int,
     info: EngineInfo,
     seed: int,
+    fork: bool,
 ) -> TurnSpec:
     """The spec to store. ``output_start`` is the ledger's length after the turn's input; ``seed``
-    is used if the client gave none. Raises ContextTooLong if no output token fits."""
+    is used if the client gave none; of a ``fork`` the session's default seed is an inherited one.
+    Raises ContextTooLong if no output token fits."""
     room = info.max_context_tokens - output_start
     if room < 1:
         raise ContextTooLong(
@@ -119,6 +129,8 @@ def resolve(
     params.min_tokens = min(params.min_tokens, params.max_tokens)
     if not params.HasField("seed"):
         params.seed = seed
+    elif fork and not turn.params.HasField("seed"):
+        params.seed = fork_seed(params.seed, turn.session_id)
     body = types_pb2.RunTurnRequest(
         session_id=turn.session_id, turn_id=turn.turn_id, messages=turn.messages, params=params
     )
