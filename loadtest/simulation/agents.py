@@ -198,7 +198,7 @@ class Agent:
         while not heard.ended:
             await self._try(heard, attach_only=False)
         refused = isinstance(heard.error, reasons) and heard.start is None
-        self.expect(refused, f"not refused but {heard.error or heard.finished!r}")
+        self.expect(refused, f"I3: not refused but {heard.error or heard.finished!r}")
 
     async def turn(self) -> None:
         """Runs one turn to its end, whatever it takes."""
@@ -336,7 +336,9 @@ class Agent:
             self.others.clear()
             self._known_head = None
         elif heard.error is not None:
-            self.violations.append(f"{heard.turn_id}: {type(heard.error).__name__}: {heard.error}")
+            self.violations.append(
+                f"I7: {heard.turn_id}: {type(heard.error).__name__}: {heard.error}"
+            )
         elif heard.finished is not None and not self._asked_twice:
             index = 1 + heard.index
             self._known_head = pb.Precondition(head=heard.finished.end, turn_index=index)

@@ -34,7 +34,7 @@ async def check_agent(world: World, agent: Agent) -> list[str]:
             f"{agent.name}: I9: it was purged, {key} is there" for key in remains
         ]
     if session is None:
-        return [f"{agent.name}: the session is gone"]
+        return [f"{agent.name}: P2: the session is gone"]
     ledger = await world.store.read_tokens(session, 0, session.head.length)
     turns = await world.store.get_turns(session, 0, 1000)
     salt = await world.store.tenant_salt(session.tenant)
@@ -72,7 +72,7 @@ def check_ledger(
             found.append(f"{name}: I7: it is {turn.status}")
         given = ledger[turn.input_start : turn.output_start.length]
         if list(given) != rendered(session, turn, last):
-            found.append(f"{name}: its input is not in the ledger as given")
+            found.append(f"{name}: P4: its input is not in the ledger as given")
         found += [f"{name}: {what}" for what in check_output(turn, ledger)]
         end = turn.output_end.length
         last = LastTurn.CLOSED if ledger[end - 1] == END_OF_TURN else LastTurn.OPEN
@@ -113,11 +113,11 @@ def check_output(turn: Turn, ledger: Sequence[int]) -> list[str]:
     if turn.status is TurnStatus.COMMITTED and output != expected:
         return [f"P5: it was committed after {len(output)} tokens of {len(expected)}"]
     if turn.result is None:
-        return ["it has no result"]
+        return ["P5: it has no result"]
     if turn.status is TurnStatus.COMMITTED:
         by_stop = folder.stopped or expected[-1] in plan.rules.stop_token_ids
         if (turn.result.reason is FinishReason.STOP) != by_stop:
-            return [f"its reason is {turn.result.reason}"]
+            return [f"P5: its reason is {turn.result.reason}"]
     return []
 
 
@@ -138,12 +138,12 @@ def check_heard(heard: TurnHeard, turn: Turn, ledger: Sequence[int], salt: bytes
     if finished is None:
         return found
     if STATUS.get(finished.status) is not turn.status:
-        found.append(f"told {finished.status}, the ledger says {turn.status}")
+        found.append(f"I2: told {finished.status}, the ledger says {turn.status}")
     if finished.end.length != end or heard.tokens != output:
         found.append(f"I2: told the end at {finished.end.length} with {len(heard.tokens)} tokens")
     usage = (finished.usage.input_tokens, finished.usage.output_tokens)
     if usage != (start, len(output)):
-        found.append(f"usage {usage} of {(start, len(output))}")
+        found.append(f"I2: told usage {usage} of {(start, len(output))}")
     return found
 
 
@@ -188,11 +188,13 @@ def check_replicas(world: World) -> list[str]:
     for replica in world.live_replicas():
         load = replica.engine.load()
         if load.running or load.queued:
-            found.append(f"{replica.name}: {load.running} generations run, {load.queued} wait")
+            found.append(f"{replica.name}: I7: {load.running} generations run, {load.queued} wait")
         if load.free_pages != ENGINE.capacity_pages:
-            found.append(f"{replica.name}: {ENGINE.capacity_pages - load.free_pages} pages leaked")
+            found.append(
+                f"{replica.name}: I9: {ENGINE.capacity_pages - load.free_pages} pages leaked"
+            )
         try:
             replica.engine.check_integrity()
         except AssertionError as error:
-            found.append(f"{replica.name}: {error}")
+            found.append(f"{replica.name}: P13: {error}")
     return found

@@ -16,9 +16,9 @@ from loadtest.simulation.agents import PATIENCE_S, TURN_S, Agent
 from loadtest.simulation.checks import check_agent, check_closed, check_replicas
 from loadtest.simulation.faults import LOSSY, Storm
 from loadtest.simulation.lifecycle import close, live
-from loadtest.simulation.loop import TraceHook, run
+from loadtest.simulation.loop import TraceHook, run, true_time
 from loadtest.simulation.witness import Witness
-from loadtest.simulation.world import World, world
+from loadtest.simulation.world import START_US, World, world
 from statestore.records import TurnStatus
 
 SETTLE_S = 4.0
@@ -78,7 +78,9 @@ def simulate(
 
 async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
     async with world(random.Random(f"{seed} world"), gateway_config=GatewayConfig()) as built:
-        witness = built.server.watch = Witness(built.server.peek)
+        witness = built.server.watch = Witness(
+            built.server.peek, built.timeline, true_time, START_US
+        )
         for index in range(plan.replicas):
             await built.start_replica(f"r{index + 1}")
         for index in range(plan.gateways):
@@ -95,7 +97,7 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
         found += await _liveness(agents)
         if check_replicas(built):
             await anyio.sleep(EXPORT_LEASE_S)  # a puller was killed: what it was to have is held
-        found += witness.violations + check_replicas(built)
+        found += [*witness.violations, *built.violations, *check_replicas(built)]
         found += await _close_some(built, agents, random.Random(f"{seed} close"))
         for agent in agents:
             found += await check_agent(built, agent)

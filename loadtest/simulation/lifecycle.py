@@ -48,7 +48,7 @@ async def _fork(parent: Agent, agents: list[Agent], name: str) -> None:
     child = parent.child(name, first.session.session_id)
     agents.append(child)
     parent.forks += 1
-    child.expect(second.session.session_id == child.session_id, "forked twice by one request")
+    child.expect(second.session.session_id == child.session_id, "P3: forked twice by one request")
     inherited = first.session.turn_index
     after = await _stored(parent)
     between = (
@@ -62,7 +62,7 @@ async def _fork(parent: Agent, agents: list[Agent], name: str) -> None:
         same = await parent.world.store.get_turns(after, 0, inherited)
         child.expect(
             await parent.world.store.get_turns(forked, 0, inherited) == same,
-            "its inherited turns are not its parent's",
+            "P20: its inherited turns are not its parent's",
         )
     await _work(child, agents, FORK_TURNS)
 
@@ -75,11 +75,11 @@ async def _suspend_for_a_while(agent: Agent) -> None:
     except TurnInProgress:
         return  # the turn that was asked for beside another one runs on
     before = await _stored(agent)
-    agent.expect(_is(before, SessionState.SUSPENDED), "suspended, the store has it otherwise")
+    agent.expect(_is(before, SessionState.SUSPENDED), "I3: suspended, the store has it otherwise")
     agent.suspensions += 1
     await agent.be_refused(SessionSuspended)
     await agent.pause()
-    agent.expect(await _stored(agent) == before, "something wrote to a suspended session")
+    agent.expect(await _stored(agent) == before, "P2: something wrote to a suspended session")
     resume = session_pb2.ResumeSessionRequest(session_id=agent.session_id)
     await agent.ask(lambda app: app.sessions.resume(TENANT, resume))
 
@@ -90,11 +90,11 @@ async def close(agent: Agent, *, purge: bool) -> None:
     try:
         await agent.ask(lambda app: app.sessions.close(TENANT, request))
     except NotFound:
-        agent.expect(purge, "a session that was to be kept is gone")  # the answer was lost
+        agent.expect(purge, "I9: a session that was to be kept is gone")  # the answer was lost
     agent.closed, agent.purged = True, purge
     stored = await _stored(agent)
     gone = stored is None and purge
-    agent.expect(gone or _is(stored, SessionState.CLOSED), "closed, the store has it otherwise")
+    agent.expect(gone or _is(stored, SessionState.CLOSED), "P2: closed, the store has it otherwise")
     await agent.be_refused(SessionClosed, NotFound)
 
 

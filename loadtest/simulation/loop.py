@@ -12,7 +12,9 @@ moments.
 
 A :class:`Process` is a group of tasks and timers that can be stopped and continued together, as by
 SIGSTOP and SIGCONT: a stopped one executes nothing whatever, and a process that is never continued
-has been killed, for no clean-up code of it has run.
+has been killed, for no clean-up code of it has run. Each process has a monotonic clock of its own,
+which may run slow or fast and jump forward: what it reads as the loop's time, and when its timers
+are due, follows that clock. :func:`true_time` is nobody's clock.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ Ts = TypeVarTuple("Ts")
 
 MAX_ROUNDS_AT_ONE_INSTANT = 100_000
 """Rounds of ready handles without time passing; over it the program is taken to spin."""
+CLOCK_STEP_S = 1e-9
+"""Rounding must not make a timer due before its own clock says so: it would be set again."""
 
 
 class SimulationError(Exception):
@@ -69,6 +73,10 @@ class Process:
     def __init__(self, name: str) -> None:
         self.name = name
         self.stopped = False
+        self.rate = 1.0
+        """Seconds of its clock in one true second."""
+        self.ahead_s = 0.0
+        """Its clock's reading is ``rate * true time + ahead_s``."""
         self._held: list[asyncio.Handle] = []
         self._context = contextvars.copy_context()
         self._context.run(_PROCESS.set, self)
@@ -93,6 +101,30 @@ class Process:
         """Keeps what a stopped process would run now."""
         self._held.append(handle)
 
+    def set_clock(self, rate: float, jump_s: float = 0.0) -> None:
+        """From now on the clock goes at ``rate``; it jumps forward by ``jump_s`` first (monotonic
+        clocks do not go back)."""
+        if rate <= 0 or jump_s < 0:
+            raise ValueError("a monotonic clock goes on")
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        reading = self.clock_at(loop.true_time) + jump_s
+        self.rate, self.ahead_s = rate, reading - rate * loop.true_time
+        loop.reorder_timers()
+
+    def clock_at(self, true_s: float) -> float:
+        """What its clock shows at a true time."""
+        return self.rate * true_s + self.ahead_s
+
+    def true_at(self, reading: float) -> float:
+        """The first true time at which its clock shows that much."""
+        if self.rate == 1.0 and not self.ahead_s:
+            return reading
+        true_s = (reading - self.ahead_s) / self.rate
+        while self.clock_at(true_s) < reading:
+            true_s += CLOCK_STEP_S
+        return true_s
+
 
 _PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 
@@ -100,6 +132,20 @@ _PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("proce
 def current_process() -> Process | None:
     """The process that is running; None outside of all."""
     return _PROCESS.get()
+
+
+def true_time() -> float:
+    """The running loop's time, whatever the running process's clock shows."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    return loop.true_time
+
+
+def outside(function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+    """Calls a function outside of all processes: what it makes belongs to none."""
+    context = contextvars.copy_context()
+    context.run(_PROCESS.set, None)
+    return context.run(function, *args)
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -120,9 +166,26 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.set_task_factory(_numbered_task)
         self.set_exception_handler(self._keep_error)
 
-    def time(self) -> float:
+    @property
+    def true_time(self) -> float:
         """Virtual seconds since the loop was made."""
         return self._now
+
+    def time(self) -> float:
+        """The running process's clock; outside of all, the true time."""
+        process = _PROCESS.get()
+        return self._now if process is None else process.clock_at(self._now)
+
+    def reorder_timers(self) -> None:
+        """A process's clock was changed: its timers are due at other true times."""
+        self._timers = [
+            (self._due(_process_of(timer), timer.when()), count, timer)
+            for _, count, timer in self._timers
+        ]
+        heapq.heapify(self._timers)
+
+    def _due(self, process: Process | None, when: float) -> float:
+        return when if process is None else max(process.true_at(when), self._now)
 
     def number_of(self, task: asyncio.Task[Any]) -> int:
         """Spawn number of a task of this loop, from 1."""
@@ -148,7 +211,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         if self.is_closed():
             raise RuntimeError("the loop is closed")
         timer = asyncio.TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._timers, (when, next(self._sequence), timer))
+        due = self._due(_process_of(timer), when)
+        heapq.heappush(self._timers, (due, next(self._sequence), timer))
         return timer
 
     def run_in_executor(

@@ -3,13 +3,17 @@
 A handler runs in a task of the server's process, so a stopped server is silent and a killed one
 resets its connections. Messages are serialised on the way, errors go through the production
 mapping to gRPC status and back, and streams have a window, as on the wire.
+
+Connections can be reset while both ends live, or be half open: then one side hears nothing more and
+neither knows, until its keep-alive does. Cuts may be of one direction only. A call may be delivered
+twice, the second time late: where a caller repeats what it got no answer to, that happens.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -18,13 +22,14 @@ import anyio
 from anyio.abc import TaskGroup
 from grpc import aio
 from sessile.v1 import replica_pb2 as pb
+from sessile.v1.types_pb2 import TurnStream
 
 from gateway.app.ports import ReplicaLost
 from gateway.core.errors import DeadlineExceeded, InternalError, SessileError
 from gateway.rpc.replica_client import translate
 from gateway.rpc.serving import store_failure
 from gateway.rpc.status import DETAILS_KEY, code_of, to_status
-from loadtest.simulation.loop import Process, current_process
+from loadtest.simulation.loop import Process, current_process, outside, true_time
 from statestore.ports import StoreError
 
 WINDOW = 16
@@ -32,6 +37,14 @@ WINDOW = 16
 STOPPED_POLL_S = 0.05
 PAGE_S = 0.000_05
 """One KV page on the data channel."""
+KEEPALIVE_S = 4.0
+"""Until an end of a connection notices that the other one is not there any more."""
+MAX_LATE_S = 3.0
+"""How much later than the first the second delivery of a call may be."""
+SLEEP_STEP_S = 0.000_001
+"""Least sleep: a clock that is not the true one may wake a sleeper a little early."""
+STORE = "store"
+"""The store's name in cuts and delays."""
 
 
 class WireMessage(Protocol):
@@ -70,7 +83,10 @@ class Call:
     def __init__(self, network: Network, client: Process | None, listener: Listener) -> None:
         self.listener = listener
         self.client = client
+        self.abandoned = False
+        """Nobody will take what is put: a second delivery of a call."""
         self._network = network
+        self._half_open = False
         self._items: deque[tuple[float, Any]] = deque()
         self._last_arrival = 0.0
         self._error: SessileError | None = None
@@ -80,9 +96,11 @@ class Call:
 
     async def put(self, message: Any) -> None:
         """Server side: sends a message; waits while the window is full."""
+        if self.abandoned:
+            return
         while len(self._items) >= WINDOW and not self._ended:
             await self._wait()
-        arrival = anyio.current_time() + self._network.draw_delay()
+        arrival = true_time() + self._network.draw_delay(self._name(), self.listener.process.name)
         self._last_arrival = max(self._last_arrival, arrival)
         self._items.append((self._last_arrival, message))
         self._notify()
@@ -90,14 +108,14 @@ class Call:
     async def take(self) -> Any:
         """Client side: the next message, or None at the end. Raises the call's error."""
         while True:
-            await self._network.reachable(self.client, self.listener.process)
-            if self._items:
+            await self._network.reachable(self.listener.process, self.client)
+            if self._items and not self._half_open:
                 arrival, message = self._items[0]
-                if arrival <= anyio.current_time():
+                if arrival <= true_time():
                     self._items.popleft()
                     self._notify()
                     return message
-                await anyio.sleep(arrival - anyio.current_time())
+                await anyio.sleep(max(arrival - true_time(), SLEEP_STEP_S))
             elif self._ended:
                 if self._error is not None:
                     raise self._error
@@ -113,18 +131,45 @@ class Call:
 
     def reset(self) -> None:
         """The server's process was killed: what is still on its way is lost."""
-        now = anyio.current_time()
+        now = true_time()
         arrived = deque(item for item in self._items if item[0] <= now)
         if len(arrived) < len(self._items):
             self._items, self._ended = arrived, False
         self.end(ReplicaLost("connection reset", refused=True))
 
+    def break_off(self) -> None:
+        """The connection is reset though both ends live; what was on its way is lost."""
+        self.reset()
+        self._network.forget(self)
+        self.listener.process.run(self._scope.cancel)
+
+    def go_silent(self) -> None:
+        """From now on the client hears nothing, until the keep-alives of both ends fail."""
+        self._half_open = True
+
+        def notice() -> None:
+            self._items.clear()
+            self.end(ReplicaLost("keepalive watchdog timeout", refused=False))
+            self._network.forget(self)
+            self.listener.process.run(self._scope.cancel)
+
+        outside(asyncio.get_running_loop().call_later, KEEPALIVE_S, notice)
+
     def leave(self) -> None:
-        """The client is not interested any more: the handler is cancelled."""
+        """The client is not interested any more: the handler is cancelled, once its process hears
+        of it."""
         self._network.forget(self)
         self._ended = True
         self._notify()
-        self.listener.process.run(self._scope.cancel)
+        process = self.listener.process
+        if self._half_open or self._network.is_cut(self._name(), process.name):
+
+            def notice() -> None:
+                process.run(self._scope.cancel)
+
+            outside(asyncio.get_running_loop().call_later, KEEPALIVE_S, notice)
+        else:
+            process.run(self._scope.cancel)
 
     async def serve(self, handler: Handler) -> None:
         """Runs the handler, in a task of the server."""
@@ -146,6 +191,9 @@ class Call:
             error = InternalError(f"unexpected {type(error).__name__}")
         return wire_error(error)
 
+    def _name(self) -> str:
+        return "" if self.client is None else self.client.name
+
     async def _wait(self) -> None:
         await self._changed.wait()
 
@@ -163,13 +211,27 @@ class Network:
     max_delay_s: float = 0.002
     corrupt_page_rate: float = 0.0
     """Share of KV pages that arrive with a wrong byte."""
+    duplicate_rate: float = 0.0
+    """Share of repeatable calls that are delivered a second time."""
+    slowness_s: dict[str, float] = field(default_factory=dict)
+    """By process (or STORE): how much longer its messages may take."""
     failures: list[BaseException] = field(default_factory=list)
     """Exceptions of handlers that no API knows: bugs."""
+    on_dispatch: Callable[[pb.DispatchTurnRequest, str], None] | None = None
+    """Told of each dispatch of a turn, and the endpoint."""
+    on_stream: Callable[[pb.DispatchTurnRequest, TurnStream], None] | None = None
+    """Told of each message that a replica sends for a dispatch, when it is sent."""
+    pulls: int = 0
+    """Of KV, begun."""
+    broken_pulls: int = 0
+    """Those that ended early."""
+    duplicates: int = 0
     _listeners: dict[str, Listener] = field(default_factory=dict)
     _data: dict[str, KvPort] = field(default_factory=dict)
     _calls: dict[Call, None] = field(default_factory=dict)
     _dead: set[Process] = field(default_factory=set)
-    _cuts: set[frozenset[str]] = field(default_factory=set)
+    _cuts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Pairs of names, from sender to receiver, and how many faults cut them."""
     _healed: anyio.Event = field(default_factory=anyio.Event)
 
     def listen(self, listener: Listener) -> None:
@@ -194,24 +256,51 @@ class Network:
 
     def cut(self, one: str, other: str) -> None:
         """From now on the two processes of these names do not hear each other."""
-        self._cuts.add(frozenset((one, other)))
+        self.cut_one_way(one, other)
+        self.cut_one_way(other, one)
+
+    def cut_one_way(self, sender: str, receiver: str) -> None:
+        """From now on nothing from one process reaches the other."""
+        self._cuts[sender, receiver] += 1
+
+    def join(self, sender: str, receiver: str) -> None:
+        """Ends one cut of this direction; what was sent meanwhile arrives."""
+        if self._cuts[sender, receiver] > 0:
+            self._cuts[sender, receiver] -= 1
+        self._tell_healed()
 
     def heal(self) -> None:
-        """Ends every cut; what was sent meanwhile arrives."""
+        """Ends every cut, and what else is wrong with the network."""
         self._cuts.clear()
+        self.slowness_s.clear()
+        self.corrupt_page_rate = self.duplicate_rate = 0.0
+        self._tell_healed()
+
+    def is_cut(self, sender: str, receiver: str) -> bool:
+        return self._cuts[sender, receiver] > 0
+
+    def streams(self) -> list[Call]:
+        """Calls under way, oldest first."""
+        return list(self._calls)
+
+    def draw_delay(self, *names: str) -> float:
+        """Seconds that one message between these processes takes."""
+        delay = self.draw.uniform(self.min_delay_s, self.max_delay_s)
+        for name in names:
+            if name in self.slowness_s:
+                delay += self.slowness_s[name] * self.draw.random() ** 3
+        return delay
+
+    async def reachable(self, sender: Process | None, receiver: Process | None) -> None:
+        """Waits while nothing from the one reaches the other."""
+        if sender is None or receiver is None:
+            return
+        while self.is_cut(sender.name, receiver.name):
+            await self._healed.wait()
+
+    def _tell_healed(self) -> None:
         self._healed.set()
         self._healed = anyio.Event()
-
-    def draw_delay(self) -> float:
-        """Seconds one message takes."""
-        return self.draw.uniform(self.min_delay_s, self.max_delay_s)
-
-    async def reachable(self, one: Process | None, other: Process | None) -> None:
-        """Waits while the two are cut off from each other."""
-        if one is None or other is None:
-            return
-        while frozenset((one.name, other.name)) in self._cuts:
-            await self._healed.wait()
 
     def forget(self, call: Call) -> None:
         self._calls.pop(call, None)
@@ -219,9 +308,10 @@ class Network:
     # -- calls --------------------------------------------------------------------------------
 
     async def stream(
-        self, endpoint: str, handler: Handler, timeout_s: float
+        self, endpoint: str, handler: Handler, timeout_s: float, *, repeatable: bool = False
     ) -> AsyncGenerator[Any, None]:
-        """Messages of one call. Raises what the handler raised, ReplicaLost, DeadlineExceeded."""
+        """Messages of one call. Raises what the handler raised, ReplicaLost, DeadlineExceeded.
+        ``repeatable``: it may be delivered twice."""
         client = current_process()
         deadline = anyio.current_time() + timeout_s
         call: Call | None = None
@@ -230,7 +320,7 @@ class Network:
                 message = None
                 with anyio.move_on_at(deadline) as scope:
                     if call is None:
-                        call = await self._open(client, endpoint, handler)
+                        call = await self._open(client, endpoint, handler, repeatable)
                     message = await call.take()
                 if scope.cancelled_caught:
                     raise DeadlineExceeded(f"no answer within {timeout_s} s")
@@ -242,14 +332,19 @@ class Network:
                 call.leave()
 
     async def unary(
-        self, endpoint: str, answer: Callable[[Any], Awaitable[Response]], timeout_s: float
+        self,
+        endpoint: str,
+        answer: Callable[[Any], Awaitable[Response]],
+        timeout_s: float,
+        *,
+        repeatable: bool = False,
     ) -> Response:
         """One call with one answer."""
 
         async def handler(app: Any, call: Call) -> None:
             await call.put(await answer(app))
 
-        messages = self.stream(endpoint, handler, timeout_s)
+        messages = self.stream(endpoint, handler, timeout_s, repeatable=repeatable)
         try:
             async for message in messages:
                 response: Response = message
@@ -258,8 +353,12 @@ class Network:
             await messages.aclose()
         raise InternalError("the call ended without an answer")
 
-    async def _open(self, client: Process | None, endpoint: str, handler: Handler) -> Call:
-        await anyio.sleep(self.draw_delay())
+    async def _open(
+        self, client: Process | None, endpoint: str, handler: Handler, repeatable: bool
+    ) -> Call:
+        to = self._listeners.get(endpoint)
+        names = [p.name for p in (client, None if to is None else to.process) if p is not None]
+        await anyio.sleep(self.draw_delay(*names))
         listener = self._listeners.get(endpoint)
         if listener is None:
             raise ReplicaLost("connection refused", refused=True)
@@ -269,7 +368,19 @@ class Network:
         call = Call(self, client, listener)
         self._calls[call] = None
         listener.process.run(listener.tasks.start_soon, call.serve, handler)
+        if repeatable and self.duplicate_rate and self.draw.random() < self.duplicate_rate:
+            late_s = self.draw.choice((0.0, self.draw.uniform(0.0, MAX_LATE_S)))
+            again = Call(self, client, listener)
+            listener.process.run(listener.tasks.start_soon, self._again, again, handler, late_s)
         return call
+
+    async def _again(self, call: Call, handler: Handler, late_s: float) -> None:
+        """The same request once more, from a caller that has gone on."""
+        await anyio.sleep(late_s)
+        self.duplicates += 1
+        call.abandoned = True
+        with anyio.move_on_after(KEEPALIVE_S):
+            await call.serve(handler)
 
     # -- KV data channel ----------------------------------------------------------------------
 
@@ -283,29 +394,39 @@ class Network:
         timeout_s: float,
     ) -> int:
         """A Puller (see workers/kv/transfer.py)."""
-        target = current_process()
+        self.pulls += 1
+        self.broken_pulls += 1
         with anyio.fail_after(timeout_s):
-            await anyio.sleep(self.draw_delay())
-            port = self._data.get(endpoint)
-            if port is None or port.process in self._dead:
-                raise ConnectionRefusedError(f"nobody listens at {endpoint}")
-            await self._answering(target, port.process)
-            export = port.claim(ticket)
-            if export is None:
-                raise ConnectionResetError("the ticket was refused")
-            try:
-                for index in range(pages):
-                    await anyio.sleep(PAGE_S)
-                    await self._answering(target, port.process)
-                    reservation.buffer(index)[:] = export.view(index)
-                    if self.draw.random() < self.corrupt_page_rate:
-                        reservation.buffer(index)[self.draw.randrange(page_bytes)] ^= 0x10
-            finally:
-                port.process.run(export.release)
+            copied = await self._pull(endpoint, ticket, reservation, pages, page_bytes)
+        self.broken_pulls -= 1
+        return copied
+
+    async def _pull(
+        self, endpoint: str, ticket: bytes, reservation: Any, pages: int, page_bytes: int
+    ) -> int:
+        target = current_process()
+        await anyio.sleep(self.draw_delay())
+        port = self._data.get(endpoint)
+        if port is None or port.process in self._dead:
+            raise ConnectionRefusedError(f"nobody listens at {endpoint}")
+        await self._answering(target, port.process)
+        export = port.claim(ticket)
+        if export is None:
+            raise ConnectionResetError("the ticket was refused")
+        try:
+            for index in range(pages):
+                await anyio.sleep(PAGE_S)
+                await self._answering(target, port.process)
+                reservation.buffer(index)[:] = export.view(index)
+                if self.draw.random() < self.corrupt_page_rate:
+                    reservation.buffer(index)[self.draw.randrange(page_bytes)] ^= 0x10
+        finally:
+            port.process.run(export.release)
         return pages * page_bytes
 
     async def _answering(self, target: Process | None, source: Process) -> None:
         await self.reachable(target, source)
+        await self.reachable(source, target)
         while source.stopped and source not in self._dead:  # noqa: ASYNC110 - no signal comes
             await anyio.sleep(STOPPED_POLL_S)
         if source in self._dead:
@@ -349,17 +470,21 @@ class SimReplicaClient:
     async def dispatch_turn(
         self, request: pb.DispatchTurnRequest, timeout_s: float
     ) -> AsyncGenerator[bytes, None]:
-        sent = request.SerializeToString()
+        sent, network = request.SerializeToString(), self._network
+        if network.on_dispatch is not None:
+            network.on_dispatch(request, self._endpoint)
 
         async def handler(app: Any, call: Call) -> None:
             stream = app.dispatch_turn(pb.DispatchTurnRequest.FromString(sent))
             try:
                 async for message in stream:
+                    if network.on_stream is not None:
+                        network.on_stream(request, message)
                     await call.put(message.SerializeToString())
             finally:
                 await stream.aclose()
 
-        messages = self._network.stream(self._endpoint, handler, timeout_s)
+        messages = network.stream(self._endpoint, handler, timeout_s, repeatable=True)
         try:
             async for message in messages:
                 yield message
@@ -373,7 +498,7 @@ class SimReplicaClient:
             response = await getattr(app, name)(kind.FromString(sent))
             return type(response).FromString(response.SerializeToString())
 
-        return await self._network.unary(self._endpoint, answer, timeout_s)
+        return await self._network.unary(self._endpoint, answer, timeout_s, repeatable=True)
 
     async def stop_turn(self, request: pb.StopTurnRequest, timeout_s: float) -> Any:
         return await self._call("stop_turn", request, timeout_s)

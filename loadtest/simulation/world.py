@@ -7,8 +7,9 @@ from one seed.
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,17 +19,18 @@ from anyio.abc import TaskGroup
 
 from gateway.app.gateway import GatewayApp
 from gateway.config import GatewayConfig
-from loadtest.simulation.loop import Process, VirtualClock, current_process
-from loadtest.simulation.network import KvPort, Listener, Network, SimReplicaClients
+from loadtest.simulation.engine import WatchedEngine
+from loadtest.simulation.loop import Process, VirtualClock, current_process, outside, true_time
+from loadtest.simulation.network import STORE, KvPort, Listener, Network, SimReplicaClients
 from loadtest.simulation.redis import Fault, LuaExecutor, Value
+from loadtest.simulation.timeline import Timeline
 from loadtest.simulation.witness import Witness
 from statestore.executor import Reply, ScriptCall
-from statestore.ports import StoreUnavailable
+from statestore.ports import StoreError, StoreUnavailable
 from statestore.records import ReplicaRef, StoreLimits
 from statestore.redis_store import RedisStore
 from workers.config import ReplicaSettings, TurnLimits
 from workers.engines.sim.config import SimConfig, SimTiming
-from workers.engines.sim.engine import SimEngine
 from workers.heartbeat import ReplicaReplaced
 from workers.replica import ReplicaAdapters, run_replica
 from workers.service import ReplicaApp
@@ -49,10 +51,51 @@ ENGINE = SimConfig(
 """Small and slow, so that turns last long enough for something to happen to them."""
 
 
+REFUSED_S = 0.001
+"""A server that is down refuses connections at once; one that is unreachable is silent."""
+
+
 class WatchedExecutor(LuaExecutor):
-    """The store's server, with a witness."""
+    """The store's server behind the simulated network, with a witness. Requests that are slower
+    than their caller's patience are applied when they arrive, though nobody waits any more."""
 
     watch: Witness | None = None
+    network: Network
+    weather: StoreWeather
+
+    async def execute(
+        self, calls: Sequence[ScriptCall], timeout_s: float
+    ) -> list[Reply | StoreError]:
+        process = current_process()
+        if process is None:
+            return [self.run_now(call) for call in calls]
+        if self.watch is not None:
+            self.watch.issued(process, calls)
+        there_s, back_s = (self.network.draw_delay(process.name, STORE) for _ in range(2))
+        if there_s + back_s >= timeout_s:
+            outside(asyncio.get_running_loop().call_later, there_s, self._arrive_late, calls)
+            await anyio.sleep(timeout_s)
+            return [StoreUnavailable("no answer in time") for _ in calls]
+        await anyio.sleep(there_s)
+        if self.weather.restarting:
+            await anyio.sleep(REFUSED_S)
+            return [StoreUnavailable("connection refused") for _ in calls]
+        replies, applied_s = [self._execute_one(call) for call in calls], true_time()
+        connection = self.weather.restarts
+        if any(isinstance(reply, StoreUnavailable) for reply in replies):
+            await anyio.sleep(timeout_s)
+            return replies
+        await anyio.sleep(back_s)
+        if connection != self.weather.restarts:
+            return [StoreUnavailable("connection reset") for _ in calls]
+        if self.watch is not None:
+            self.watch.answered(process, calls, applied_s)
+        return replies
+
+    def _arrive_late(self, calls: Sequence[ScriptCall]) -> None:
+        for call in calls:
+            if not (self.weather.down or self.weather.restarting):
+                self.run_now(call)
 
     def run_now(self, call: ScriptCall) -> Reply:
         reply = super().run_now(call)
@@ -85,7 +128,7 @@ class SimReplica:
 
     name: str
     process: Process
-    engine: SimEngine
+    engine: WatchedEngine
     stop: anyio.Event
     app: ReplicaApp | None = None
     ref: ReplicaRef | None = None
@@ -109,6 +152,11 @@ class StoreWeather:
     request_lost: float = 0.0
     reply_lost: float = 0.0
     down: bool = False
+    """Nobody gets an answer."""
+    restarting: bool = False
+    """Nobody gets a connection."""
+    restarts: int = 0
+    """A reply of before a restart does not arrive after it."""
 
 
 @dataclass
@@ -124,9 +172,14 @@ class World:
     weather: StoreWeather
     gateway_config: GatewayConfig
     turn_limits: TurnLimits
+    timeline: Timeline
+    engine: SimConfig = ENGINE
+    max_resident_sessions: int = 4096
     replicas: dict[str, SimReplica] = field(default_factory=dict)
     gateways: dict[str, SimGateway] = field(default_factory=dict)
     failures: list[BaseException] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
+    """What engines and streams did that they must not do."""
     _processes: list[Process] = field(default_factory=list)
 
     # -- replicas -----------------------------------------------------------------------------
@@ -135,7 +188,11 @@ class World:
         """Starts a process of this replica id, whatever became of the last one. Returns when it
         serves, or has failed to."""
         process = self._new_process(name)
-        engine = SimEngine(ENGINE, anyio.current_time)
+
+        def complain(what: str) -> None:
+            self.violations.append(f"{name}: {what}")
+
+        engine = process.run(WatchedEngine, self.engine, complain)
         replica = SimReplica(name, process, engine, process.run(anyio.Event))
         self.replicas[name] = replica
         ready = anyio.Event()
@@ -162,7 +219,11 @@ class World:
             self.network.listen(Listener(endpoint, replica.process, app, handlers))
             ready.set()
 
-        settings = ReplicaSettings(replica.name, turn=self.turn_limits)
+        settings = ReplicaSettings(
+            replica.name,
+            turn=self.turn_limits,
+            max_resident_sessions=self.max_resident_sessions,
+        )
         try:
             async with anyio.create_task_group() as handlers:
                 await run_replica(adapters, settings, endpoint, serve, replica.stop)
@@ -236,7 +297,7 @@ class World:
 
     def end(self) -> None:
         """Ends every process; killed ones run their clean-up code now, without a store."""
-        self.weather.down = True
+        self.weather.down, self.weather.restarting = True, False
         self.network.heal()
         self.tasks.cancel_scope.cancel()
         for process in self._processes:
@@ -252,17 +313,21 @@ async def world(
     store_limits: StoreLimits | None = None,
 ) -> AsyncIterator[World]:
     """An empty world: no process runs yet. Raises what processes should not have raised."""
-    started = anyio.current_time()
+    started = true_time()
     network, weather = Network(draw), StoreWeather()
 
     def time_us() -> int:
-        return START_US + round((anyio.current_time() - started) * 1_000_000)
+        return START_US + round((true_time() - started) * 1_000_000)
 
     def fault(call: ScriptCall) -> Fault:
-        if current_process() is None:
+        del call
+        process = current_process()
+        if process is None:
             return Fault.NONE
-        if weather.down:
+        if weather.down or network.is_cut(process.name, STORE):
             return Fault.REQUEST_LOST
+        if network.is_cut(STORE, process.name):
+            return Fault.REPLY_LOST
         chance = draw.random()
         if chance < weather.request_lost:
             return Fault.REQUEST_LOST
@@ -270,11 +335,8 @@ async def world(
             Fault.REPLY_LOST if chance < weather.request_lost + weather.reply_lost else Fault.NONE
         )
 
-    async def delay() -> None:
-        if current_process() is not None:
-            await anyio.sleep(network.draw_delay())
-
-    server = WatchedExecutor(time_us, delay=delay, give_up=anyio.sleep, fault=fault)
+    server = WatchedExecutor(time_us, fault=fault)
+    server.network, server.weather = network, weather
     async with anyio.create_task_group() as tasks:
         built = World(
             draw=draw,
@@ -285,6 +347,7 @@ async def world(
             weather=weather,
             gateway_config=gateway_config or GatewayConfig(),
             turn_limits=turn_limits or TurnLimits(),
+            timeline=Timeline(true_time),
         )
         built.network.failures = built.failures
         try:

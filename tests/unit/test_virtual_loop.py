@@ -20,6 +20,7 @@ from loadtest.simulation.loop import (
     VirtualClock,
     current_process,
     run,
+    true_time,
 )
 
 
@@ -221,3 +222,24 @@ def test_a_stopped_process_executes_nothing_until_it_goes_on() -> None:
         "1.0 tick", "2.0 tick", "5.5 heard", "5.5 tick", "6.5 tick", "woken", "11.7 tick",
         "cleaned up",
     ]  # fmt: skip
+
+
+def test_each_process_has_a_clock_that_may_go_fast_and_jump() -> None:
+    async def main() -> list[float]:
+        process, woken = Process("p"), []
+
+        async def sleeper(seconds: float) -> None:
+            await anyio.sleep(seconds)
+            woken.append(round(true_time(), 6))
+
+        async with anyio.create_task_group() as tasks:
+            process.run(process.set_clock, 2.0)
+            process.run(tasks.start_soon, sleeper, 10.0)
+            process.run(tasks.start_soon, sleeper, 30.0)
+            tasks.start_soon(sleeper, 3.0)
+            await anyio.sleep(1.0)
+            assert process.run(anyio.current_time) == pytest.approx(2.0)
+            process.set_clock(1.0, jump_s=6.0)  # reads 8 at 1
+        return woken
+
+    assert run(main) == [3.0, 3.0, 23.0]
