@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from statestore import keys, replies
-from statestore.executor import Reply, ScriptCall
+from statestore.executor import Reply, ScriptCall, ScriptExecutor
 from statestore.journal import RedisJournal
 from statestore.ports import (
     CancelOutcome,
@@ -47,6 +50,10 @@ SESSIONS_PER_READ = 32
 UNREADABLE_RETRY_MS = 60_000
 """Until a sweep looks again at a session whose record it cannot read."""
 
+MAX_LEFT_OUT = 64
+"""Damaged records of replicas that are remembered, so that each is logged once."""
+
+T = TypeVar("T")
 _Written = SessionWritten | EpochLost | Refused | Missing
 
 
@@ -58,6 +65,10 @@ class RedisStore(RedisJournal):
     they list is checked against the records when it is read. Nobody waits for the removal of what
     no longer belongs there: it goes with the next sweep, list or look at the fleet.
     """
+
+    def __init__(self, executor: ScriptExecutor, **options: Any) -> None:
+        super().__init__(executor, **options)
+        self._left_out: deque[str] = deque(maxlen=MAX_LEFT_OUT)
 
     # -- life of a session --------------------------------------------------------------------
 
@@ -369,11 +380,22 @@ class RedisStore(RedisJournal):
         call = script_call("fleet", [keys.FLEET], [self._limits.replica_record_ttl_ms])
         (reply,) = await self._scripts.run(call)
         present, past = replies.items(reply)
-        for item in replies.items(past):
-            index = keys.replica_index_key(replies.replica_ref(*replies.items(item)))
-            self._later.append(script_call("index_delete", [index], []))
+        for ref in self._readable(past, lambda item: replies.replica_ref(*replies.items(item))):
+            self._later.append(script_call("index_delete", [keys.replica_index_key(ref)], []))
         await self._tidy_indices()
-        return tuple(replies.replica_record(item) for item in replies.items(present))
+        return tuple(self._readable(present, replies.replica_record))
+
+    def _readable(self, listed: Reply, read: Callable[[Reply], T]) -> list[T]:
+        """Without the damaged ones: for one of them nobody loses sight of the rest."""
+        found: list[T] = []
+        for item in replies.items(listed):
+            try:
+                found.append(read(item))
+            except StoreCorrupt as error:
+                if str(error) not in self._left_out:
+                    self._left_out.append(str(error))
+                    log.error("fleet: a replica is left out, its record is damaged: %s", error)
+        return found
 
     async def acquire_lease(self, name: str, holder: str, ttl_ms: int) -> Lease | None:
         call = script_call("acquire_lease", [keys.lease_key(name)], [holder, ttl_ms])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,10 +40,16 @@ class ReplicaDetails:
 
     @classmethod
     def from_json(cls, text: str) -> ReplicaDetails:
-        """Ignores fields it does not know; raises ValueError or TypeError if one is missing."""
-        values = _known(cls, json.loads(text))
+        """Ignores fields it does not know; raises ValueError if one is missing or not as it has
+        to be."""
+        values = _known(cls, text)
         values["features"] = tuple(values.get("features", ()))
-        return cls(**values)
+        details = cls(**values)
+        for fingerprint in (details.token_fingerprint, details.kv_fingerprint):
+            bytes.fromhex(fingerprint)
+        if details.page_size == 0:
+            raise ValueError("a page of no tokens")
+        return details
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +73,56 @@ class ReplicaLoad:
 
     @classmethod
     def from_json(cls, text: str) -> ReplicaLoad:
-        return cls(**_known(cls, json.loads(text))) if text else cls()
+        """As that of the details; a replica that has not told its load yet has none."""
+        return cls(**_known(cls, text)) if text else cls()
 
 
 MAX_LEADING = 64
+MAX_RATE = 1e12
+"""Tokens per second that are taken for a measurement."""
 
 
-def _known(cls: type[Any], values: object) -> dict[str, Any]:
+def _known(cls: type[Any], text: str) -> dict[str, Any]:
+    """The fields of a record that its class knows, checked: gateways compute with what any replica
+    wrote, and pass it on."""
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{cls.__name__}: nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError(f"{cls.__name__}: expected a JSON object")
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {key: value for key, value in values.items() if key in names}
+    known: dict[str, Any] = {}
+    for field_ in dataclasses.fields(cls):
+        if field_.name in values:
+            known[field_.name] = values[field_.name]
+            if not _FITS[field_.type](known[field_.name]):
+                raise ValueError(f"{cls.__name__}.{field_.name} is no {field_.type}")
+        elif field_.default is dataclasses.MISSING is field_.default_factory:
+            raise ValueError(f"{cls.__name__}.{field_.name} is missing")
+    return known
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 32
+
+
+def _is_rate(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= MAX_RATE  # type: ignore[operator]
+
+
+_FITS: dict[Any, Callable[[Any], bool]] = {
+    "str": _is_text,
+    "int": _is_count,
+    "float": _is_rate,
+    "tuple[str, ...]": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "Mapping[str, int]": lambda value: (
+        isinstance(value, dict)
+        and len(value) <= MAX_LEADING
+        and all(map(_is_count, value.values()))
+    ),
+}
+"""By the annotation of a field."""

@@ -148,7 +148,7 @@ class FleetView:
                 if known and same and known.record.load == record.load
                 else ReplicaLoad.from_json(record.load)
             )
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             if record.ref not in self._unreadable:
                 self._unreadable.add(record.ref)
                 log.warning(

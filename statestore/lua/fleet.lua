@@ -16,7 +16,9 @@ for _, id in ipairs(ids) do
     past[#past + 1] = {id, values['replaced:' .. id]}
     call('HDEL', KEYS[1], 'replaced:' .. id)
   end
-  if tonumber(values['seen:' .. id]) + tonumber(ARGV[1]) < now then
+  -- A damaged field is put right by the next heartbeat.
+  local seen = tonumber(values['seen:' .. id] or '') or now
+  if seen + tonumber(ARGV[1]) < now then
     past[#past + 1] = {id, values['inc:' .. id]}
     for _, field in ipairs(FIELDS) do call('HDEL', KEYS[1], field .. ':' .. id) end
   else

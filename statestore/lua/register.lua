@@ -1,7 +1,7 @@
 -- A replica process says what it is. The fleet is one hash: <field>:<replica id>.
 -- KEYS: fleet.  ARGV: replica id, details, '' for a new incarnation or the one to write back.
 local id, us = ARGV[1], now_us()
-local stored = tonumber(call('HGET', KEYS[1], 'inc:' .. id) or '0')
+local stored = tonumber(call('HGET', KEYS[1], 'inc:' .. id) or '0') or 0
 local incarnation
 if ARGV[3] == '' then
   incarnation = math.max(stored + 1, us)

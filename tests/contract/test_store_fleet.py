@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from statestore import keys
+from statestore.executor import Script, ScriptCall
 from statestore.records import Lease, ReplicaRecord, ReplicaRegistration, StoreLimits
 from statestore.redis_store import RedisStore
 from tests.support.owners import Owner
@@ -125,3 +128,49 @@ async def test_the_index_of_a_replica_process_goes_with_it(backend: Backend) -> 
     assert await forgetful.fleet() == ()
     assert not any("replica-sessions" in key for key in await backend.keys())
     assert keys.FLEET not in await backend.keys()
+
+
+async def damage(backend: Backend, field: str, value: bytes) -> None:
+    write = Script("damage", "redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) return {'done'}")
+    await backend.executor.execute([ScriptCall(write, (keys.FLEET,), (field, value))], 5.0)
+
+
+@pytest.mark.parametrize("field", ["inc", "details", "beat", "load", "seen", "replaced"])
+async def test_a_damaged_replica_hides_no_other_and_comes_back(
+    backend: Backend, field: str
+) -> None:
+    store = store_on(backend)
+    one = await store.register_replica(ReplicaRegistration("r1", "{}"))
+    two = await store.register_replica(ReplicaRegistration("r2", "{}"))
+    await damage(backend, f"{field}:r1", b"\xff")
+    assert two in [record.ref for record in await store.fleet()]
+    if field == "details":  # only said at the registration
+        await store.register_replica(ReplicaRegistration("r1", "{}"))
+    else:
+        assert await store.heartbeat(one, 1, "{}")
+    assert [record.ref.replica_id for record in await store.fleet()] == ["r1", "r2"]
+
+
+@ANSWERING
+async def test_a_registration_is_not_written_back_over_a_newer_process(backend: Backend) -> None:
+    """The store loses a registration, its process is replaced, and only then writes it back."""
+    store = store_on(backend)
+    before = await backend.save()
+    old = await store.register_replica(ReplicaRegistration("r1", "old"))
+    await backend.roll_back(before)
+    replace = store_on(backend)
+    executor = backend.executor
+
+    class ReplacedMeanwhile:
+        async def execute(self, calls: Any, timeout_s: float) -> Any:
+            found = await executor.execute(calls, timeout_s)
+            if calls[0].script.name == "heartbeat" and found[0] == [b"unknown"]:
+                await replace.register_replica(ReplicaRegistration("r1", "new"))
+            return found
+
+        async def aclose(self) -> None: ...
+
+    slow = RedisStore(ReplacedMeanwhile())
+    slow._registered = store._registered
+    assert not await slow.heartbeat(old, 1, "{}")
+    assert [record.details for record in await store.fleet()] == ["new"]

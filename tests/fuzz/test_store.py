@@ -247,7 +247,6 @@ HONEST_DETAILS = ReplicaDetails("h:1", "other", "sim", "00", "11", 16, 64, 1024,
 HONEST_LOAD = ReplicaLoad(leading={"00": 16}).to_json()
 
 
-@pytest.mark.xfail(strict=True, reason="replica records are not checked for the types of fields")
 def test_a_replica_that_tells_nonsense_harms_no_gateway() -> None:
     @fuzz(60)
     @given(seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from gateway.rpc.status import DETAILS_KEY, code_of, to_status
 from loadtest.simulation.loop import VirtualClock
 from statestore.ports import StoreUnavailable
 from statestore.records import ReplicaRecord, ReplicaRef
-from statestore.replica_info import ReplicaLoad
+from statestore.replica_info import ReplicaDetails, ReplicaLoad
 from tests.support.fleets import record
 from tests.support.gateway_world import TENANT, simulated, world
 
@@ -153,6 +154,38 @@ async def test_records_that_cannot_be_read_or_spoken_to_are_left_out() -> None:
     fleet = view(FleetStore(good, broken, newer))
     await fleet.refresh()
     assert [r.ref for r in fleet.snapshot.replicas] == [good.ref]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"page_size": 0}, {"page_size": "16"}, {"page_size": True}, {"capacity_pages": -1},
+        {"max_context_tokens": 2**32}, {"endpoint": None}, {"site": "a\nb"}, {"site": "\ud800"},
+        {"kv_fingerprint": "no hex"}, {"features": "abc"}, {"features": [1]},
+    ],
+)  # fmt: skip
+def test_details_of_a_replica_that_are_no_such_things_are_refused(wrong: dict[str, Any]) -> None:
+    details = json.loads(record("a", 5).details)
+    ReplicaDetails.from_json(json.dumps({**details, "new": 1}))
+    with pytest.raises(ValueError):  # noqa: PT011 - any of them
+        ReplicaDetails.from_json(json.dumps({**details, **wrong}))
+    for name in ("endpoint", "page_size"):
+        with pytest.raises(ValueError, match="missing"):
+            ReplicaDetails.from_json(json.dumps({k: v for k, v in details.items() if k != name}))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        '{"running_turns": 1.5}', '{"prefill_tokens_per_s": NaN}', '{"decode_tokens_per_s": -1}',
+        '{"prefill_tokens_per_s": 1e300}', '{"leading": []}', '{"leading": {"00": "1"}}',
+        "[]", "[" * 8000, "null",
+    ],
+)  # fmt: skip
+def test_a_load_that_is_none_is_refused(wrong: str) -> None:
+    assert ReplicaLoad.from_json("") == ReplicaLoad()
+    with pytest.raises(ValueError):  # noqa: PT011 - any of them
+        ReplicaLoad.from_json(wrong)
 
 
 @simulated
