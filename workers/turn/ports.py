@@ -19,7 +19,6 @@ from gateway.core.errors import (
     SessionClosed,
     SessionSuspended,
     TurnInProgress,
-    Unavailable,
 )
 from statestore.ports import Fenced, JournalPort, LimitReached, Missing, Refused
 from statestore.records import ReplicaRef, Session, SessionState, TurnContext
@@ -105,7 +104,10 @@ def refusal(session_id: str, outcome: Fenced | Refused | Missing | LimitReached)
     """What a store's refusal means to whoever asked for the turn."""
     match outcome:
         case Fenced(data_loss=True):
-            return DataLoss(f"session {session_id}: the store granted one epoch twice")
+            return DataLoss(
+                f"session {session_id}: the store lost writes, and its history and this replica's"
+                " cannot be joined"
+            )
         case Fenced():
             return NotOwner(f"session {session_id} is owned under another epoch")
         case Missing():
@@ -122,8 +124,9 @@ def refusal(session_id: str, outcome: Fenced | Refused | Missing | LimitReached)
             return TurnInProgress(
                 f"turn {other} of session {session_id} is running", metadata={"turn_id": other}
             )
-        case Refused(state=state):
-            return Unavailable(f"session {session_id} is {state} and refuses this for now")
+        case Refused():
+            # Open and idle: it is this replica that may not, its tokenizer is not the session's.
+            return NotOwner(f"session {session_id} is not one for this replica")
 
 
 async def read_session(
