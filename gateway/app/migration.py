@@ -159,9 +159,11 @@ class _Carrier:
         started = self._clock.now()
         self._deadline = started + timeout_s
         try:
-            action = start(self._move)
-            while not MIGRATION.final(self._move.phase):
-                self._move, action = advance(self._move, await self._do(action), self._limits)
+            async with anyio.create_task_group() as self._holders:
+                action = start(self._move)
+                while not MIGRATION.final(self._move.phase):
+                    self._move, action = advance(self._move, await self._do(action), self._limits)
+                self._holders.cancel_scope.cancel()
         finally:
             # Also when the caller was cancelled in mid-move.
             if self._move.phase is not MigrationPhase.DONE:
@@ -233,15 +235,37 @@ class _Carrier:
 
     async def _hold(self) -> Event:
         self._hold_asked = True
+        asked_at = self._clock.now()
+        answer = await self._ask_hold()
+        if answer.turn_id:
+            self._was_running = True
+            self._holders.start_soon(self._keep_held, answer, asked_at)
+        return Held(position_from_pb(answer.head), answer.turn_id or None)
+
+    async def _ask_hold(self) -> replica_pb2.HandOverResponse:
+        left_s = self._time_left()
         request = replica_pb2.HandOverRequest(
             session_id=self._session_id,
             epoch=epoch_to_pb(self._epoch),
             migration_id=self._migration_id,
-            lease_ms=int(self._time_left() * 1000),
+            lease_ms=max(1, int(min(left_s, self._limits.hold_s) * 1000)),
         )
-        answer = await self._source_client.hand_over(request, self._time_left())
-        self._was_running = self._was_running or bool(answer.turn_id)
-        return Held(position_from_pb(answer.head), answer.turn_id or None)
+        return await self._source_client.hand_over(request, left_s)
+
+    async def _keep_held(self, held: replica_pb2.HandOverResponse, asked_at: float) -> None:
+        """Renews the hold while the move goes on: the lease is short, so that a turn whose mover
+        died stands still for no longer than that."""
+        answer = held
+        while answer == held:
+            due = asked_at + self._limits.hold_s / 2
+            await self._clock.sleep(max(0.0, due - self._clock.now()))
+            asked_at = self._clock.now()
+            try:
+                answer = await self._ask_hold()
+            except SessileError as error:
+                # If the turn went on, the switch will find that its head moved.
+                log.info("the hold of %s was not renewed: %s", self._session_id, error)
+                return
 
     async def _switch(self, action: Switch) -> Event:
         outcome = await self._store.switch_migration(

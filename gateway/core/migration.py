@@ -36,10 +36,12 @@ class MigrationLimits:
     """Copy rounds at most, the final one included."""
     hand_over_tokens: int = 256
     """A running turn is held once the target is at most this far behind."""
+    hold_s: float = 2.0
+    """A held turn goes on where it was this long after its mover was last heard of."""
 
     def __post_init__(self) -> None:
-        if self.max_rounds < 2 or self.hand_over_tokens < 1:
-            raise ValueError("need max_rounds >= 2 and hand_over_tokens >= 1")
+        if self.max_rounds < 2 or self.hand_over_tokens < 1 or self.hold_s <= 0:
+            raise ValueError("need max_rounds >= 2, hand_over_tokens >= 1 and hold_s > 0")
 
 
 @dataclass(frozen=True, slots=True)
