@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anyio
 from sessile.v1 import session_pb2, types_pb2
 
-from gateway.config import Admission, GatewayConfig
+from gateway.config import Admission, GatewayConfig, Tables
 from gateway.core.errors import (
     NotFound,
     Overloaded,
@@ -13,6 +15,7 @@ from gateway.core.errors import (
     Unavailable,
 )
 from gateway.core.placement import PlacementModel
+from statestore.ports import TakeOutcome
 from statestore.records import TurnStatus
 from tests.support.gateway_world import simulated, world
 
@@ -71,6 +74,34 @@ async def test_a_killed_owner_of_an_idle_session_is_replaced_when_the_next_turn_
         client = await w.finish(w.turn(session_id, "t2"))
         assert client.error is None
         await w.check_gapless(client, session_id, "t2")
+
+
+@simulated
+async def test_sessions_of_a_lost_owner_are_taken_a_few_at_a_time() -> None:
+    async with world(config=GatewayConfig(tables=Tables(takeovers=2)), a=3, b=3) as w:
+        sessions = [await w.open(f"r{i}") for i in range(12)]
+        for session_id in sessions:
+            await w.finish(w.turn(session_id, "t1"))
+        owners = [(await w.session(session_id)).owner for session_id in sessions]
+        lost = w.fleet.replicas["a"]
+        lost.dead = True
+        mine = [s for s, o in zip(sessions, owners, strict=True) if o and o.replica == lost.ref]
+        assert len(mine) > 4
+        taking, most, take = 0, 0, w.store.take
+
+        async def slowly(*args: Any) -> TakeOutcome:
+            nonlocal taking, most
+            taking, most = taking + 1, max(most, taking + 1)
+            await anyio.sleep(0.05)
+            taking -= 1
+            return await take(*args)
+
+        w.store.take = slowly  # type: ignore[method-assign, assignment]
+        clients = [w.turn(session_id, "t2") for session_id in mine]
+        for session_id, client in zip(mine, clients, strict=True):
+            await w.finish(client)
+            await w.check_gapless(client, session_id, "t2")
+        assert most == 2
 
 
 @simulated
@@ -379,7 +410,7 @@ async def test_full_replicas_do_not_pass_a_session_round() -> None:
 
 @simulated
 async def test_more_streams_than_the_bound_are_refused_with_a_delay() -> None:
-    config = GatewayConfig(admission=Admission(max_streams=2))
+    config = GatewayConfig(admission=Admission(max_streams=2, share_per_tenant=1.0))
     async with world(config=config, a=40) as w:
         sessions = [await w.open(f"r{i}") for i in range(3)]
         clients = [w.turn(s) for s in sessions]

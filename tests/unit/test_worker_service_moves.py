@@ -25,6 +25,7 @@ from tests.support.replica_world import (
 from workers.engines.port import Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.model import expected_output
+from workers.kv.transfer import MAX_CONCURRENT_PULLS
 
 
 def epoch(session: Session) -> types_pb2.Epoch:
@@ -145,6 +146,43 @@ async def test_an_import_that_does_not_fit_is_refused_whole() -> None:
         assert answer.pages == 0
         assert "KV pages" in answer.detail
         assert w.channel.pulls == 0
+
+
+@in_virtual_time
+async def test_pulls_into_a_replica_are_bounded_and_the_others_wait() -> None:
+    async with world() as w:
+        first, second = await w.start("r1"), await w.start("r2")
+        pulling, most, pull = 0, 0, w.channel.pull
+
+        async def counted(*args: Any) -> int:
+            nonlocal pulling, most
+            pulling, most = pulling + 1, max(most, pulling + 1)
+            try:
+                return await pull(*args)
+            finally:
+                pulling -= 1
+
+        second.app._transfer._pull_pages = counted
+        w.channel.latency_s = 1.0
+        names = [f"ses_{index:016d}" for index in range(2 * MAX_CONCURRENT_PULLS + 1)]
+        requests = []
+        for name in names:
+            await w.open(name, leading=name)
+            await w.give(first, name)
+            await listen(first, await w.request(first, session_id=name))
+            requests.append(import_request(first, (await w.session(name)).head))
+            requests[-1].session_id = name
+        answers: list[pb.ImportSessionResponse] = []
+
+        async def move(request: pb.ImportSessionRequest) -> None:
+            answers.append(await second.app.import_session(request))
+
+        async with anyio.create_task_group() as tasks:
+            for request in requests:
+                tasks.start_soon(move, request)
+        assert most == MAX_CONCURRENT_PULLS
+        assert len(answers) == len(names)
+        assert all(answer.pages and not answer.detail for answer in answers)
 
 
 @in_virtual_time
