@@ -20,6 +20,8 @@ class Admission:
     """WatchSession and WatchFleet streams at once."""
     max_calls: int = 512
     """Unary calls at once."""
+    share_per_tenant: float = 0.25
+    """Of each of these three, how much one tenant may have (one at least)."""
     retry_after_ms: int = 500
     """Retry delay told to callers that were refused."""
     max_message_bytes: int = 16 << 20
@@ -119,6 +121,8 @@ class GatewayConfig:
             for name in group.__dataclass_fields__:
                 if getattr(group, name) <= 0:
                     raise ValueError(f"{name} must be positive")
+        if self.admission.share_per_tenant > 1:
+            raise ValueError("share_per_tenant is at most 1")
         if self.times.fleet_poll_s * 2 > self.liveness.outage_after_s:
             raise ValueError("fleet_poll_s must be at most half of outage_after_s")
         if self.times.sweep_period_s * 2 > self.times.sweep_lease_s:

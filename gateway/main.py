@@ -125,6 +125,7 @@ def _server(
     config: GatewayConfig, app: GatewayApp, authenticator: Authenticator
 ) -> tuple[aio.Server, int]:
     admission = config.admission
+    shared = (admission.retry_after_ms, admission.share_per_tenant)
     server = aio.server(
         options=[
             ("grpc.max_send_message_length", admission.max_message_bytes),
@@ -137,8 +138,8 @@ def _server(
     )
     serving = Serving(
         authenticator,
-        calls=Gate("max_calls", admission.max_calls, admission.retry_after_ms),
-        watches=Gate("max_watches", admission.max_watches, admission.retry_after_ms),
+        calls=Gate("max_calls", admission.max_calls, *shared),
+        watches=Gate("max_watches", admission.max_watches, *shared),
     )
     add_session_service(server, serving, app.sessions, app.turns, app.watches)
     add_fleet_service(server, serving, app.store, app.watches, app.migrations, app.drains)

@@ -92,12 +92,17 @@ StreamEnd = Delivered | Redirected | Disowned | Busy | Broken
 
 
 class Turns:
-    """Serves RunTurn. Bounded by ``max_streams``."""
+    """Serves RunTurn. Bounded by ``max_streams``, of which each tenant has a share."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
         admission = services.config.admission
-        self._streams = Gate("max_streams", admission.max_streams, admission.retry_after_ms)
+        self._streams = Gate(
+            "max_streams",
+            admission.max_streams,
+            admission.retry_after_ms,
+            admission.share_per_tenant,
+        )
 
     @property
     def open_streams(self) -> int:
@@ -114,7 +119,7 @@ class Turns:
         Raises SessileError; the turn itself may go on then and can be attached to again.
         ``time_left_s`` is the client's own limit for this call."""
         check_turn_request(request, self._services.config)
-        with self._streams.entered(), tracer.start_as_current_span("turn") as span:
+        with self._streams.entered(tenant), tracer.start_as_current_span("turn") as span:
             span.set_attribute("sessile.session_id", request.session_id)
             span.set_attribute("sessile.turn_id", request.turn_id)
             await self._services.directory.find(tenant, request.session_id)

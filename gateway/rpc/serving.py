@@ -48,8 +48,9 @@ class Serving:
 
         async def handler(message: Any, context: Context) -> Message:
             try:
-                with self._calls.entered():
-                    return await call(await self._tenant(context), message)
+                tenant = await self._tenant(context)
+                with self._calls.entered(tenant):
+                    return await call(tenant, message)
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await _fail(context, error)
 
@@ -62,8 +63,8 @@ class Serving:
 
         async def handler(message: Any, context: Context) -> AsyncGenerator[Message, None]:
             try:
-                with self._watches.entered():
-                    tenant = await self._tenant(context)
+                tenant = await self._tenant(context)
+                with self._watches.entered(tenant):
                     async with aclosing(call(tenant, message)) as answers:
                         async for answer in answers:
                             yield answer

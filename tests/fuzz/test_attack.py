@@ -323,7 +323,6 @@ def test_idle_connections_leave_turns_going_on(address: str) -> None:
     check(address, connections)
 
 
-@pytest.mark.xfail(strict=True, reason="streams are bounded per gateway, not per tenant")
 def test_streams_without_end_are_refused_and_turns_go_on(address: str) -> None:
     refusals = check(address, streams)
     assert refusals.refused
