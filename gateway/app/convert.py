@@ -64,6 +64,7 @@ def session_to_pb(session: Session) -> session_pb2.Session:
         updated_at_unix_ms=session.updated_at_ms,
         default_params=preamble.default_params if preamble.HasField("default_params") else None,
         migrating_to="" if session.migration is None else session.migration.target.replica_id,
+        ledger_bytes=session.ledger_bytes,
     )
 
 

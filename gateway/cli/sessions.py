@@ -154,6 +154,7 @@ def _show(info: SessionInfo, as_json: bool) -> None:
         ("active turn", info.active_turn_id or "-"),
         ("turns", info.turn_index),
         ("tokens", info.head.length),
+        ("ledger bytes", info.ledger_bytes),
         ("parent", info.parent_id or "-"),
         ("labels", " ".join(f"{k}={v}" for k, v in sorted(info.labels.items())) or "-"),
         ("opened", instant(info.created_at_ms)),

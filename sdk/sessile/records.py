@@ -129,6 +129,8 @@ class SessionInfo:
     created_at_ms: int
     updated_at_ms: int
     migrating_to: str
+    ledger_bytes: int = 0
+    """What its own ledger takes in the store; inherited tokens count with the ancestor."""
 
     @classmethod
     def from_pb(cls, session: session_pb2.Session) -> SessionInfo:
@@ -149,6 +151,7 @@ class SessionInfo:
             created_at_ms=session.created_at_unix_ms,
             updated_at_ms=session.updated_at_unix_ms,
             migrating_to=session.migrating_to,
+            ledger_bytes=session.ledger_bytes,
         )
 
 

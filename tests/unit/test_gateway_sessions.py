@@ -7,6 +7,7 @@ import pytest
 from sessile.v1 import fleet_pb2, session_pb2, types_pb2
 
 from gateway.app.sessions import leading_digest
+from gateway.config import Admission, GatewayConfig
 from gateway.core.errors import (
     InvalidRequest,
     NotFound,
@@ -359,3 +360,37 @@ def test_leading_digests_are_secret_to_the_tenant_and_name_the_content() -> None
     assert leading_digest(b"salt", one) == leading_digest(b"salt", other)
     assert leading_digest(b"salt", one) != leading_digest(b"pepper", one)
     assert leading_digest(b"salt", opening()) == b""
+
+
+@simulated
+async def test_ledger_bytes_of_a_fork_are_its_own_only() -> None:
+    async with world(a=1) as w:
+        session_id = await w.open()
+        await w.finish(w.turn(session_id))
+        parent = (await w.gateway.sessions.get(TENANT, asked(session_id))).session
+        assert parent.ledger_bytes == 4 * parent.head.length > 0
+        forked = await w.gateway.sessions.fork(
+            TENANT, session_pb2.ForkSessionRequest(request_id="f", session_id=session_id)
+        )
+        assert forked.session.head.length == parent.head.length
+        assert forked.session.ledger_bytes == 0
+
+
+def asked(session_id: str) -> session_pb2.GetSessionRequest:
+    return session_pb2.GetSessionRequest(session_id=session_id)
+
+
+@simulated
+async def test_leading_messages_and_tools_are_bounded_to_the_byte() -> None:
+    request = opening(messages=[types_pb2.Message(role=types_pb2.Message.ROLE_SYSTEM, content="x")])
+    size = len(request.SerializeToString(deterministic=True))
+    for bound, fits in ((size, True), (size - 1, False)):
+        config = GatewayConfig(admission=Admission(max_preamble_bytes=bound))
+        async with world(config=config, a=1) as w:
+            if fits:
+                await w.gateway.sessions.open(TENANT, request)
+            else:
+                error = await refusal(w, request)
+                # No RESOURCE_EXHAUSTED: a repeat of the same request never helps.
+                assert isinstance(error, InvalidRequest)
+                assert str(bound) in error.message

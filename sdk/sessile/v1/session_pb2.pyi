@@ -92,6 +92,7 @@ class Session(_message.Message):
     UPDATED_AT_UNIX_MS_FIELD_NUMBER: _builtins.int
     DEFAULT_PARAMS_FIELD_NUMBER: _builtins.int
     MIGRATING_TO_FIELD_NUMBER: _builtins.int
+    LEDGER_BYTES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Names the session; its family's slot can be read from it."""
     model: _builtins.str
@@ -110,6 +111,8 @@ class Session(_message.Message):
     """When it was last written."""
     migrating_to: _builtins.str
     """A move is under way to this replica, or empty."""
+    ledger_bytes: _builtins.int
+    """What its own ledger takes in the store. Tokens of a fork that are its ancestors' count there."""
     @_builtins.property
     def owner(self) -> _types_pb2.Owner:
         """Owner; unset while unplaced."""
@@ -142,10 +145,11 @@ class Session(_message.Message):
         updated_at_unix_ms: _builtins.int = ...,
         default_params: _types_pb2.SamplingParams | None = ...,
         migrating_to: _builtins.str = ...,
+        ledger_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_params", b"default_params", "head", b"head", "owner", b"owner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_turn_id", b"active_turn_id", "created_at_unix_ms", b"created_at_unix_ms", "default_params", b"default_params", "head", b"head", "labels", b"labels", "migrating_to", b"migrating_to", "model", b"model", "owner", b"owner", "parent_id", b"parent_id", "session_id", b"session_id", "state", b"state", "turn_index", b"turn_index", "updated_at_unix_ms", b"updated_at_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_turn_id", b"active_turn_id", "created_at_unix_ms", b"created_at_unix_ms", "default_params", b"default_params", "head", b"head", "labels", b"labels", "ledger_bytes", b"ledger_bytes", "migrating_to", b"migrating_to", "model", b"model", "owner", b"owner", "parent_id", b"parent_id", "session_id", b"session_id", "state", b"state", "turn_index", b"turn_index", "updated_at_unix_ms", b"updated_at_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
