@@ -93,8 +93,10 @@ class Witness:
         self._start_us = start_us
         self._seen: dict[str, _Seen] = {}
         self._unfit_since: dict[Ref, float] = {}
-        self._read_at: dict[Process, tuple[float, float]] = {}
-        """Process -> when the last reading of the fleet that it got was made, and got."""
+        self._read_at: dict[Process, float] = {}
+        """Process -> when the last reading of the fleet that it got was made."""
+        self._knows: dict[Process, float] = {}
+        """The same of the reading before: it asks again only after it has taken the last one in."""
         self._informed: dict[ScriptCall, float] = {}
         """Choice of a replica -> when the fleet it was chosen from was read."""
 
@@ -104,14 +106,15 @@ class Witness:
         """A process is about to send calls. A repeat of a call was decided when it was first
         sent."""
         for call in calls:
-            if call.script.name in TARGET_ARGS:
-                read_s, got_s = self._read_at.get(process, (0.0, 0.0))
-                self._informed.setdefault(call, read_s if got_s < self._now_s() else 0.0)
+            if call.script.name == "fleet":
+                self._knows[process] = self._read_at.get(process, 0.0)
+            elif call.script.name in TARGET_ARGS:
+                self._informed.setdefault(call, self._knows.get(process, 0.0))
 
     def answered(self, process: Process, calls: Sequence[ScriptCall], applied_s: float) -> None:
         """A process gets its answers."""
         if any(call.script.name == "fleet" for call in calls):
-            self._read_at[process] = (applied_s, self._now_s())
+            self._read_at[process] = applied_s
 
     def __call__(self, call: ScriptCall, reply: Reply) -> None:
         script = call.script.name
@@ -129,6 +132,7 @@ class Witness:
         self._seen.clear()
         self._unfit_since.clear()
         self._read_at.clear()
+        self._knows.clear()
         self._informed.clear()
         if self._timeline is not None:
             self._timeline.note("", "the store has lost writes")
