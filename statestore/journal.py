@@ -10,7 +10,7 @@ import anyio
 
 from statestore import keys, replies
 from statestore.digest import pack_tokens
-from statestore.executor import ScriptCall, ScriptExecutor
+from statestore.executor import Reply, ScriptCall, ScriptExecutor
 from statestore.ports import (
     Append,
     Appended,
@@ -20,6 +20,7 @@ from statestore.ports import (
     RepairOutcome,
     ResumeOutcome,
     SessionWritten,
+    StoreCorrupt,
     StoreError,
 )
 from statestore.records import (
@@ -225,10 +226,7 @@ class RedisJournal:
         hold back the acknowledgements of the others."""
         results = await self._scripts.once([self._append_call(append) for append in appends])
         return [
-            result
-            if isinstance(result, StoreError)
-            else _append_outcome(append, replies.outcome(result))
-            for append, result in zip(appends, results, strict=True)
+            _append_outcome(append, result) for append, result in zip(appends, results, strict=True)
         ]
 
     def _append_call(self, append: Append) -> ScriptCall:
@@ -353,11 +351,15 @@ class RedisJournal:
         return script_call("index_add", [keys.replica_index_key(ref)], [session_id, 0])
 
 
-def _append_outcome(append: Append, found: object) -> AppendOutcome:
-    outcome = found or Appended(append.head)
-    if not isinstance(outcome, AppendOutcome):
-        raise replies.unexpected(outcome)
-    return outcome
+def _append_outcome(append: Append, result: Reply | StoreError) -> AppendOutcome | StoreError:
+    """A damaged record is a failure of its own append only."""
+    if isinstance(result, StoreError):
+        return result
+    try:
+        outcome = replies.outcome(result) or Appended(append.head)
+    except StoreCorrupt as error:
+        return error
+    return outcome if isinstance(outcome, AppendOutcome) else replies.unexpected(outcome)
 
 
 def _check_head(expected: Position, tokens: Sequence[int], head: Position) -> None:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import pytest
 
-from statestore.ports import Fenced, Missing, Refused, SessionWritten, TurnEnded, TurnUnknown
+from statestore import keys
+from statestore.ports import (
+    Appended,
+    Fenced,
+    Missing,
+    Refused,
+    SessionWritten,
+    StoreCorrupt,
+    TurnEnded,
+    TurnUnknown,
+)
 from statestore.records import (
     NO_EPOCH,
     FinishReason,
+    Session,
     SessionState,
     StoreLimits,
     TurnStatus,
 )
 from statestore.redis_store import RedisStore
-from tests.support.owners import EMPTY, TENANT, A, Owner, new_session, opened
-from tests.support.stores import ANSWERING, Backend, store_on
+from tests.support.owners import EMPTY, STOP, TENANT, A, B, Owner, new_session, opened, session_of
+from tests.support.stores import ANSWERING, Backend, raw, store_on
 
 pytestmark = pytest.mark.anyio
 
@@ -228,3 +241,128 @@ async def test_a_purged_session_is_not_listed(store: RedisStore) -> None:
 async def test_a_malformed_cursor_is_refused(store: RedisStore) -> None:
     with pytest.raises(ValueError, match="cursor"):
         await store.list_sessions(TENANT, "x", 10)
+
+
+CALLS: dict[str, Callable[[RedisStore, Owner], Awaitable[object]]] = {
+    "open": lambda store, owner: store.open_session(new_session()),
+    "get_session": lambda store, owner: store.get_session("ses_f"),
+    "get_turn": lambda store, owner: store.get_turn("ses_f", "t1"),
+    "get_turn_context": lambda store, owner: store.get_turn_context("ses_f", "t1", 0),
+    "place": lambda store, owner: store.place("ses_f", owner.epoch, B, b"n"),
+    "take": lambda store, owner: store.take("ses_f", owner.epoch, B, b"n"),
+    "begin": lambda store, owner: owner.begin("t2"),
+    "resume": lambda store, owner: store.resume_turn("ses_f", owner.epoch, "t1"),
+    "repair": lambda store, owner: store.repair(owner.repair(owner.head, owner.epoch, keep=4)),
+    "cancel": lambda store, owner: store.cancel_turn("ses_f", "t1"),
+    "suspend": lambda store, owner: store.suspend("ses_f"),
+    "close": lambda store, owner: store.close("ses_f", None),
+    "fork": lambda store, owner: store.fork("ses_f", "ses_f.c", None, ()),
+    "begin_migration": lambda store, owner: store.begin_migration(
+        "ses_f", owner.epoch, "m", B, 1000
+    ),
+    "switch_migration": lambda store, owner: store.switch_migration(
+        "ses_f", owner.epoch, "m", owner.head, "t1", b"n"
+    ),
+    "abort_migration": lambda store, owner: store.abort_migration("ses_f", "m"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_record_for_newer_readers_is_neither_read_nor_written(
+    backend: Backend, call: str
+) -> None:
+    store = store_on(backend)
+    owner = await Owner.of(store)
+    await owner.begun()
+    await owner.write(4)
+    session = await session_of(store, "ses_f")
+    await store.begin_migration("ses_f", owner.epoch, "m", B, 60_000)
+    key = keys.session_key("ses_f")
+    await raw(backend, key, "HSET", "min_reader", 99)
+    before = await raw(backend, key, "HGETALL")
+    with pytest.raises(StoreCorrupt, match="schema 99"):
+        await CALLS[call](store, owner)
+    with pytest.raises(StoreCorrupt, match="schema 99"):
+        await store.get_turns(session, 0, 9)
+    other = await Owner.of(store, "ses_g")
+    await other.begun()
+    group = [owner.append(5, commit=STOP), other.append(6)]
+    unread, appended = await store.append_many(group)
+    assert isinstance(unread, StoreCorrupt)
+    assert appended == Appended(other.head)
+    assert await raw(backend, key, "HGETALL") == before
+    await raw(backend, key, "HSET", "min_reader", 1)
+    assert await store.fork("ses_f", "ses_f.d", None, ())
+    await raw(backend, keys.session_key("ses_f.d"), "HSET", "min_reader", 99)
+    with pytest.raises(StoreCorrupt, match="schema 99"):
+        await store.fork("ses_f", "ses_f.d", None, ())
+
+
+async def test_a_purge_looks_itself_whether_it_is_due(store: RedisStore) -> None:
+    session = await opened(store)
+    assert not await store._purge(session)
+    await store.close("ses_f", 60_000)
+    assert not await store._purge(session)
+    assert (await session_of(store, "ses_f")).state is SessionState.CLOSED
+
+
+async def test_a_session_purged_in_the_midst_of_its_fork_is_missing(backend: Backend) -> None:
+    store, late = store_on(backend), store_on(backend)
+    session = await opened(store)
+
+    async def as_it_was(session_id: str) -> Session:
+        return session
+
+    late.get_session = as_it_was  # type: ignore[method-assign]
+    await store.close("ses_f", 0)
+    assert await late.fork("ses_f", "ses_f.c", None, ()) == Missing()
+    assert await store.get_session("ses_f.c") is None
+
+
+async def test_a_cancel_leaves_no_tombstone_in_a_closed_session(backend: Backend) -> None:
+    store = store_on(backend)
+    await opened(store)
+    await store.close("ses_f", 60_000)
+    before = await raw(backend, keys.session_key("ses_f"), "HGETALL")
+    assert await store.cancel_turn("ses_f", "t1") == TurnUnknown()
+    assert await raw(backend, keys.session_key("ses_f"), "HGETALL") == before
+
+
+async def test_closing_or_moving_an_idle_session_ends_and_interrupts_no_turn(
+    backend: Backend,
+) -> None:
+    store = store_on(backend)
+    owner = await Owner.of(store)
+    await owner.run_turn("t1", [4])
+    await store.begin_migration("ses_f", owner.epoch, "m", B, 60_000)
+    await store.switch_migration("ses_f", owner.epoch, "m", owner.head, None, b"n")
+    closed = await store.close("ses_f", 60_000)
+    assert isinstance(closed, SessionWritten)
+    assert closed.session.turn_index == 1
+    fields = await backend.fields(keys.session_key("ses_f"))
+    assert not any(field.startswith(b"t::") for field in fields)
+
+
+@ANSWERING
+async def test_closing_ends_an_overdue_turn_as_overdue(backend: Backend) -> None:
+    store = store_on(backend)
+    owner = await Owner.of(store)
+    await owner.begin(timeout_ms=0)
+    await store.close("ses_f", 60_000)
+    turn = await store.get_turn("ses_f", "t1")
+    assert turn is not None
+    assert turn.result is not None
+    assert (turn.status, turn.result.reason) == (TurnStatus.FAILED, FinishReason.DEADLINE)
+    assert (await session_of(store, "ses_f")).turn_index == 1
+
+
+@ANSWERING
+async def test_a_closed_session_looked_at_early_is_due_when_its_retention_ends(
+    backend: Backend,
+) -> None:
+    store = store_on(backend)
+    await opened(store)
+    await store.close("ses_f", 60_000)
+    await raw(backend, keys.DUE, "ZADD", 1, "ses_f")
+    assert (await store.sweep(10)).examined == 1
+    assert (await store.sweep(10)).examined == 0

@@ -13,7 +13,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 
 from loadtest.simulation.redis import LuaExecutor
-from statestore.executor import Reply, ScriptCall, ScriptExecutor
+from statestore.executor import Reply, Script, ScriptCall, ScriptExecutor
 from statestore.ports import Append, AppendOutcome, StoreError, StoreUnavailable
 from statestore.records import StoreLimits
 from statestore.redis_executor import connect
@@ -51,6 +51,17 @@ class Backend(Protocol):
 def store_on(backend: Backend, limits: StoreLimits | None = None) -> RedisStore:
     """A store that repeats unanswered calls at once."""
     return PatientStore(backend.executor, limits=limits, retry=RetryPolicy(first_delay_s=0))
+
+
+async def raw(backend: Backend, key: str, command: str, *args: bytes | str | int) -> Reply:
+    """One command on one key, past all scripts: damages, or looks."""
+    script = Script("raw", "return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))")
+    (reply,) = await backend.executor.execute([ScriptCall(script, (key,), (command, *args))], 5.0)
+    if not isinstance(reply, StoreError):
+        return reply
+    (reply,) = await backend.executor.execute([ScriptCall(script, (key,), (command, *args))], 5.0)
+    assert not isinstance(reply, StoreError), reply
+    return reply
 
 
 class LossyBackend:
