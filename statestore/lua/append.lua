@@ -26,7 +26,7 @@ if end_if_due(s) then
   return {'ended', turn(s, id)}
 end
 if s.length == ARGV[4] and s.digest == ARGV[5] then
-  if #ARGV[8] > 0 then call('APPEND', KEYS[2], ARGV[8]) end
+  call('APPEND', KEYS[2], ARGV[8])
   set_head(s, ARGV[6], ARGV[7])
 elseif s.length ~= ARGV[6] or s.digest ~= ARGV[7] then
   return mismatch(s)

@@ -39,7 +39,7 @@ if s.length ~= ARGV[3] or s.digest ~= ARGV[4] then return mismatch(s) end
 local fingerprint = call('HGET', KEYS[1], 'fingerprint')
 if fingerprint ~= '' and fingerprint ~= ARGV[12] then return refused(s) end
 
-if #ARGV[9] > 0 then call('APPEND', KEYS[2], ARGV[9]) end
+call('APPEND', KEYS[2], ARGV[9])
 local t = 't:' .. id .. ':'
 s.active, s.deadline = id, s.now + tonumber(ARGV[8])
 put(s, 'active', id)

@@ -3,7 +3,7 @@
 local s, none = load(KEYS[1], ARGV[1])
 if not s then return none end
 local reply = written(s)
-if ARGV[1] then reply[4] = s.turn_status and turn(s, ARGV[1]) end
+reply[4] = s.turn_status and turn(s, ARGV[1])
 if KEYS[2] then
   local first = math.max(tonumber(ARGV[2]), s.own_base)
   local at = 4 * (first - s.own_base)

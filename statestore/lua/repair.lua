@@ -17,8 +17,6 @@ for at = FIRST, #ARGV, #TURN_FIELDS do
   for i, name in ipairs(TURN_FIELDS) do
     t.values[i] = ARGV[at + i - 1]
     t[name] = t.values[i]
-    -- An active turn's output ends at the head.
-    if t.id == ARGV[13] and (name == 'end_len' or name == 'end_digest') then t.values[i] = false end
   end
   given[#given + 1] = t
 end
@@ -56,10 +54,8 @@ for _, t in ipairs(given) do
   t.replaces = id and id ~= t.id
   if t.replaces and tonumber(t.index) < forked_turns then return diverged end
 end
-if keep < length then
-  truncate(KEYS[2], keep - s.own_base)
-end
-if #ARGV[10] > 0 then call('APPEND', KEYS[2], ARGV[10]) end
+truncate(KEYS[2], keep - s.own_base)
+call('APPEND', KEYS[2], ARGV[10])
 
 -- Turns of a history that is given up: another turn at a given index, or past the last index.
 local function forget(index)

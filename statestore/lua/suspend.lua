@@ -8,6 +8,6 @@ if s.state == 'CLOSED' then return refused(s) end
 if end_if_due(s) then save(s) end
 if s.active ~= '' then return refused(s) end
 put(s, 'state', ARGV[1])
-if ARGV[1] == 'SUSPENDED' then set_owner(s, '', '0') end
+set_owner(s, '', '0')
 save(s)
 return written(s)

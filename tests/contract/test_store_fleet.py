@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from statestore import keys
-from statestore.executor import Script, ScriptCall
 from statestore.records import Lease, ReplicaRecord, ReplicaRegistration, StoreLimits
 from statestore.redis_store import RedisStore
+from statestore.script_runner import script_call
 from tests.support.owners import Owner
-from tests.support.stores import ANSWERING, Backend, store_on
+from tests.support.stores import ANSWERING, Backend, raw, store_on
 
 pytestmark = pytest.mark.anyio
 
@@ -130,11 +130,6 @@ async def test_the_index_of_a_replica_process_goes_with_it(backend: Backend) -> 
     assert keys.FLEET not in await backend.keys()
 
 
-async def damage(backend: Backend, field: str, value: bytes) -> None:
-    write = Script("damage", "redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) return {'done'}")
-    await backend.executor.execute([ScriptCall(write, (keys.FLEET,), (field, value))], 5.0)
-
-
 @pytest.mark.parametrize("field", ["inc", "details", "beat", "load", "seen", "replaced"])
 async def test_a_damaged_replica_hides_no_other_and_comes_back(
     backend: Backend, field: str
@@ -142,7 +137,7 @@ async def test_a_damaged_replica_hides_no_other_and_comes_back(
     store = store_on(backend)
     one = await store.register_replica(ReplicaRegistration("r1", "{}"))
     two = await store.register_replica(ReplicaRegistration("r2", "{}"))
-    await damage(backend, f"{field}:r1", b"\xff")
+    await raw(backend, keys.FLEET, "HSET", f"{field}:r1", b"\xff")
     assert two in [record.ref for record in await store.fleet()]
     if field == "details":  # only said at the registration
         await store.register_replica(ReplicaRegistration("r1", "{}"))
@@ -174,3 +169,14 @@ async def test_a_registration_is_not_written_back_over_a_newer_process(backend: 
     slow._registered = store._registered
     assert not await slow.heartbeat(old, 1, "{}")
     assert [record.details for record in await store.fleet()] == ["new"]
+
+
+@ANSWERING
+async def test_a_registration_written_back_twice_keeps_the_index(backend: Backend) -> None:
+    store = store_on(backend)
+    ref = await store.register_replica(ReplicaRegistration("r1", "{}"))
+    await Owner.of(store, "ses_f", ref)
+    again = script_call("register", [keys.FLEET], ["r1", "{}", ref.incarnation])
+    await backend.executor.execute([again], 5.0)
+    await store.fleet()
+    assert await store.sessions_of(ref, 10) == ("ses_f",)

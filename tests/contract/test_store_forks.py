@@ -336,3 +336,17 @@ async def test_a_fork_stays_in_its_family(store: RedisStore) -> None:
     await opened(store)
     with pytest.raises(ValueError, match="family"):
         await store.fork("ses_f", "ses_g.c", None, ())
+
+
+async def test_a_copy_of_turns_without_tokens_takes_none_of_what_came_later(
+    backend: Backend,
+) -> None:
+    store = store_on(backend, StoreLimits(max_segments=0))
+    owner = await Owner.of(store)
+    await owner.begun("t1", ())
+    await owner.write(commit=STOP)
+    await owner.run_turn("t2", [4, 5])
+    await forked(store, "ses_f", "ses_f.c", 1)
+    child = await Owner.of(store, "ses_f.c")
+    await child.begun("t3", (7,))
+    assert await tokens_of(store, "ses_f.c") == [7]

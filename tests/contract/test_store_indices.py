@@ -13,7 +13,7 @@ from statestore.records import StoreLimits
 from statestore.redis_store import MAX_PAGE_BYTES, SESSIONS_PER_READ, RedisStore
 from statestore.script_runner import script_call
 from tests.support.owners import TENANT, A, B, Owner, new_session, opened
-from tests.support.stores import ANSWERING, Backend, store_on
+from tests.support.stores import ANSWERING, Backend, raw, store_on
 
 pytestmark = pytest.mark.anyio
 
@@ -99,3 +99,23 @@ async def _keep_only(backend: Backend, key: str) -> None:
         await backend.roll_back({k: v for k, v in saved.items() if k == key.encode()})
     else:
         await backend.roll_back([(k, v) for k, v in saved if k == key.encode()])
+
+
+async def test_the_newest_session_is_first_though_the_clock_stepped_back(backend: Backend) -> None:
+    store = store_on(backend)
+    await opened(store, "ses_f")
+    index = keys.tenant_index_key(TENANT)
+    await raw(backend, index, "ZADD", 1 << 52, "ses_f")
+    await opened(store, "ses_g")
+    page = await store.list_sessions(TENANT, "", 10)
+    assert [session.session_id for session in page.sessions] == ["ses_g", "ses_f"]
+
+
+@ANSWERING
+async def test_a_later_note_leaves_the_time_at_which_a_session_is_due(backend: Backend) -> None:
+    await run(backend, "due", "ses_f", 60_000)
+    noted = await raw(backend, keys.DUE, "ZSCORE", "ses_f")
+    await run(backend, "due", "ses_f", 90_000)
+    assert await raw(backend, keys.DUE, "ZSCORE", "ses_f") == noted
+    await run(backend, "due", "ses_f", 30_000)
+    assert int(await raw(backend, keys.DUE, "ZSCORE", "ses_f")) < int(noted)  # type: ignore[arg-type]

@@ -306,3 +306,23 @@ async def test_a_repair_does_not_replace_turns_that_a_fork_inherits(
         repair = second.repair(EMPTY, first.epoch, keep=0, turns=repaired, turn_index=index)
         assert await store.repair(repair) == diverged
     assert await store.get_turns(child, 0, 9) == inherited
+
+
+async def test_a_repair_leaves_the_turns_that_are_there_as_they_are(
+    backend: Backend, store: RedisStore
+) -> None:
+    owner = await Owner.of(store)
+    await owner.run_turn("t1", [4])
+    saved, stored_head = await backend.save(), owner.head
+    (first,) = await known_turns(store)
+    await owner.run_turn("t2", [5])
+    (_, second) = await known_turns(store)
+    await backend.roll_back(saved)
+    assert first.result is not None
+    said = replace(first, result=replace(first.result, text_end=99, usage=b"other"))
+    repair = owner.repair(
+        stored_head, owner.epoch, keep=stored_head.length, turns=[said, second], turn_index=2
+    )
+    assert await store.repair(repair) == Appended(owner.head)
+    assert await known_turns(store) == [first, second]
+    await check(store, owner)
