@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
+from sessile.v1 import fleet_pb2
 
 from gateway.app.admission import Gate
 from gateway.app.directory import SessionDirectory
@@ -21,7 +25,9 @@ from gateway.core import failover
 from gateway.core.errors import DeadlineExceeded, NotFound, NotOwner, Overloaded, SessileError
 from gateway.core.failover import AskAgain, FailoverLimits, OwnerSeen, Take
 from gateway.core.machines import ReplicaState
+from gateway.rpc.auth import HeaderTenant
 from gateway.rpc.replica_client import GrpcReplicaClients, translate
+from gateway.rpc.serving import Serving
 from gateway.rpc.status import DETAILS_KEY, code_of, to_status
 from loadtest.simulation.loop import VirtualClock
 from statestore.ports import StoreUnavailable
@@ -352,3 +358,109 @@ async def test_a_client_that_hangs_frees_its_stream() -> None:
             client.kill()
     finally:
         await server.stop(None)
+
+
+# -- bounds ---------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+
+
+def raised_overloads(source: str) -> Iterator[tuple[int, bool]]:
+    """Lines that make an Overloaded, and whether it is given a retry delay."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if name == "Overloaded":  # an EngineOverloaded cannot be made without its delay
+                given = {keyword.arg: keyword.value for keyword in node.keywords}
+                delay = given.get("retry_after_ms")
+                useless = delay is None or (isinstance(delay, ast.Constant) and not delay.value)
+                yield node.lineno, not useless
+
+
+def test_every_overload_says_when_to_come_back() -> None:
+    made = [
+        (f"{path.relative_to(ROOT)}:{line}", delayed)
+        for folder in ("gateway", "workers", "statestore")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, delayed in raised_overloads(path.read_text())
+    ]
+    assert len(made) >= 5
+    assert [where for where, delayed in made if not delayed] == []
+    assert list(raised_overloads("Overloaded('full')\nx.Overloaded('', retry_after_ms=0)")) == [
+        (1, False),
+        (2, False),
+    ]
+
+
+class Aborted(Exception):
+    """How a call was ended by its handler."""
+
+    def __init__(self, code: grpc.StatusCode, details: bytes) -> None:
+        self.code = code
+        self.status = status_pb2.Status.FromString(details)
+
+
+class Call:
+    """The context of a call that a handler serves."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def cancelled(self) -> bool:
+        return False
+
+    done = cancelled
+
+    async def abort(self, code: grpc.StatusCode, text: str, metadata: Any) -> None:
+        raise Aborted(code, dict(metadata)[DETAILS_KEY])
+
+
+@simulated
+async def test_one_watch_too_many_is_told_to_come_back_later() -> None:
+    gate = Gate("max_watches", 2, 700)
+    serving = Serving(HeaderTenant(), Gate("max_calls", 1, 1), gate)
+
+    async def endless(tenant: str, request: object) -> AsyncGenerator[Any, None]:
+        while True:
+            yield request
+            await anyio.sleep(1)
+
+    watch = serving.streaming(endless, fleet_pb2.WatchFleetRequest).unary_stream
+    open_ones = [watch(fleet_pb2.WatchFleetRequest(), Call()) for _ in range(2)]
+    for stream in open_ones:
+        await anext(stream)
+    with pytest.raises(Aborted) as caught:
+        await anext(watch(fleet_pb2.WatchFleetRequest(), Call()))
+    assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    retry = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(retry) for detail in caught.value.status.details)
+    assert retry.retry_delay.ToMilliseconds() == 700
+    await open_ones[0].aclose()
+    again = watch(fleet_pb2.WatchFleetRequest(), Call())
+    await anext(again)
+    for stream in (again, open_ones[1]):
+        await stream.aclose()
+    assert gate.taken == 0
+
+
+@simulated
+async def test_a_drain_moves_a_bounded_number_of_sessions_at_once() -> None:
+    """The others wait for their turn: the drain is one call, and none of them is refused."""
+    running, most = 0, 0
+    async with world(config=GatewayConfig(tables=Tables(drain_moves=2)), a=40) as w:
+        for number in range(6):
+            await w.finish(w.turn(await w.open(f"r{number}")))
+        target = await w.replica("b")
+        usual = target.import_session
+
+        async def slow(request: Any, timeout_s: float) -> Any:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await anyio.sleep(0.1)
+            running -= 1
+            return await usual(request, timeout_s)
+
+        target.import_session = slow  # type: ignore[method-assign]
+        steps = [step async for step in w.gateway.drains.drain("a", 60.0, shutdown=False)]
+    assert (steps[-1].remaining, steps[-1].failed, most) == (0, 0, 2)
