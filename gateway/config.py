@@ -8,6 +8,7 @@ from gateway.core.failover import FailoverLimits
 from gateway.core.liveness import LivenessLimits
 from gateway.core.migration import MigrationLimits
 from gateway.core.placement import PlacementModel
+from statestore.records import StoreLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class GatewayConfig:
     failover: FailoverLimits = field(default_factory=FailoverLimits)
     placement: PlacementModel = field(default_factory=PlacementModel)
     migration: MigrationLimits = field(default_factory=MigrationLimits)
+    store: StoreLimits = field(default_factory=StoreLimits)
 
     def __post_init__(self) -> None:
         host, _, port = self.listen.rpartition(":")

@@ -312,6 +312,10 @@ class JournalPort(Protocol):
 class SessionStore(JournalPort, Protocol):
     """Everything; used by gateways."""
 
+    async def find_or_admit(self, tenant: str, session_id: str) -> Session | LimitReached | None:
+        """The session; None if there is none and the tenant may have another."""
+        ...
+
     async def open_session(self, new: NewSession) -> OpenOutcome:
         """Makes the session, or finds it there. Refused as CLOSED if it was purged while forks of
         it live on."""

@@ -281,6 +281,9 @@ class SessionPage:
 class StoreLimits:
     """Bounds the store enforces; over them a write is refused as ``LimitReached``."""
 
+    max_sessions_per_tenant: int = 100_000
+    """Closed ones count until they are purged; 0: no bound. Those that are opened at the same time
+    may go past it."""
     max_turns_per_session: int = 4096
     max_segments: int = 32
     """A fork that would inherit from more ancestors copies instead: one generation in that many."""

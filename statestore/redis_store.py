@@ -15,6 +15,7 @@ from statestore.ports import (
     EpochLost,
     ForkOutcome,
     HeadMismatch,
+    LimitReached,
     Missing,
     OpenOutcome,
     PlaceOutcome,
@@ -71,6 +72,18 @@ class RedisStore(RedisJournal):
         self._left_out: deque[str] = deque(maxlen=MAX_LEFT_OUT)
 
     # -- life of a session --------------------------------------------------------------------
+
+    async def find_or_admit(self, tenant: str, session_id: str) -> Session | LimitReached | None:
+        room = script_call(
+            "index_room",
+            [keys.tenant_index_key(tenant)],
+            [session_id, self._limits.max_sessions_per_tenant],
+        )
+        read = script_call("read_session", [keys.session_key(session_id)], [])
+        full, found = map(replies.outcome, await self._scripts.run(room, read))
+        if isinstance(found, SessionWritten):
+            return found.session
+        return full if isinstance(full, LimitReached) else None
 
     async def open_session(self, new: NewSession) -> OpenOutcome:
         call = script_call(

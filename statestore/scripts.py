@@ -7,7 +7,7 @@ Redis but ``redis.call``, and these commands with these options only:
     TIME
     HGET  HSET (many pairs)  HMGET  HGETALL  HDEL (many fields)  HINCRBY
     GET  SET (no options)  APPEND  GETRANGE  STRLEN  DEL (many keys)  EXISTS
-    ZADD key score member   ZREM key member   ZSCORE
+    ZADD key score member   ZREM key member   ZSCORE   ZCARD
     ZRANGEBYSCORE key min max WITHSCORES LIMIT offset count      (min/max: number, -inf, +inf)
     ZREVRANGEBYSCORE key max min WITHSCORES LIMIT offset count   (and "(number" for max)
     ZREVRANGE key 0 0 WITHSCORES

@@ -21,6 +21,7 @@ from gateway.app.services import Services
 from gateway.core.errors import (
     InvalidRequest,
     NotFound,
+    Overloaded,
     SessileError,
     TurnInProgress,
     Unavailable,
@@ -29,6 +30,7 @@ from gateway.core.errors import (
 from statestore.digest import RollingDigest
 from statestore.ports import (
     HeadMismatch,
+    LimitReached,
     Missing,
     Refused,
     SessionWritten,
@@ -69,7 +71,7 @@ class Sessions:
         if len(asked) > limit:
             raise InvalidRequest(f"the leading messages and tools have at most {limit} bytes")
         session_id = await self._directory.new_session_id(tenant, request.request_id)
-        existing = await self._store.get_session(session_id)
+        existing = await self._admitted(tenant, session_id)
         if existing is None:
             new = NewSession(
                 session_id=session_id,
@@ -146,6 +148,7 @@ class Sessions:
         if at is not None and at > parent.turn_index:
             raise InvalidRequest(f"the session has {parent.turn_index} ended turns only")
         child_id = await self._directory.new_fork_id(tenant, request.session_id, request.request_id)
+        await self._admitted(tenant, child_id)
         labels = tuple(sorted(request.labels.items()))
         outcome = await self._store.fork(request.session_id, child_id, at, labels)
         match outcome:
@@ -214,6 +217,18 @@ class Sessions:
         return answer.transcript
 
     # -- parts ---------------------------------------------------------------------------------
+
+    async def _admitted(self, tenant: str, session_id: str) -> Session | None:
+        """The session; None if it is to be made. Raises Overloaded at the tenant's bound."""
+        found = await self._store.find_or_admit(tenant, session_id)
+        if isinstance(found, LimitReached):
+            raise Overloaded(
+                "the tenant has as many sessions as it may",
+                hint="Close sessions that are not needed; they count until they are purged.",
+                retry_after_ms=self._config.admission.retry_after_ms,
+                metadata={"bound": "max_sessions_per_tenant"},
+            )
+        return found
 
     def _model(self, asked: str) -> str:
         served = self._fleet.snapshot.models()

@@ -234,6 +234,10 @@ class Database:
             self.data.pop(key, None)
         return int(removed)
 
+    def _cmd_zcard(self, args: list[bytes]) -> Answer:
+        (key,) = args
+        return len(self._sorted_set(key).scores)
+
     def _cmd_zscore(self, args: list[bytes]) -> Answer:
         key, member = args
         score = self._sorted_set(key).scores.get(member)

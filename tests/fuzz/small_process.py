@@ -7,6 +7,7 @@ import sys
 
 from gateway.config import Admission, GatewayConfig
 from gateway.main import run as run_gateway
+from statestore.records import StoreLimits
 from workers.config import ReplicaSettings, WorkerConfig
 from workers.main import run as run_worker
 
@@ -19,7 +20,14 @@ def main(role: str, redis_url: str) -> None:
     worker."""
     logging.basicConfig(level="CRITICAL")
     if role == "gateway":
-        run_gateway(GatewayConfig(listen="127.0.0.1:0", redis_url=redis_url, admission=ADMISSION))
+        run_gateway(
+            GatewayConfig(
+                listen="127.0.0.1:0",
+                redis_url=redis_url,
+                admission=ADMISSION,
+                store=StoreLimits(max_sessions_per_tenant=500),
+            )
+        )
     else:
         replica = ReplicaSettings(replica_id=role)
         run_worker(WorkerConfig(redis_url=redis_url, replica=replica, engine_options=ENGINE))

@@ -6,11 +6,14 @@ from contextlib import ExitStack
 
 import anyio
 import pytest
+from sessile.v1 import session_pb2
 
 from gateway.app.admission import Gate
 from gateway.config import Admission, GatewayConfig
 from gateway.core.errors import Overloaded
-from tests.support.gateway_world import simulated, world
+from statestore.records import StoreLimits
+from statestore.redis_store import RedisStore
+from tests.support.gateway_world import TENANT, simulated, world
 
 
 def test_a_tenant_has_a_share_of_a_gate_and_the_others_the_rest() -> None:
@@ -58,3 +61,23 @@ async def test_a_tenant_with_its_share_of_streams_leaves_room_for_another() -> N
         assert refused.error.retry_after_ms
         assert served.error is None
         assert (await w.finish(held)).error is None
+
+
+@simulated
+async def test_a_tenant_with_its_bound_of_sessions_opens_and_forks_no_more() -> None:
+    async with world(a=4) as w:
+        limits = StoreLimits(max_sessions_per_tenant=1)
+        sessions = w.gateway.sessions
+        sessions._store = RedisStore(w.executor, limits=limits)
+        session_id = await w.open("r1")
+        fork = session_pb2.ForkSessionRequest(session_id=session_id, request_id="f")
+        for call in (lambda: w.open("r2"), lambda: sessions.fork(TENANT, fork)):
+            with pytest.raises(Overloaded, match="as many sessions") as refused:
+                await call()
+            assert refused.value.retry_after_ms
+            assert "Close" in refused.value.hint
+        assert await w.open("r1") == session_id
+        await w.open("r1", tenant="other")
+        close = session_pb2.CloseSessionRequest(session_id=session_id, purge=True)
+        await sessions.close(TENANT, close)
+        await w.open("r2")

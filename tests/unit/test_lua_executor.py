@@ -95,10 +95,10 @@ def test_sorted_sets(executor: LuaExecutor) -> None:
             redis.call('ZRANGEBYSCORE', k, '-inf', 2, 'WITHSCORES', 'LIMIT', 1, 2),
             redis.call('ZREVRANGEBYSCORE', k, '(9', '-inf', 'LIMIT', 0, 2),
             redis.call('ZREVRANGE', k, 0, 0, 'WITHSCORES'), redis.call('ZREM', k, 'a'),
-            redis.call('ZSCORE', k, 'a')}
+            redis.call('ZSCORE', k, 'a'), redis.call('ZCARD', k)}
     """
     assert run(executor, source) == [
-        0, b"9", [b"c", b"2", b"d", b"2"], [b"d", b"c"], [b"a", b"9"], 1, None,
+        0, b"9", [b"c", b"2", b"d", b"2"], [b"d", b"c"], [b"a", b"9"], 1, None, 3,
     ]  # fmt: skip
 
 
