@@ -96,7 +96,7 @@ MUTANTS = (
         (
             Edit(
                 f"{LUA}/repair.lua",
-                "  truncate(KEYS[2], keep - s.own_base)\n",
+                "truncate(KEYS[2], keep - s.own_base)\n",
                 "",
             ),
         ),
@@ -194,6 +194,7 @@ MUTANTS = (
                 RUN,
                 "        if commit is None and output.reason is not None:\n",
                 "        late = self.released == len(output.tokens)\n"
+                "        await anyio.sleep(0.25 if output.reason is not None and late else 0)\n"
                 "        if commit is None and output.reason is not None and late:\n",
             ),
             Edit(
@@ -208,7 +209,7 @@ MUTANTS = (
                 "            max_new_tokens=max(1, plan.rules.max_tokens - done),\n",
             ),
         ),
-        OUTAGES,
+        KILLS,
     ),
     Mutant(
         "a parked turn never goes on",
@@ -269,7 +270,7 @@ MUTANTS = (
     Mutant(
         "nobody has amnesty after the store was away",
         "P9",
-        (Edit("gateway/core/liveness.py", "        elif outage:\n", "        elif not outage:\n"),),
+        (Edit("gateway/core/liveness.py", "        elif outage:\n", "        elif False:\n"),),
         HistoryPlan(kinds=("store_outage",)),
     ),
     Mutant(
@@ -380,8 +381,8 @@ MUTANTS = (
         (
             Edit(
                 "workers/kv/pages.py",
-                "            if not named or checksum(raw) != meta.checksum:\n",
-                "            if not named:\n",
+                "            if checksum(raw) != meta.checksum:\n",
+                "            if not raw:\n",
             ),
         ),
         BAD_PAGES,
@@ -449,9 +450,8 @@ MUTANTS = (
             ),
             Edit(
                 OPENING,
-                "        if session.token_fingerprint and session.token_fingerprint"
-                " != fingerprint:\n",
-                "        if session.token_fingerprint and not fingerprint:\n",
+                "        if needed and needed != self._ports.codec.token_fingerprint:\n",
+                "        if needed is None:\n",
             ),
             Edit(
                 f"{LUA}/begin.lua",
@@ -566,6 +566,16 @@ MUTANTS = (
                 "    length, digest = at[1], at[2]\n"
                 "    if i == #sources and s.active ~= '' then length, digest = s.length, s.digest"
                 " end\n",
+            ),
+        ),
+        CALM,
+    ),
+    Mutant(
+        "forks draw the same seeds as their parent",
+        "P20",
+        (
+            Edit(
+                OPENING, "            seed=self._seed,\n", "            seed=session.turn_index,\n"
             ),
         ),
         CALM,
@@ -694,8 +704,18 @@ MUTANTS = (
                 "if s.active ~= '' then\n  -- A turn",
                 "if false then\n  -- A turn",
             ),
+            Edit(
+                OPENING,
+                "        if session.active_turn_id is not None and known <= session.turn_index:\n",
+                "        if session.active_turn_id is not None and known < 0:\n",
+            ),
+            Edit(
+                "workers/turn/runs.py",
+                "                if run is None:\n",
+                "                if run is None or run.turn_id != turn.turn_id:\n",
+            ),
         ),
-        ANY,
+        CALM,
     ),
     Mutant(
         "a turn that has ended can be written to",
@@ -731,7 +751,7 @@ MUTANTS = (
         (
             Edit(
                 f"{LUA}/suspend.lua",
-                "if ARGV[1] == 'SUSPENDED' then set_owner(s, '', '0') end",
+                "set_owner(s, '', '0')\n",
                 "",
             ),
         ),
@@ -742,6 +762,23 @@ MUTANTS = (
         "I5",
         (Edit("workers/kv/blocks.py", "        previous + packed_page,", "        packed_page,"),),
         CALM,
+    ),
+    Mutant(
+        "a turn held for a move that failed never goes on",
+        "I6",
+        (
+            Edit(
+                "gateway/app/migration.py",
+                "        if self._hold_asked:\n",
+                "        if self._hold_asked and self._was_running is None:\n",
+            ),
+            Edit(
+                RUN,
+                "        hold = _Hold(migration_id, anyio.current_time() + lease_s)\n",
+                "        hold = _Hold(migration_id, anyio.current_time() + 1000 * lease_s)\n",
+            ),
+        ),
+        HistoryPlan(kinds=("migrate", "corrupt_pages", "kill_replica")),
     ),
     Mutant(
         "a stale owner is looked for in the placement cache for ever",
@@ -781,8 +818,8 @@ MUTANTS = (
             Edit(
                 RUN,
                 "        self._on_end(self)\n",
-                "        cancelled = isinstance(ending, Ended) and ending.turn.status == 'CANCELLED'\n"
-                "        if not cancelled:\n"
+                "        turn = ending.turn if isinstance(ending, Ended) else None\n"
+                "        if turn is None or turn.status != 'CANCELLED':\n"
                 "            self._on_end(self)\n",
             ),
         ),
@@ -794,8 +831,8 @@ MUTANTS = (
         (
             Edit(
                 "gateway/app/admission.py",
-                "        try:\n            yield\n        finally:\n            self.taken -= 1\n",
-                "        yield\n        self.taken -= 1\n",
+                "        try:\n            yield\n        finally:\n",
+                "        yield\n        if self.taken:\n",
             ),
         ),
         CALM,
