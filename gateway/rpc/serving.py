@@ -8,11 +8,11 @@ from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc import aio
 
 from gateway.app.admission import Gate
-from gateway.core.errors import InternalError, SessileError, Unavailable
+from gateway.core.errors import InternalError, InvalidRequest, SessileError, Unavailable
 from gateway.rpc.auth import Authenticator
 from gateway.rpc.status import abort
 from statestore.ports import StoreError, StoreUnavailable
@@ -46,46 +46,47 @@ class Serving:
     def unary(self, call: Unary, request: type[Message]) -> Any:
         """One request, one response."""
 
-        async def handler(message: Any, context: Context) -> Message:
+        async def handler(data: bytes, context: Context) -> Message:
             try:
                 tenant = await self._tenant(context)
                 with self._calls.entered(tenant):
-                    return await call(tenant, message)
+                    return await call(tenant, _parsed(request, data))
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await _fail(context, error)
 
         return grpc.unary_unary_rpc_method_handler(
-            handler, request.FromString, lambda answer: answer.SerializeToString()
+            handler, None, lambda answer: answer.SerializeToString()
         )
 
     def streaming(self, call: Streaming, request: type[Message]) -> Any:
         """One request, a stream of responses; counted as a watch."""
 
-        async def handler(message: Any, context: Context) -> AsyncGenerator[Message, None]:
+        async def handler(data: bytes, context: Context) -> AsyncGenerator[Message, None]:
             try:
                 tenant = await self._tenant(context)
                 with self._watches.entered(tenant):
-                    async with aclosing(call(tenant, message)) as answers:
+                    async with aclosing(call(tenant, _parsed(request, data))) as answers:
                         async for answer in answers:
                             yield answer
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await _fail(context, error)
 
         return grpc.unary_stream_rpc_method_handler(
-            handler, request.FromString, lambda answer: answer.SerializeToString()
+            handler, None, lambda answer: answer.SerializeToString()
         )
 
     def relayed(self, call: Relayed, request: type[Message]) -> Any:
         """One request, a stream of responses that are serialised already."""
 
-        async def handler(message: Any, context: Context) -> None:
+        async def handler(data: bytes, context: Context) -> None:
             try:
                 tenant = await self._tenant(context)
+                message = _parsed(request, data)
                 await call(tenant, message, context.time_remaining(), context.write)
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await _fail(context, error)
 
-        return grpc.unary_stream_rpc_method_handler(handler, request.FromString, None)
+        return grpc.unary_stream_rpc_method_handler(handler, None, None)
 
     async def _tenant(self, context: Context) -> str:
         metadata = {
@@ -94,6 +95,14 @@ class Serving:
             if isinstance(value, str)
         }
         return await self._authenticator.tenant(metadata)
+
+
+def _parsed(kind: type[Message], data: bytes) -> Message:
+    """Not left to gRPC, which would answer UNKNOWN and log the caller's mistake as ours."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidRequest(f"the request is no {kind.DESCRIPTOR.name}") from error
 
 
 async def _fail(context: Context, error: Exception) -> NoReturn:

@@ -28,6 +28,7 @@ from grpc_status import rpc_status
 from sessile.v1 import fleet_pb2, fleet_pb2_grpc, session_pb2, session_pb2_grpc
 from sessile.v1 import types_pb2 as pb
 
+from gateway.rpc.status import error_from_rpc
 from statestore.embedded import dies_with_parent
 from tests.fuzz import small_process
 from tests.fuzz.small_process import ADMISSION
@@ -361,9 +362,9 @@ def test_an_error_that_repeats_hostile_text_still_arrives(address: str, name: st
     assert rpc_status.from_call(error) is not None  # type: ignore[arg-type]
 
 
-@pytest.mark.xfail(strict=True, reason="gRPC answers UNKNOWN for what its deserializer raises")
-@pytest.mark.parametrize("method", ["OpenSession", "GetSession"])
+@pytest.mark.parametrize("method", ["OpenSession", "RunTurn", "WatchSession"])
 def test_bytes_that_are_no_message_are_the_callers_fault(address: str, method: str) -> None:
     error = anyio.run(_refused, address, method, b"\xff\xff\xff")
     assert error is not None
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error
+    assert error_from_rpc(error).reason == "INVALID_REQUEST"

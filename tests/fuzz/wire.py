@@ -105,12 +105,13 @@ class Wire:
         patience_s: float = 120.0,
     ) -> Answer:
         """``time_s`` is the caller's deadline as it tells the server; it hangs up after
-        ``patience_s``. A request that is no message is refused before any handler sees it."""
+        ``patience_s``. A worker's handlers never see a request that is no message."""
         details = _Details(method, tuple(metadata))
         handler: Any = next(filter(None, (h.service(details) for h in self._handlers)))
         answer = Answer()
         try:
-            message = handler.request_deserializer(request)
+            parse = handler.request_deserializer
+            message = request if parse is None else parse(request)
         except DecodeError:
             answer.code, answer.reason = grpc.StatusCode.INVALID_ARGUMENT, "NO_MESSAGE"
             return answer
