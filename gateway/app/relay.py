@@ -12,8 +12,10 @@ from collections.abc import Awaitable, Callable
 import anyio
 from sessile.v1 import types_pb2 as pb
 
-from gateway.app.frames import Kind, event_of, events, frame
+from gateway.app.frames import BadFrame, Kind, event_of, events, frame
 from gateway.core.errors import SessileError
+
+MAX_POSITION = (1 << 64) - 1
 
 Sink = Callable[[bytes], Awaitable[None]]
 """Writes one message to the client; returns when the transport has taken it."""
@@ -106,11 +108,15 @@ class TurnCursor:
         return message if whole else b"".join(kept)
 
     def position(self) -> pb.Position | None:
-        """Where to resume: after the last token received; None: from the turn's first output."""
+        """Where to resume: after the last token received; None: from the turn's first output.
+        Raises BadFrame."""
         if not self._last_tokens:
             return self._resume_from
         tokens = event_of(self._last_tokens).tokens
-        return pb.Position(length=tokens.position + len(tokens.token_ids), digest=tokens.digest)
+        length = tokens.position + len(tokens.token_ids)
+        if length > MAX_POSITION:
+            raise BadFrame(f"tokens from {tokens.position} on end past the last position")
+        return pb.Position(length=length, digest=tokens.digest)
 
     def _pass(self, kind: Kind, event: bytes) -> bytes | None:
         """What becomes of an event that is not tokens; None drops it."""
