@@ -16,11 +16,16 @@ from gateway.app.migration import Migrations, MoveOptions
 from gateway.app.sessions import Sessions
 from gateway.app.turns import Turns
 from gateway.app.watch import Watches
+from gateway.core.errors import InvalidRequest
 from gateway.rpc.serving import Serving
 from statestore.ports import SessionStore
 
 SESSION_SERVICE = "sessile.v1.SessionService"
 FLEET_SERVICE = "sessile.v1.FleetService"
+
+MAX_MOVE_S = 3600.0
+MAX_DRAIN_S = 86_400.0
+MAX_WATCH_INTERVAL_S = 60.0
 
 
 def add_session_service(
@@ -67,16 +72,19 @@ def add_fleet_service(
     def watch_fleet(
         _: str, request: fleet_pb2.WatchFleetRequest
     ) -> AsyncGenerator[fleet_pb2.WatchFleetResponse, None]:
+        _check_ms("interval_ms", request.interval_ms, MAX_WATCH_INTERVAL_S)
         return watches.fleet(request.interval_ms)
 
     def drain(
         _: str, request: fleet_pb2.DrainReplicaRequest
     ) -> AsyncGenerator[fleet_pb2.DrainReplicaResponse, None]:
+        _check_ms("timeout_ms", request.timeout_ms, MAX_DRAIN_S)
         return drains.drain(request.replica_id, request.timeout_ms / 1000, request.shutdown)
 
     async def migrate(
         _: str, request: fleet_pb2.MigrateSessionRequest
     ) -> fleet_pb2.MigrateSessionResponse:
+        _check_ms("timeout_ms", request.timeout_ms, MAX_MOVE_S)
         session = await store.get_session(request.session_id)
         if session is None:
             raise unknown_session(request.session_id)
@@ -92,6 +100,11 @@ def add_fleet_service(
         "MigrateSession": serving.unary(migrate, fleet_pb2.MigrateSessionRequest),
     }
     _add(server, FLEET_SERVICE, methods)
+
+
+def _check_ms(name: str, value_ms: int, limit_s: float) -> None:
+    if value_ms > limit_s * 1000:
+        raise InvalidRequest(f"{name} is at most {int(limit_s * 1000)}")
 
 
 def _add(server: aio.Server, service: str, methods: dict[str, Any]) -> None:

@@ -371,15 +371,19 @@ def test_a_tool_schema_that_is_nested_too_deep_is_an_invalid_request() -> None:
     in_a_world(test)
 
 
-@pytest.mark.xfail(strict=True, reason="nothing bounds the time limit of a move")
-def test_a_move_without_end_is_an_invalid_request() -> None:
+WITHOUT_END: dict[str, Message] = {
+    "MigrateSession": fleet_pb2.MigrateSessionRequest(timeout_ms=2**64 - 1),
+    "DrainReplica": fleet_pb2.DrainReplicaRequest(timeout_ms=86_400_001),
+    "WatchFleet": fleet_pb2.WatchFleetRequest(interval_ms=60_001),
+}
+
+
+@pytest.mark.parametrize(("method", "request_"), WITHOUT_END.items(), ids=WITHOUT_END)
+def test_what_would_never_end_is_an_invalid_request(method: str, request_: Message) -> None:
     async def test(made: Target) -> None:
-        request = fleet_pb2.MigrateSessionRequest(
-            session_id=made.session_id,
-            target_replica_id=made.real["target_replica_id"],
-            timeout_ms=2**64 - 1,
-        )
-        (await made.call(FLEET_SERVICE, "MigrateSession", request)).check()
+        graft(request_, made.real, {"session_id", "replica_id", "target_replica_id"})
+        answer = await made.call(FLEET_SERVICE, method, request_)
+        assert answer.code is grpc.StatusCode.INVALID_ARGUMENT, answer
         await made.check_unharmed()
 
     in_a_world(test)
