@@ -197,6 +197,16 @@ async def test_a_transfer_ends_with_its_lease() -> None:
     assert (export.released, server.stats.broken) == (1, 1)
 
 
+async def test_a_ticket_that_nobody_presents_holds_its_pages_for_moments() -> None:
+    async with serving(ChannelLimits(present_timeout_s=0.05)) as server:
+        export = Export()
+        ticket = server.issue_ticket(export, 300)
+        await settled(export)
+        with pytest.raises(TransferFailed, match="refused"):
+            await pull(server, ticket, Reservation())
+    assert (export.released, server.stats.expired) == (1, 1)
+
+
 async def test_a_silent_peer_is_cut_off() -> None:
     async with serving(ChannelLimits(hello_timeout_s=0.05)) as server:
         with connected(server) as peer:

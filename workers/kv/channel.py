@@ -2,7 +2,7 @@
 
 gRPC copies a message several times and tops out at a fraction of what loopback carries, so pages
 travel beside it, on a port of their own. The control call (ExportKv) hands the target a one-time
-ticket; whoever presents it gets exactly the pages it stands for, once, before its lease ends.
+ticket; whoever presents it soon gets exactly the pages it stands for, once, before its lease ends.
 
     target → source   hello   magic, version, ticket                      24 bytes
     source → target   offer   magic, version, status, pages, page_bytes   20 bytes
@@ -66,6 +66,8 @@ class ChannelLimits:
 
     max_tickets: int = 64
     max_connections: int = 16
+    present_timeout_s: float = 5.0
+    """A ticket that was not presented by then is void, whatever its lease."""
     hello_timeout_s: float = 5.0
     stall_timeout_s: float = 5.0
     """Limit for each page to leave."""
@@ -142,12 +144,13 @@ class KvServer:
         if self._closed or len(self._issued) >= self._limits.max_tickets:
             raise Overloaded(
                 f"{len(self._issued)} KV exports wait for their peers",
-                retry_after_ms=round(self._limits.hello_timeout_s * 1000),
+                retry_after_ms=round(self._limits.present_timeout_s * 1000),
             )
         loop = asyncio.get_running_loop()
         ticket = self._random_bytes(TICKET_BYTES)
         deadline = loop.time() + lease_s
-        expiry = loop.call_at(deadline, self._expire, ticket)
+        void_at = min(deadline, loop.time() + self._limits.present_timeout_s)
+        expiry = loop.call_at(void_at, self._expire, ticket)
         self._issued[ticket] = _Issued(export, deadline, expiry)
         return ticket
 
@@ -281,9 +284,12 @@ async def pull_pages(
     receiver = _PageReceiver(ticket, reservation, pages, page_bytes)
     try:
         with anyio.fail_after(timeout_s):
-            await asyncio.get_running_loop().create_connection(
-                lambda: receiver, host.strip("[]"), int(port)
-            )
+            try:
+                await asyncio.get_running_loop().create_connection(
+                    lambda: receiver, host.strip("[]"), int(port)
+                )
+            except (ValueError, OverflowError) as error:
+                raise TransferFailed(f"{endpoint[:128]!r} cannot be connected to") from error
             await receiver.ended.wait()
     finally:
         receiver.close()
