@@ -49,28 +49,30 @@ def main() -> int:
     chosen = parser.parse_args()
     mutants = [m for m in MUTANTS if not chosen.only or any(o in m.name for o in chosen.only)]
     plans = clean_histories(mutants)
+    console = Console()
+    table = Table("rule", "mutant", "caught by", "histories", "seconds")
+    results: list[Hunt | str] = []
+    survivors = dirty = 0
     with ThreadPoolExecutor(chosen.jobs) as pool:
         hunts = [pool.submit(attempt, partial(hunt, mutant)) for mutant in mutants]
         cleans = [pool.submit(attempt, partial(unmutated, *item)) for item in plans.items()]
-        results = [one.result() for one in hunts]
-        clean = [one.result() for one in cleans]
-    console = Console()
-    table = Table("rule", "mutant", "caught by", "histories", "seconds")
-    survivors = 0
-    for mutant, result in zip(mutants, results, strict=True):
-        if isinstance(result, Hunt) and result.checker:
-            row = [result.checker, f"{result.histories} of {mutant.seeds}", str(result.seconds)]
-        else:
-            survivors += 1
-            why = result if isinstance(result, str) else result.detail
-            console.print(f"[red]{mutant.rule} {mutant.name}:[/red]", why, markup=True)
-            row = ["[red]does not run" if isinstance(result, str) else "[red]survives", "", ""]
-        table.add_row(mutant.rule, mutant.name, *row)
-    dirty = 0
-    for plan, found in zip(plans, clean, strict=True):
-        if isinstance(found, str) or found.checker or found.detail:
-            dirty += 1
-            console.print(f"[red]the unmutated code is not clean in {plan}:[/red]", found)
+        for mutant, one in zip(mutants, hunts, strict=True):
+            result = one.result()
+            results.append(result)
+            if isinstance(result, Hunt) and result.checker:
+                row = [result.checker, f"{result.histories} of {mutant.seeds}", str(result.seconds)]
+            else:
+                survivors += 1
+                row = ["does not run" if isinstance(result, str) else "nothing", "", ""]
+            console.print(f"{mutant.rule} {mutant.name}: {row[0]}", highlight=False)
+            if not row[1]:
+                console.print(result if isinstance(result, str) else result.detail, markup=False)
+            table.add_row(mutant.rule, mutant.name, *row)
+        for plan, one in zip(plans, cleans, strict=True):
+            found = one.result()
+            if isinstance(found, str) or found.checker or found.detail:
+                dirty += 1
+                console.print("the unmutated code is not clean in", plan, found)
     console.print(table)
     console.print(
         f"{len(mutants) - survivors} of {len(mutants)} mutants caught; "
