@@ -8,7 +8,7 @@ the pages were verified, never inferred from what was sent (P13, I5).
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,13 @@ import anyio
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1 import types_pb2
 
-from gateway.core.errors import InvalidRequest, MigrationRefused, NotOwner, SessileError
+from gateway.core.errors import (
+    InvalidRequest,
+    MigrationRefused,
+    NotOwner,
+    Overloaded,
+    SessileError,
+)
 from statestore.records import Position, ReplicaRef
 from workers.engines.port import Engine, PageExport, PageImport, PageMeta, PagesExhausted
 from workers.kv.blocks import BLOCK_HASH_BYTES
@@ -27,6 +33,12 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 2
 MAX_CONCURRENT_PULLS = 4
 """Pulls at once into this replica; further ones wait for a place within their time limit."""
+MAX_WAITING_PULLS = 64
+"""Over it a pull is given up at once."""
+EXPORTED_SHARE = 0.5
+"""Of the pages, how many several exports may hold together; a single one may hold any number, or
+large sessions could not move."""
+BUSY_RETRY_MS = 1000
 MAX_BLOCKS = 1 << 17
 """Blocks one export may be asked for."""
 EXPORT_TIMEOUT_S = 5.0
@@ -95,6 +107,7 @@ class KvTransfer:
         self._pull_pages = pull_pages
         self._pull_timeout_s = pull_timeout_s
         self._limiter = anyio.Semaphore(MAX_CONCURRENT_PULLS)
+        self._exports: dict[_CountedExport, int] = {}
 
     # -- source ---------------------------------------------------------------------------------
 
@@ -111,13 +124,17 @@ class KvTransfer:
             raise InvalidRequest(f"an export takes at most {MAX_BLOCKS} blocks")
         if any(len(name) != BLOCK_HASH_BYTES for name in request.block_hashes):
             raise InvalidRequest(f"a block hash has {BLOCK_HASH_BYTES} bytes")
-        export = self._engine.export_pages(request.block_hashes)
+        export = _CountedExport(self._engine.export_pages(request.block_hashes), self._exports)
         if not export.pages:
             export.release()
             return pb.ExportKvResponse(page_bytes=info.page_bytes)
         # After the ticket the channel may release the pages at any time: read them first.
         checksums = [page.checksum for page in export.pages]
         try:
+            if sum(self._exports.values()) > max(
+                len(checksums), info.capacity_pages * EXPORTED_SHARE
+            ):
+                raise Overloaded("exports hold their share of KV", retry_after_ms=BUSY_RETRY_MS)
             ticket = self._tickets.issue_ticket(export, lease_seconds(request.lease_ms))
         except BaseException:
             export.release()
@@ -141,6 +158,10 @@ class KvTransfer:
         whole = max(0, len(resident.tokens) - 1) // self._engine.info.page_size
         hashes = resident.block_hashes(self._engine.info)[:whole]
         pin_id = resident.session_id
+        if self._limiter.statistics().tasks_waiting >= MAX_WAITING_PULLS:
+            detail = f"{MAX_WAITING_PULLS} pulls wait already"
+            log.warning("pull of %s from %s: %s", pin_id, source, detail)
+            return Pulled(self._engine.pin(pin_id, hashes, lease_s), 0, detail)
         copied, detail, again = 0, "", True
         with anyio.move_on_after(self._pull_timeout_s) as scope:
             async with self._limiter:
@@ -215,6 +236,26 @@ class KvTransfer:
         """The ledger position that ``pages`` resident pages cover."""
         length = pages * self._engine.info.page_size
         return Position(length, resident.digest_at(length))
+
+
+class _CountedExport:
+    """A PageExport that is in a table, with the number of its pages, until its release."""
+
+    def __init__(self, export: PageExport, table: dict[_CountedExport, int]) -> None:
+        self._export = export
+        self._table = table
+        table[self] = len(export.pages)
+
+    @property
+    def pages(self) -> Sequence[PageMeta]:
+        return self._export.pages
+
+    def view(self, index: int) -> memoryview:
+        return self._export.view(index)
+
+    def release(self) -> None:
+        self._table.pop(self, None)
+        self._export.release()
 
 
 def _wire(ref: ReplicaRef) -> types_pb2.ReplicaRef:
