@@ -83,6 +83,8 @@ class ScriptRunner:
             if self._now() + delay >= deadline:
                 raise failure
             await self._sleep(delay)
+            if self._now() >= deadline:  # slept longer than asked: the process had been stopped
+                raise failure
             delay = min(2 * delay, self._policy.max_delay_s)
             pending = failed
 

@@ -54,6 +54,18 @@ async def test_only_calls_without_an_answer_are_repeated() -> None:
     assert server.sent == [["k0", "k1", "k2"], ["k1"], ["k1"]]
 
 
+async def test_a_process_stopped_past_its_time_limit_asks_no_more() -> None:
+    server = FakeServer({"k0": DOWN})
+
+    async def stopped(seconds: float) -> None:
+        server.now += 60 + seconds
+
+    runner = ScriptRunner(server, RetryPolicy(), lambda: server.now, stopped)
+    with pytest.raises(StoreUnavailable, match="down"):
+        await runner.run(*CALLS)
+    assert len(server.sent) == 1
+
+
 async def test_delays_grow_to_a_bound_and_the_total_is_limited() -> None:
     server = FakeServer(*[{"k0": DOWN}] * 100)
     policy = RetryPolicy(total_timeout_s=1.0, first_delay_s=0.1, max_delay_s=0.3)
