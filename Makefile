@@ -3,6 +3,7 @@
 #
 #   make demo           the live demonstration: three replicas, two gateways, eight agents, faults
 #   make test           everything that CI checks
+#   make sim SEEDS=0:1000  simulated histories of the whole system under faults, by seed
 #   make faults         real faults on real processes: about 500, half an hour
 #   make soak MINUTES=… agents under steady faults for so long, and what memory grows
 #   make mutants        deliberate bugs in copies of the code: the simulation must find each of them
@@ -16,6 +17,7 @@
 # DEMO_ARGS   extra arguments of the demo, for instance --engine sim
 # FAULTS_ARGS extra arguments of faults, for instance --classes gateway --per-class 3
 # MUTANTS_ARGS extra arguments of mutants, for instance --only epoch --jobs 4
+# SIM_ARGS    extra arguments of sim, for instance --kinds drain,migrate --json figures.json
 # PYTEST_ARGS extra arguments of pytest, for instance -k ledger
 
 PYTHON ?= python3
@@ -23,6 +25,8 @@ TORCH_ARGS ?=
 DEMO_ARGS ?=
 FAULTS_ARGS ?=
 MUTANTS_ARGS ?=
+SEEDS ?= 0:200
+SIM_ARGS ?=
 MINUTES ?= 10
 PYTEST_ARGS ?=
 
@@ -39,7 +43,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test faults soak mutants lint protos check-protos clean install
+.PHONY: demo test sim faults soak mutants lint protos check-protos clean install
 
 install: $(INSTALLED)
 
@@ -92,6 +96,9 @@ lint: $(INSTALLED)
 
 test: lint check-protos
 	$(BIN)/python -m pytest $(PYTEST_ARGS) </dev/null
+
+sim: $(INSTALLED)
+	$(BIN)/python -m loadtest.simulation --seeds $(SEEDS) $(SIM_ARGS)
 
 faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults $(FAULTS_ARGS)

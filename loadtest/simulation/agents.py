@@ -23,16 +23,21 @@ from gateway.core.errors import (
     NotFound,
     Overloaded,
     SessileError,
+    SessionClosed,
+    SessionSuspended,
     StaleClient,
     TurnCancelled,
     TurnInProgress,
     Unavailable,
 )
+from loadtest.simulation.coverage import Row
 from loadtest.simulation.network import Call
 from loadtest.simulation.world import World
 from statestore import keys
 
 TENANT = "acme"
+TENANTS = (TENANT, "bravo")
+"""They say the same things, and must not notice each other."""
 TURN_S = 20.0
 """Time limit of a turn."""
 PATIENCE_S = 30.0
@@ -127,10 +132,24 @@ class Agent:
     """One session's client. All choices come from ``draw``."""
 
     def __init__(
-        self, world: World, name: str, draw: random.Random, *, lossy: bool = False
+        self,
+        world: World,
+        name: str,
+        draw: random.Random,
+        *,
+        lossy: bool = False,
+        tenant: str = TENANT,
+        brief: bool = False,
     ) -> None:
         """``lossy``: the store may lose writes. The client then always says what it knows, so that
-        a loss is not passed over, and accepts to be told of one."""
+        a loss is not passed over, and accepts to be told of one. ``brief``: it asks for short
+        turns, and for none once the faults are over."""
+        self.tenant = tenant
+        self.brief = brief
+        self.operated = False
+        """An operator has suspended or closed the session, or is about to."""
+        self.minds_itself = False
+        """It does so itself just now: operators keep out of it."""
         self.world = world
         self.name = name
         self.session_id = ""
@@ -153,7 +172,7 @@ class Agent:
 
     def child(self, name: str, session_id: str) -> Agent:
         """The agent of a fork of this one's session."""
-        agent = Agent(self.world, name, random.Random(self._draw.random()))
+        agent = Agent(self.world, name, random.Random(self._draw.random()), tenant=self.tenant)
         agent.session_id, agent._prefix = session_id, f"{name} "
         agent.opened_at = anyio.current_time()
         return agent
@@ -161,7 +180,13 @@ class Agent:
     def may(self, chance: float) -> bool:
         """Draws whether to do what not every client does. Where the store loses writes there is
         none of it: clients could not know what became of it."""
-        return not self._lossy and self._draw.random() < chance
+        return not (self._lossy or self.operated) and self._draw.random() < chance
+
+    @property
+    def may_be_operated(self) -> bool:
+        """Whether it can tell what an operator did to its session."""
+        ready = bool(self.session_id) and not (self.closed or self.minds_itself)
+        return ready and not (self._lossy or self.operated)
 
     def expect(self, condition: bool, complaint: str) -> None:
         """Notes a violation."""
@@ -170,7 +195,8 @@ class Agent:
 
     async def pause(self) -> None:
         """As long as a tool takes."""
-        await anyio.sleep(self._draw.expovariate(3.0))
+        slow = self._draw.random() < 0.1
+        await anyio.sleep(self._draw.expovariate(0.5 if slow else 3.0))
 
     async def open(self) -> None:
         """Opens the session; a retry finds it."""
@@ -179,15 +205,17 @@ class Agent:
             request_id=self.name,
             messages=[pb.Message(role=pb.Message.ROLE_SYSTEM, content=leading)],
         )
-        response = await self.ask(lambda app: app.sessions.open(TENANT, request))
+        response = await self.ask(lambda app: app.sessions.open(self.tenant, request))
         self.session_id = response.session.session_id
         self.opened_at = anyio.current_time()
 
-    async def ask(self, what: Callable[[Any], Awaitable[T]]) -> T:
+    async def ask(self, what: Callable[[Any], Awaitable[T]], *, repeatable: bool = True) -> T:
         """One call of a gateway, repeated until it is answered."""
         while True:
             try:
-                return await self.world.network.unary(self._gateway(), what, CALL_S)
+                return await self.world.network.unary(
+                    self._gateway(), what, CALL_S, repeatable=repeatable
+                )
             except TRY_AGAIN:
                 await self._back_off()
 
@@ -196,7 +224,7 @@ class Agent:
         heard = TurnHeard(self.session_id, "refused", self._new_request("refused"))
         heard.request.ClearField("precondition")
         while not heard.ended:
-            await self._try(heard, attach_only=False)
+            await self._try(heard, attach_only=False, repeatable=False)
         refused = isinstance(heard.error, reasons) and heard.start is None
         self.expect(refused, f"I3: not refused but {heard.error or heard.finished!r}")
 
@@ -226,7 +254,8 @@ class Agent:
         draw = self._draw
         words = draw.choices(["look", "at", "this", "and", "that", "é€"], k=draw.randrange(1, 30))
         params = pb.SamplingParams(
-            max_tokens=draw.choice([1, 20, 40, 80, 120]), temperature=draw.choice([0.0, 1.0])
+            max_tokens=10 if self.brief else draw.choice([1, 20, 40, 80, 120]),
+            temperature=draw.choice([0.0, 1.0]),
         )
         if draw.random() < 0.5:
             params.seed = draw.randrange(1 << 40)
@@ -246,7 +275,7 @@ class Agent:
             request.precondition.CopyFrom(self._known_head)
         return request
 
-    async def _try(self, heard: TurnHeard, *, attach_only: bool) -> None:
+    async def _try(self, heard: TurnHeard, *, attach_only: bool, repeatable: bool = True) -> None:
         """One stream, until it ends or the client has had enough of it."""
         request = pb.RunTurnRequest()
         request.CopyFrom(heard.request)
@@ -258,15 +287,20 @@ class Agent:
         slow_s = 0.2 if self._draw.random() < 0.1 else 0.0
 
         async def handler(app: Any, call: Call) -> None:
-            await app.turns.run(TENANT, request, CALL_S, call.put)
+            await app.turns.run(self.tenant, request, CALL_S, call.put)
 
-        messages = 0
+        messages, note = 0, self.world.timeline.note
+        note(self.session_id, f"{self.name} asks for {heard.turn_id}", f"from {_place(position)}")
         heard.begin_stream()
         try:
-            stream = self.world.network.stream(self._gateway(), handler, CALL_S)
+            stream = self.world.network.stream(
+                self._gateway(), handler, CALL_S, repeatable=repeatable
+            )
             async with aclosing(stream):
                 async for message in stream:
                     for event in pb.TurnStream.FromString(message).events:
+                        kind = str(event.WhichOneof("event"))
+                        note(self.session_id, f"{self.name} hears {heard.turn_id}: {kind}")
                         heard.hear(event)
                         self._must_be_journalled(heard)
                     messages += 1
@@ -275,8 +309,13 @@ class Agent:
                     await anyio.sleep(slow_s)
             if not heard.ended:
                 heard.violations.append("I2: a stream ended without an end")
-        except TRY_AGAIN:
+        except TRY_AGAIN as error:
+            note(self.session_id, f"{self.name} is to try again", error.message)
+            if isinstance(error, Overloaded) and error.retry_after_ms:
+                self.world.coverage[Row.OVERLOAD] += 1
             await self._back_off()
+        except (SessionSuspended, SessionClosed) as error:
+            await self._was_operated(heard, error)
         except (TurnInProgress, StaleClient) as error:
             if not self._asked_twice:
                 heard.error = error
@@ -287,6 +326,21 @@ class Agent:
             await self._back_off()
         except SessileError as error:
             heard.error = error
+
+    async def _was_operated(self, heard: TurnHeard, error: SessileError) -> None:
+        """An operator may have paused the session: it goes on. Or ended it."""
+        if not self.operated or self.minds_itself:
+            heard.error = error
+        elif isinstance(error, SessionClosed):
+            heard.error, self.closed = error, True
+        else:
+            request = session_pb2.ResumeSessionRequest(session_id=self.session_id)
+            try:
+                await self.ask(
+                    lambda app: app.sessions.resume(self.tenant, request), repeatable=False
+                )
+            except SessionClosed:
+                heard.error, self.closed = error, True
 
     def _must_be_journalled(self, heard: TurnHeard) -> None:
         if self._lossy or heard.start is None:
@@ -303,7 +357,7 @@ class Agent:
 
     async def _cancel(self, turn_id: str) -> None:
         request = session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=turn_id)
-        await self.ask(lambda app: app.sessions.cancel_turn(TENANT, request))
+        await self.ask(lambda app: app.sessions.cancel_turn(self.tenant, request))
 
     async def _listen_too(self, main: TurnHeard, until: float) -> None:
         """A second client of the same turn, from its beginning."""
@@ -329,6 +383,8 @@ class Agent:
     def _conclude(self, heard: TurnHeard) -> None:
         if isinstance(heard.error, TurnCancelled) and heard.cancel_asked:
             return
+        if self.operated and self.closed:
+            return
         if self._lossy and isinstance(heard.error, LOSS):
             # Told of a loss: nothing that it heard before needs to be in the ledger any more.
             self.losses += 1
@@ -348,3 +404,7 @@ class Agent:
 
     async def _back_off(self) -> None:
         await anyio.sleep(self._draw.uniform(0.02, 0.3))
+
+
+def _place(position: pb.Position | None) -> str:
+    return "its beginning" if position is None else str(position.length)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sessile.v1 import types_pb2 as pb
 
-from loadtest.simulation.agents import TENANT, Agent, TurnHeard
+from loadtest.simulation.agents import Agent, TurnHeard
 from loadtest.simulation.world import ENGINE, World
 from statestore import keys
 from statestore.digest import RollingDigest
@@ -165,7 +165,7 @@ async def check_closed(
     if any(agent.purged for agent in agents):
         return []
     engine = world.replicas[owner.replica_id].engine
-    salt = await world.store.tenant_salt(TENANT)
+    salt = await world.store.tenant_salt(closed.tenant)
 
     async def names(agent: Agent) -> list[bytes]:
         session = await world.store.get_session(agent.session_id)
@@ -189,12 +189,23 @@ def check_replicas(world: World) -> list[str]:
         load = replica.engine.load()
         if load.running or load.queued:
             found.append(f"{replica.name}: I7: {load.running} generations run, {load.queued} wait")
-        if load.free_pages != ENGINE.capacity_pages:
+        if load.free_pages != world.engine.capacity_pages:
             found.append(
-                f"{replica.name}: I9: {ENGINE.capacity_pages - load.free_pages} pages leaked"
+                f"{replica.name}: I9: {world.engine.capacity_pages - load.free_pages} pages leaked"
             )
         try:
             replica.engine.check_integrity()
         except AssertionError as error:
             found.append(f"{replica.name}: P13: {error}")
     return found
+
+
+def check_gone(world: World, agents: Sequence[Agent]) -> list[str]:
+    """No live replica holds a closed session any more (I9)."""
+    return [
+        f"{agent.name} ({agent.session_id}): I9: closed, {replica.ref} holds it still"
+        for agent in agents
+        if agent.closed
+        for replica in world.live_replicas()
+        if replica.app is not None and agent.session_id in replica.app.session_ids()
+    ]

@@ -1,58 +1,61 @@
-"""Faults, drawn from a seed. Each kind breaks something and mends it again after a while."""
+"""Kinds of faults. Each breaks something and mends it again after a while; what exactly is drawn
+from the fault's own seed."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
+from sessile.v1 import replica_pb2, session_pb2
 
 from gateway.app.migration import MoveOptions
 from gateway.core.errors import NotFound, SessileError
-from loadtest.simulation.agents import Agent
-from loadtest.simulation.network import Call
-from loadtest.simulation.world import SimReplica, World
+from loadtest.simulation.agents import TENANTS, Agent
+from loadtest.simulation.coverage import Row
+from loadtest.simulation.lifecycle import fork, run_once
+from loadtest.simulation.network import STORE, Call, SimReplicaClient
+from loadtest.simulation.schedule import Fault
+from loadtest.simulation.world import SimGateway, SimReplica, World
 
 DRAIN_S = 4.0
 MAX_LOSS_S = 0.4
 """Acknowledged writes that a fail-over of the store may lose were made within this time."""
+BURST = 8
+"""Sessions that are opened at once."""
+OPERATOR_S = 8.0
+"""How long an operator waits for one call."""
 
 
 class Storm:
-    """Draws which kinds of faults there are (most histories have only some: rare combinations are
-    reached by leaving others out), and when."""
+    """Breaks the world by a schedule. ``log`` says what was done to whom."""
 
-    def __init__(
-        self, world: World, agents: list[Agent], draw: random.Random, kinds: list[str] | None = None
-    ) -> None:
+    def __init__(self, world: World, agents: list[Agent], schedule: Sequence[Fault]) -> None:
         self.log: list[str] = []
+        self.schedule = schedule
         self._world = world
         self._agents = agents
-        self._draw = draw
-        harmless = sorted(set(FAULTS) - LOSSY)
-        self.kinds = kinds or draw.sample(harmless, draw.randrange(1, len(harmless) + 1))
 
-    async def blow(self, tasks: TaskGroup, duration_s: float) -> None:
-        """Starts faults for so long; each runs in ``tasks`` until it is mended."""
-        until = anyio.current_time() + duration_s
-        while True:
-            await anyio.sleep(self._draw.expovariate(1.2))
-            if anyio.current_time() >= until:
-                return
-            kind = self._draw.choice(self.kinds)
-            self._note(kind)
-            tasks.start_soon(FAULTS[kind], self)
+    async def blow(self, tasks: TaskGroup) -> None:
+        """Starts each fault at its time; each runs in ``tasks`` until it is mended."""
+        began = anyio.current_time()
+        for fault in self.schedule:
+            await anyio.sleep(max(0.0, began + fault.at_s - anyio.current_time()))
+            self._note(fault.kind)
+            tasks.start_soon(FAULTS[fault.kind], self, random.Random(fault.seed))
 
     async def mend(self) -> None:
         """Ends everything that is still broken, and restarts what is down."""
         self._note("mend")
         world = self._world
-        world.weather.down = False
+        world.weather.down = world.weather.restarting = False
         world.weather.request_lost = world.weather.reply_lost = 0.0
-        world.network.corrupt_page_rate = 0.0
         world.network.heal()
+        nodes: list[SimReplica | SimGateway] = [*world.replicas.values(), *world.gateways.values()]
+        for node in nodes:
+            node.process.set_clock(1.0)
         for name, replica in sorted(world.replicas.items()):
             if replica.process.stopped and not replica.ended:
                 replica.process.resume()
@@ -61,97 +64,94 @@ class Storm:
         for name, gateway in sorted(world.gateways.items()):
             if gateway.ended:
                 world.start_gateway(name)
+        for replica in world.live_replicas():
+            replica.engine.slow_down(1.0)
+            await self._undrain(replica)
 
     # -- kinds --------------------------------------------------------------------------------
 
-    async def kill_replica(self) -> None:
+    async def kill_replica(self, draw: random.Random) -> None:
         """A process dies, and a new one takes its name."""
-        victim = self._replica()
+        victim = self._replica(draw)
         if victim is not None:
             self._note(f"kill {victim.name}")
             self._world.kill(victim)
-            await self._pause(0.1, 3.0)
+            await self._pause(draw, 0.1, 3.0)
             await self._replace(victim)
 
-    async def freeze_replica(self) -> None:
+    async def freeze_replica(self, draw: random.Random) -> None:
         """A process stops and goes on later, perhaps after it has been replaced."""
-        victim = self._replica()
+        victim = self._replica(draw)
         if victim is None:
             return
         self._note(f"freeze {victim.name}")
         victim.process.stop()
-        replaced = self._draw.random() < 0.3
-        await self._pause(0.2, 3.0)
+        replaced = draw.random() < 0.3
+        await self._pause(draw, 0.2, 3.0)
         if replaced and self._world.replicas[victim.name] is victim:
             await self._world.start_replica(victim.name)
-            await self._pause(0.2, 3.0)
+            await self._pause(draw, 0.2, 3.0)
         if not victim.ended:
             self._note(f"thaw {victim.name}")
             victim.process.resume()
 
-    async def kill_gateway(self) -> None:
+    async def kill_gateway(self, draw: random.Random) -> None:
         """A gateway dies and is restarted; the other one stays."""
         live = self._world.live_gateways()
         if len(live) > 1:
-            victim = self._draw.choice(live)
+            victim = draw.choice(live)
+            if victim.app.turns.open_streams:
+                self._saw(Row.GATEWAY_DIES)
             self._world.kill(victim)
-            await self._pause(0.05, 1.0)
+            await self._pause(draw, 0.05, 1.0)
             if self._world.gateways[victim.name] is victim:
                 self._world.start_gateway(victim.name)
 
-    async def flaky_store(self) -> None:
+    async def flaky_store(self, draw: random.Random) -> None:
         """Requests and replies get lost."""
         weather = self._world.weather
-        weather.request_lost, weather.reply_lost = self._draw.uniform(0, 0.2), 0.2
-        await self._pause(0.2, 2.0)
+        weather.request_lost, weather.reply_lost = draw.uniform(0, 0.2), 0.2
+        await self._pause(draw, 0.2, 2.0)
         weather.request_lost = weather.reply_lost = 0.0
 
-    async def store_outage(self) -> None:
+    async def store_outage(self, draw: random.Random) -> None:
         """Nobody gets an answer."""
         self._world.weather.down = True
-        await self._pause(0.1, 3.0)
+        await self._pause(draw, 0.1, 3.0)
         self._world.weather.down = False
 
-    async def cut(self) -> None:
+    async def cut(self, draw: random.Random) -> None:
         """Two processes do not hear each other, while both hear everybody else."""
         replicas = sorted(self._world.replicas)
-        one = self._draw.choice(replicas)
-        other = self._draw.choice(
-            [n for n in [*replicas, *sorted(self._world.gateways)] if n != one]
-        )
+        one = draw.choice(replicas)
+        other = draw.choice([n for n in [*replicas, *sorted(self._world.gateways)] if n != one])
         self._note(f"cut {one} {other}")
         self._world.network.cut(one, other)
-        await self._pause(0.2, 4.0)
-        self._world.network.heal()
+        await self._pause(draw, 0.2, 4.0)
+        self._world.network.join(one, other)
+        self._world.network.join(other, one)
 
-    async def drain(self) -> None:
+    async def drain(self, draw: random.Random) -> None:
         """An operator empties a replica, which then ends and is started again."""
-        victim = self._replica()
+        victim = self._replica(draw)
         if victim is None:
             return
         self._note(f"drain {victim.name}")
-
-        async def handler(app: Any, call: Call) -> None:
-            async for progress in app.drains.drain(victim.name, DRAIN_S, True):
-                await call.put(progress)
-
-        try:
-            async for _ in self._world.network.stream(self._gateway(), handler, 2 * DRAIN_S):
-                pass
-        except SessileError as error:
-            self._note(f"drain {victim.name}: {error}")
-        await self._pause(0.2, 0.5)
-        if not victim.ended and self._world.replicas[victim.name] is victim:
+        await self._drain(draw, victim, shutdown=True)
+        await self._pause(draw, 0.2, 0.5)
+        if victim.ended:
+            self._saw(Row.DRAIN_ENDS)
+        elif self._world.replicas[victim.name] is victim:
             self._world.kill(victim)  # what it still has is taken over
         await self._replace(victim)
 
-    async def migrate(self) -> None:
+    async def migrate(self, draw: random.Random) -> None:
         """An operator moves a session."""
         agents = [agent for agent in self._agents if agent.session_id and not agent.closed]
         if not agents:
             return
-        agent = self._draw.choice(agents)
-        target = self._draw.choice(sorted(self._world.replicas))
+        agent = draw.choice(agents)
+        target = draw.choice(sorted(self._world.replicas))
 
         async def move(app: Any) -> Any:
             session = await app.store.get_session(agent.session_id)
@@ -160,49 +160,220 @@ class Storm:
             return await app.migrations.migrate(session, MoveOptions(target, 3.0))
 
         try:
-            result = await self._world.network.unary(self._gateway(), move, 8.0)
+            result = await self._world.network.unary(self._gateway(draw), move, 8.0)
             self._note(f"migrate {agent.session_id} to {target}: {result.moved} {result.detail}")
         except SessileError as error:
             self._note(f"migrate {agent.session_id} to {target}: {error}")
 
-    async def corrupt_pages(self) -> None:
+    async def corrupt_pages(self, draw: random.Random) -> None:
         """KV arrives with wrong bytes."""
         self._world.network.corrupt_page_rate = 0.2
-        await self._pause(0.5, 3.0)
+        await self._pause(draw, 0.5, 3.0)
         self._world.network.corrupt_page_rate = 0.0
 
-    async def lose_writes(self) -> None:
+    async def lose_writes(self, draw: random.Random) -> None:
         """The store fails over and forgets what it has just acknowledged."""
         now = anyio.current_time()
         if any(not a.session_id or now - a.opened_at < 2 * MAX_LOSS_S for a in self._agents):
             return  # clients would have to open their sessions again
         before = self._world.server.snapshot()
-        await self._pause(0.02, MAX_LOSS_S)
+        await self._pause(draw, 0.02, MAX_LOSS_S)
         self._note("writes are lost")
         self._world.server.restore(before)
 
+    async def reset_streams(self, draw: random.Random) -> None:
+        """Connections break while both of their ends live."""
+        for call in self._some_calls(draw):
+            call.break_off()
+
+    async def half_open(self, draw: random.Random) -> None:
+        """Connections go silent; the server believes that the client listens."""
+        for call in self._some_calls(draw):
+            call.go_silent()
+
+    async def cut_one_way(self, draw: random.Random) -> None:
+        """One process does not hear another, which hears it."""
+        one, other = draw.sample(self._names(), 2)
+        self._note(f"{other} does not hear {one}")
+        self._world.network.cut_one_way(one, other)
+        await self._pause(draw, 0.2, 4.0)
+        self._world.network.join(one, other)
+
+    async def cut_from_store(self, draw: random.Random) -> None:
+        """One process alone does not reach the store, or does not hear its answers."""
+        name, network = draw.choice(self._names()), self._world.network
+        pairs = draw.choice(([(name, STORE)], [(STORE, name)], [(name, STORE), (STORE, name)]))
+        self._note(f"cut {pairs}")
+        for pair in pairs:
+            network.cut_one_way(*pair)
+        await self._pause(draw, 0.2, 4.0)
+        for pair in pairs:
+            network.join(*pair)
+
+    async def duplicates(self, draw: random.Random) -> None:
+        """Calls arrive twice, the second time late."""
+        self._world.network.duplicate_rate = 0.3
+        await self._pause(draw, 0.5, 3.0)
+        self._world.network.duplicate_rate = 0.0
+
+    async def slow_network(self, draw: random.Random) -> None:
+        """Messages of one process, or all requests to the store, take up to seconds."""
+        name, slowness = draw.choice([*self._names(), STORE]), self._world.network.slowness_s
+        slowness[name] = draw.choice((0.05, 0.5, 2.0))
+        self._note(f"{name} is slow by {slowness[name]} s")
+        await self._pause(draw, 0.5, 3.0)
+        slowness.pop(name, None)
+
+    async def store_restart(self, draw: random.Random) -> None:
+        """The store ends and comes back with all its data; connections break."""
+        weather = self._world.weather
+        if any(replica.engine.load().running for replica in self._world.live_replicas()):
+            self._saw(Row.STORE_RESTARTS)
+        weather.restarting = True
+        weather.restarts += 1
+        await self._pause(draw, 0.05, 1.0)
+        weather.restarting = False
+
+    async def skew_clocks(self, draw: random.Random) -> None:
+        """Processes' clocks go slower and faster than others'."""
+        nodes = self._live()
+        skewed = draw.sample(nodes, draw.randrange(1, len(nodes) + 1)) if nodes else []
+        for node in skewed:
+            node.process.set_clock(draw.choice((0.3, 0.8, 1.25, 3.0)))
+        await self._pause(draw, 1.0, 4.0)
+        for node in skewed:
+            if not node.ended:
+                node.process.set_clock(1.0)
+
+    async def jump_clock(self, draw: random.Random) -> None:
+        """A process's clock jumps forward, as after its machine was suspended."""
+        nodes = self._live()
+        if nodes:
+            node, jump_s = draw.choice(nodes), draw.choice((0.5, 3.0, 30.0, 600.0))
+            self._note(f"the clock of {node.name} jumps by {jump_s} s")
+            node.process.set_clock(node.process.rate, jump_s)
+
+    async def slow_engine(self, draw: random.Random) -> None:
+        """A replica computes as slowly as on an overloaded machine."""
+        victim = self._replica(draw)
+        if victim is not None:
+            self._note(f"{victim.name} computes slowly")
+            victim.engine.slow_down(20.0)
+            await self._pause(draw, 0.5, 3.0)
+            victim.engine.slow_down(1.0)
+
+    async def evict(self, draw: random.Random) -> None:
+        """A replica's cached KV is gone, under whoever counts on it."""
+        victim = self._replica(draw)
+        if victim is not None:
+            self._note(f"{victim.name} evicts {victim.engine.evict_all()} pages")
+
+    async def burst(self, draw: random.Random) -> None:
+        """Many sessions are opened and run a turn at once."""
+        async with anyio.create_task_group() as tasks:
+            for index in range(draw.randrange(2, BURST + 1)):
+                name = f"b{len(self._agents)}.{index}"
+                own = random.Random(draw.random())
+                agent = Agent(self._world, name, own, tenant=draw.choice(TENANTS), brief=True)
+                self._agents.append(agent)
+                tasks.start_soon(run_once, agent, name=name)
+
+    async def drain_and_undo(self, draw: random.Random) -> None:
+        """An operator empties a replica, which goes on; then it may be used again."""
+        victim = self._replica(draw)
+        if victim is None:
+            return
+        self._note(f"drain {victim.name}, which is to stay")
+        await self._drain(draw, victim, shutdown=False)
+        await self._pause(draw, 0.0, 1.0)
+        await self._undrain(victim)
+
+    async def operate(self, draw: random.Random) -> None:
+        """An operator suspends, closes or forks a session, whatever it does just then."""
+        agents = [a for a in self._agents if a.may_be_operated]
+        if not agents:
+            return
+        agent = draw.choice(agents)
+        what = draw.choice(("suspend", "close", "fork", "fork"))
+        self._note(f"operator: {what} {agent.session_id}")
+        if what == "fork":
+            await fork(agent, self._agents, f"{agent.name}.op{len(self._agents)}")
+            return
+        agent.operated = True
+        session_id, tenant = agent.session_id, agent.tenant
+
+        async def act(app: Any) -> Any:
+            if what == "suspend":
+                ask = session_pb2.SuspendSessionRequest(session_id=session_id)
+                return await app.sessions.suspend(tenant, ask)
+            end = session_pb2.CloseSessionRequest(session_id=session_id)
+            return await app.sessions.close(tenant, end)
+
+        try:
+            await self._world.network.unary(self._gateway(draw), act, OPERATOR_S)
+        except SessileError as error:
+            self._note(f"operator: {what} {session_id}: {error}")
+
     # -- inside -------------------------------------------------------------------------------
 
-    def _replica(self) -> SimReplica | None:
+    async def _drain(self, draw: random.Random, victim: SimReplica, *, shutdown: bool) -> None:
+        async def handler(app: Any, call: Call) -> None:
+            async for progress in app.drains.drain(victim.name, DRAIN_S, shutdown):
+                await call.put(progress)
+
+        last: Any = None
+        try:
+            steps = self._world.network.stream(self._gateway(draw), handler, 2 * DRAIN_S)
+            async for step in steps:
+                last = step
+        except SessileError as error:
+            self._note(f"drain {victim.name}: {error}")
+        if last is not None and last.moved_with_kv:
+            self._saw(Row.DRAIN_MOVES_IDLE)
+
+    async def _undrain(self, replica: SimReplica) -> None:
+        if replica.ref is None or not self._world.server.is_draining(replica.ref):
+            return
+        client = SimReplicaClient(self._world.network, replica.endpoint)
+        try:
+            await client.set_draining(replica_pb2.SetDrainingRequest(draining=False), OPERATOR_S)
+        except SessileError as error:
+            self._note(f"undo the drain of {replica.name}: {error}")
+
+    def _some_calls(self, draw: random.Random) -> list[Call]:
+        calls = self._world.network.streams()
+        return draw.sample(calls, min(len(calls), draw.randrange(1, 4)))
+
+    def _live(self) -> list[SimReplica | SimGateway]:
+        return [*self._world.live_replicas(), *self._world.live_gateways()]
+
+    def _names(self) -> list[str]:
+        return [*sorted(self._world.replicas), *sorted(self._world.gateways)]
+
+    def _replica(self, draw: random.Random) -> SimReplica | None:
         """One that may be harmed: at least one other stays."""
         live = self._world.live_replicas()
-        return self._draw.choice(live) if len(live) > 1 else None
+        return draw.choice(live) if len(live) > 1 else None
 
     async def _replace(self, victim: SimReplica) -> None:
         if self._world.replicas[victim.name] is victim:
             await self._world.start_replica(victim.name)
 
-    def _gateway(self) -> str:
-        return self._draw.choice(sorted(self._world.gateways))
+    def _gateway(self, draw: random.Random) -> str:
+        return draw.choice(sorted(self._world.gateways))
 
-    async def _pause(self, least_s: float, most_s: float) -> None:
-        await anyio.sleep(self._draw.uniform(least_s, most_s))
+    async def _pause(self, draw: random.Random, least_s: float, most_s: float) -> None:
+        await anyio.sleep(draw.uniform(least_s, most_s))
+
+    def _saw(self, row: Row) -> None:
+        self._world.coverage[row] += 1
 
     def _note(self, what: str) -> None:
         self.log.append(f"{anyio.current_time():8.3f} {what}")
+        self._world.timeline.note("", f"fault: {what}")
 
 
-FAULTS: dict[str, Callable[[Storm], Coroutine[Any, Any, None]]] = {
+FAULTS: dict[str, Callable[[Storm, random.Random], Coroutine[Any, Any, None]]] = {
     "kill_replica": Storm.kill_replica,
     "freeze_replica": Storm.freeze_replica,
     "kill_gateway": Storm.kill_gateway,
@@ -212,7 +383,23 @@ FAULTS: dict[str, Callable[[Storm], Coroutine[Any, Any, None]]] = {
     "drain": Storm.drain,
     "migrate": Storm.migrate,
     "corrupt_pages": Storm.corrupt_pages,
+    "reset_streams": Storm.reset_streams,
+    "half_open": Storm.half_open,
+    "cut_one_way": Storm.cut_one_way,
+    "cut_from_store": Storm.cut_from_store,
+    "duplicates": Storm.duplicates,
+    "slow_network": Storm.slow_network,
+    "store_restart": Storm.store_restart,
+    "skew_clocks": Storm.skew_clocks,
+    "jump_clock": Storm.jump_clock,
+    "slow_engine": Storm.slow_engine,
+    "evict": Storm.evict,
+    "burst": Storm.burst,
+    "drain_and_undo": Storm.drain_and_undo,
+    "operate": Storm.operate,
     "lose_writes": Storm.lose_writes,
 }
 LOSSY = frozenset({"lose_writes"})
-"""Only where they are asked for: clients may then be told of a loss."""
+"""Clients may be told of a loss then."""
+LOSSY_SHARE = 0.1
+"""Of the histories."""

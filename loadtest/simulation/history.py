@@ -7,18 +7,24 @@ must have ended, and every session must be able to run another turn (I6, I7).
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 import anyio
 
-from gateway.config import GatewayConfig
-from loadtest.simulation.agents import PATIENCE_S, TURN_S, Agent
-from loadtest.simulation.checks import check_agent, check_closed, check_replicas
-from loadtest.simulation.faults import LOSSY, Storm
+from gateway.config import GatewayConfig, Tables
+from loadtest.simulation.agents import PATIENCE_S, TENANTS, TURN_S, Agent
+from loadtest.simulation.bounds import Bounds
+from loadtest.simulation.checks import check_agent, check_closed, check_gone, check_replicas
+from loadtest.simulation.coverage import Row, counted
+from loadtest.simulation.faults import FAULTS, LOSSY, LOSSY_SHARE, Storm
 from loadtest.simulation.lifecycle import close, live
 from loadtest.simulation.loop import TraceHook, run, true_time
+from loadtest.simulation.schedule import Fault, draw_kinds, draw_schedule, minimise
+from loadtest.simulation.streams import StreamWatch
 from loadtest.simulation.witness import Witness
-from loadtest.simulation.world import START_US, World, world
+from loadtest.simulation.world import ENGINE, START_US, World, world
 from statestore.records import TurnStatus
 
 SETTLE_S = 4.0
@@ -26,6 +32,20 @@ SETTLE_S = 4.0
 LIVENESS_S = 10.0
 EXPORT_LEASE_S = 35.0
 """Longer than pages are held for a peer that does not come for them."""
+DEADLINE_SLACK_S = 8.0
+"""A turn past its deadline that nobody runs is ended by a sweep: within its period, after the lease
+of a leader that died."""
+RECONCILE_S = 75.0
+"""By then a replica that could not be told knows that a session is closed (twice its period)."""
+TIGHT_SHARE = 0.25
+"""Of the histories: small engines and small tables, so that their bounds are met."""
+TIGHT_ENGINE = replace(ENGINE, max_running=2, max_queued=1)
+TIGHT_TABLES = Tables(owners=2, salts=1, takeovers=1)
+TIGHT_RESIDENT = 2
+MINIMISE_RUNS = 24
+CHECKER = re.compile(r"\b[IP]\d{1,2}:")
+SESSION = re.compile(r"ses_[a-z2-7.]+")
+MAX_TIMELINES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +59,8 @@ class HistoryPlan:
     storm_s: float = 6.0
     kinds: tuple[str, ...] = ()
     """Kinds of faults; empty: drawn from the seed."""
+    schedule: tuple[Fault, ...] | None = None
+    """The faults themselves; None: drawn from the seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +83,26 @@ class HistoryReport:
     """Sessions closed, ``purged`` among them."""
     purged: int
     virtual_s: float
+    plan: HistoryPlan = field(default_factory=HistoryPlan)
+    schedule: tuple[Fault, ...] = ()
+    verified_pages: int = 0
+    """Pages of KV that generations went on from, compared with their tokens."""
+    coverage: Counter[str] = field(default_factory=Counter)
+    timelines: tuple[str, ...] = ()
+    """Of the sessions that the violations name."""
+
+    @property
+    def checkers(self) -> frozenset[str]:
+        """Names of the rules that were broken."""
+        return frozenset(name for v in self.violations for name in CHECKER.findall(v)[:1])
 
     def explain(self) -> str:
-        """For a failing test: everything needed to run the same history again."""
-        lines = [f"seed {self.seed}, faults {', '.join(self.kinds)}:"]
-        return "\n".join([*lines, *self.violations, "what happened:", *self.log])
+        """For a failing test: the faults that it takes, and what happened to the session."""
+        least = minimised(self)
+        lines = [f"seed {self.seed}: {len(self.violations)} violations", *self.violations]
+        lines += [f"with {len(least.schedule)} of its {len(self.schedule)} faults:"]
+        lines += [f"  {fault}" for fault in least.schedule]
+        return "\n".join([*lines, *least.violations, *least.log, *least.timelines])
 
 
 def simulate(
@@ -76,42 +113,90 @@ def simulate(
     return run(lambda: _history(seed, chosen), seed, trace)
 
 
+def minimised(report: HistoryReport) -> HistoryReport:
+    """The history with as few of its faults as are found to break one of the same rules."""
+    best = report
+    plan = replace(report.plan, kinds=report.kinds)
+
+    def fails(schedule: object) -> bool:
+        nonlocal best
+        assert isinstance(schedule, list | tuple)
+        tried = simulate(report.seed, replace(plan, schedule=tuple(schedule)))
+        if tried.checkers & report.checkers:
+            best = tried
+            return True
+        return False
+
+    minimise(report.schedule, fails, MINIMISE_RUNS)
+    return best
+
+
+def kinds_of(seed: int) -> tuple[str, ...]:
+    """Which faults a seed's history has."""
+    draw = random.Random(f"{seed} kinds")
+    allowed = set(FAULTS) if draw.random() < LOSSY_SHARE else set(FAULTS) - LOSSY
+    return draw_kinds(draw, sorted(allowed))
+
+
 async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
-    async with world(random.Random(f"{seed} world"), gateway_config=GatewayConfig()) as built:
+    kinds = plan.kinds or kinds_of(seed)
+    schedule = plan.schedule
+    if schedule is None:
+        schedule = draw_schedule(random.Random(f"{seed} storm"), kinds, plan.storm_s)
+    tight = random.Random(f"{seed} tight").random() < TIGHT_SHARE
+    config = GatewayConfig(tables=TIGHT_TABLES) if tight else GatewayConfig()
+    async with world(random.Random(f"{seed} world"), gateway_config=config) as built:
+        if tight:
+            built.engine, built.max_resident_sessions = TIGHT_ENGINE, TIGHT_RESIDENT
         witness = built.server.watch = Witness(
-            built.server.peek, built.timeline, true_time, START_US
+            built.server.peek, built.timeline, true_time, START_US, built.coverage
         )
-        for index in range(plan.replicas):
-            await built.start_replica(f"r{index + 1}")
-        for index in range(plan.gateways):
-            built.start_gateway(f"g{index + 1}")
-        lossy = not LOSSY.isdisjoint(plan.kinds)
-        agents = [
-            Agent(built, f"a{index}", random.Random(f"{seed} agent {index}"), lossy=lossy)
-            for index in range(plan.agents)
-        ]
-        storm = Storm(
-            built, agents, random.Random(f"{seed} storm"), kinds=sorted(plan.kinds) or None
-        )
-        found = await _work_in_a_storm(plan, agents, storm)
-        found += await _liveness(agents)
-        if check_replicas(built):
-            await anyio.sleep(EXPORT_LEASE_S)  # a puller was killed: what it was to have is held
-        found += [*witness.violations, *built.violations, *check_replicas(built)]
-        found += await _close_some(built, agents, random.Random(f"{seed} close"))
-        for agent in agents:
-            found += await check_agent(built, agent)
-        return await _report(seed, built, agents, storm, found)
+        lossy = not LOSSY.isdisjoint(kinds)
+        StreamWatch(built, lossy=lossy).attach()
+        with counted(built.coverage):
+            for index in range(plan.replicas):
+                await built.start_replica(f"r{index + 1}")
+            for index in range(plan.gateways):
+                built.start_gateway(f"g{index + 1}")
+            agents = [
+                Agent(
+                    built,
+                    f"a{index}",
+                    random.Random(f"{seed} agent {index}"),
+                    lossy=lossy,
+                    tenant=TENANTS[index % len(TENANTS)],
+                )
+                for index in range(plan.agents)
+            ]
+            storm = Storm(built, agents, schedule)
+            bounds = Bounds(built)
+            found = await _work_in_a_storm(plan, agents, storm, bounds)
+            healed_s = true_time()
+            found += await _liveness(agents)
+            if check_replicas(built):
+                await anyio.sleep(EXPORT_LEASE_S)  # a puller was killed: what it was to have waits
+            found += await _check_deadlines(built, agents, witness, healed_s)
+            found += [*witness.violations, *bounds.violations, *check_replicas(built)]
+            found += await _close_some(built, agents, random.Random(f"{seed} close"))
+            if check_gone(built, agents):
+                await anyio.sleep(RECONCILE_S)
+            found += check_gone(built, agents)
+            for agent in agents:
+                found += await check_agent(built, agent)
+            found += built.violations
+        return await _report(seed, plan, built, agents, storm, kinds, found)
 
 
-async def _work_in_a_storm(plan: HistoryPlan, agents: list[Agent], storm: Storm) -> list[str]:
+async def _work_in_a_storm(
+    plan: HistoryPlan, agents: list[Agent], storm: Storm, bounds: Bounds
+) -> list[str]:
     limit_s = plan.storm_s + plan.turns * (TURN_S + PATIENCE_S)
     with anyio.move_on_after(limit_s) as scope:
-        async with anyio.create_task_group() as tasks:
+        async with anyio.create_task_group() as tasks, bounds.watched():
             for agent in tuple(agents):
                 tasks.start_soon(live, agent, agents, plan.turns, name=agent.name)
             async with anyio.create_task_group() as faults:
-                await storm.blow(faults, plan.storm_s)
+                await storm.blow(faults)
             await storm.mend()
     await anyio.sleep(SETTLE_S)
     return ["I7: the agents did not come to an end"] if scope.cancelled_caught else []
@@ -122,13 +207,32 @@ async def _liveness(agents: list[Agent]) -> list[str]:
     started = anyio.current_time()
     async with anyio.create_task_group() as tasks:
         for agent in agents:
-            if not agent.closed:
+            if not (agent.closed or agent.brief):
                 tasks.start_soon(agent.turn, name=f"{agent.name} again")
     found = []
     if anyio.current_time() - started > LIVENESS_S:
         found.append(f"I7: healthy turns took {anyio.current_time() - started:.1f} s")
     await anyio.sleep(SETTLE_S)
     return found
+
+
+async def _check_deadlines(
+    built: World, agents: list[Agent], witness: Witness, healed_s: float
+) -> list[str]:
+    """Turns that their clients gave up (they were told of a loss) end by their deadline too."""
+    for agent in agents:
+        session = await built.store.get_session(agent.session_id)
+        if session is not None and session.active_turn_id is not None:
+            turn = await built.store.get_turn(session.session_id, session.active_turn_id)
+            if turn is not None:
+                due_s = (turn.deadline_at_ms * 1000 - START_US) / 1_000_000
+                await anyio.sleep(max(0.0, due_s + DEADLINE_SLACK_S - true_time()))
+    return [
+        f"{it.session_id}: I7: {it.turn_id} was due at {it.deadline_s:.3f} s and ended at"
+        f" {it.ended_s:.3f} s"
+        for it in witness.ended
+        if it.ended_s > max(it.deadline_s, healed_s) + DEADLINE_SLACK_S
+    ]
 
 
 async def _close_some(built: World, agents: list[Agent], draw: random.Random) -> list[str]:
@@ -144,7 +248,13 @@ async def _close_some(built: World, agents: list[Agent], draw: random.Random) ->
 
 
 async def _report(
-    seed: int, built: World, agents: list[Agent], storm: Storm, found: list[str]
+    seed: int,
+    plan: HistoryPlan,
+    built: World,
+    agents: list[Agent],
+    storm: Storm,
+    kinds: tuple[str, ...],
+    found: list[str],
 ) -> HistoryReport:
     sessions = [await built.store.get_session(agent.session_id) for agent in agents]
     stored = [
@@ -153,19 +263,36 @@ async def _report(
         if session is not None
         for turn in await built.store.get_turns(session, 0, 1000)
     ]
+    named = dict.fromkeys(name for what in found for name in SESSION.findall(what))
+    timelines = [
+        line
+        for name in [*named][:MAX_TIMELINES]
+        for line in (f"timeline of {name}:", *built.timeline.of(name))
+    ]
+    seen, losses = built.coverage, sum(agent.losses for agent in agents)
+    seen[Row.STORE_AND_OWNER] += losses
+    seen[Row.TRANSFER_BREAKS] += built.network.broken_pulls
+    seen[Row.REPLICA_DIES] += sum(
+        t.attempt > 1 and t.status is TurnStatus.COMMITTED for t in stored
+    )
     return HistoryReport(
         seed=seed,
         violations=tuple(found),
         log=tuple(storm.log),
-        kinds=tuple(storm.kinds),
+        kinds=tuple(kinds),
         turns=len(stored),
         committed=sum(turn.status is TurnStatus.COMMITTED for turn in stored),
         failed=sum(turn.status is TurnStatus.FAILED for turn in stored),
         moves=sum(heard.moves for agent in agents for heard in agent.turns),
-        losses=sum(agent.losses for agent in agents),
+        losses=losses,
         forks=sum(agent.forks for agent in agents),
         suspensions=sum(agent.suspensions for agent in agents),
         closed=sum(agent.closed for agent in agents),
         purged=sum(agent.purged for agent in agents),
-        virtual_s=anyio.current_time(),
+        virtual_s=true_time(),
+        plan=plan,
+        schedule=tuple(storm.schedule),
+        verified_pages=sum(e.verified_pages for e in built.engines),
+        coverage=Counter({name: count for name, count in sorted(seen.items()) if count}),
+        timelines=tuple(timelines),
     )

@@ -10,7 +10,7 @@ import anyio
 from sessile.v1 import session_pb2
 
 from gateway.core.errors import NotFound, SessionClosed, SessionSuspended, TurnInProgress
-from loadtest.simulation.agents import TENANT, Agent
+from loadtest.simulation.agents import Agent
 from statestore.records import Session, SessionState
 
 FORK_TURNS = 2
@@ -23,27 +23,45 @@ async def live(agent: Agent, agents: list[Agent], turns: int) -> None:
     await _work(agent, agents, turns)
 
 
+async def run_once(agent: Agent) -> None:
+    """Opens a session for one turn."""
+    await agent.open()
+    await agent.turn()
+
+
 async def _work(agent: Agent, agents: list[Agent], turns: int) -> None:
     async with anyio.create_task_group() as forks:
         for index in range(turns):
+            if agent.closed:
+                return
             if agent.may(0.15):
-                forks.start_soon(_fork, agent, agents, f"{agent.name}.{index}")
+                forks.start_soon(fork, agent, agents, f"{agent.name}.{index}")
             await agent.turn()
             await agent.pause()
             if agent.may(0.15):
                 await _suspend_for_a_while(agent)
+    if agent.closed:
+        return
     # Its forks may be closed already, or go on without it.
     if agent.may(0.2):
-        await close(agent, purge=agent.may(0.5))
+        # With the record of the request goes what makes a late repeat of it harmless.
+        await close(agent, purge=agent.may(0.5) and not agent.world.network.duplicates)
+
+
+async def fork(parent: Agent, agents: list[Agent], name: str) -> None:
+    """Forks, perhaps in mid-turn: at the last boundary then (P20). A repeat finds the same fork."""
+    await parent.pause()
+    try:
+        await _fork(parent, agents, name)
+    except (NotFound, SessionClosed):
+        parent.expect(parent.closed or parent.operated, "P20: an open session cannot be forked")
 
 
 async def _fork(parent: Agent, agents: list[Agent], name: str) -> None:
-    """Forks, perhaps in mid-turn: at the last boundary then (P20). A repeat finds the same fork."""
-    await parent.pause()
     before = await _stored(parent)
     request = session_pb2.ForkSessionRequest(request_id=name, session_id=parent.session_id)
     first, second = [
-        await parent.ask(lambda app: app.sessions.fork(TENANT, request)) for _ in range(2)
+        await parent.ask(lambda app: app.sessions.fork(parent.tenant, request)) for _ in range(2)
     ]
     child = parent.child(name, first.session.session_id)
     agents.append(child)
@@ -69,9 +87,17 @@ async def _fork(parent: Agent, agents: list[Agent], name: str) -> None:
 
 async def _suspend_for_a_while(agent: Agent) -> None:
     """A suspended session has no owner, refuses turns and loses nothing."""
+    agent.minds_itself = True
+    try:
+        await _suspend(agent)
+    finally:
+        agent.minds_itself = False
+
+
+async def _suspend(agent: Agent) -> None:
     suspend = session_pb2.SuspendSessionRequest(session_id=agent.session_id)
     try:
-        await agent.ask(lambda app: app.sessions.suspend(TENANT, suspend))
+        await agent.ask(lambda app: app.sessions.suspend(agent.tenant, suspend), repeatable=False)
     except TurnInProgress:
         return  # the turn that was asked for beside another one runs on
     before = await _stored(agent)
@@ -81,14 +107,15 @@ async def _suspend_for_a_while(agent: Agent) -> None:
     await agent.pause()
     agent.expect(await _stored(agent) == before, "P2: something wrote to a suspended session")
     resume = session_pb2.ResumeSessionRequest(session_id=agent.session_id)
-    await agent.ask(lambda app: app.sessions.resume(TENANT, resume))
+    await agent.ask(lambda app: app.sessions.resume(agent.tenant, resume), repeatable=False)
 
 
 async def close(agent: Agent, *, purge: bool) -> None:
     """A closed session takes no turn; a purged one is gone soon."""
+    agent.minds_itself = True
     request = session_pb2.CloseSessionRequest(session_id=agent.session_id, purge=purge)
     try:
-        await agent.ask(lambda app: app.sessions.close(TENANT, request))
+        await agent.ask(lambda app: app.sessions.close(agent.tenant, request))
     except NotFound:
         agent.expect(purge, "I9: a session that was to be kept is gone")  # the answer was lost
     agent.closed, agent.purged = True, purge

@@ -84,7 +84,7 @@ class Call:
         self.listener = listener
         self.client = client
         self.abandoned = False
-        """Nobody will take what is put: a second delivery of a call."""
+        """Nobody will take what is put from now on."""
         self._network = network
         self._half_open = False
         self._items: deque[tuple[float, Any]] = deque()
@@ -96,10 +96,10 @@ class Call:
 
     async def put(self, message: Any) -> None:
         """Server side: sends a message; waits while the window is full."""
+        while len(self._items) >= WINDOW and not (self._ended or self.abandoned):
+            await self._wait()
         if self.abandoned:
             return
-        while len(self._items) >= WINDOW and not self._ended:
-            await self._wait()
         arrival = true_time() + self._network.draw_delay(self._name(), self.listener.process.name)
         self._last_arrival = max(self._last_arrival, arrival)
         self._items.append((self._last_arrival, message))
@@ -109,7 +109,9 @@ class Call:
         """Client side: the next message, or None at the end. Raises the call's error."""
         while True:
             await self._network.reachable(self.listener.process, self.client)
-            if self._items and not self._half_open:
+            if self._half_open:
+                await self._wait()
+            elif self._items:
                 arrival, message = self._items[0]
                 if arrival <= true_time():
                     self._items.popleft()
@@ -139,6 +141,7 @@ class Call:
 
     def break_off(self) -> None:
         """The connection is reset though both ends live; what was on its way is lost."""
+        self.abandoned = True
         self.reset()
         self._network.forget(self)
         self.listener.process.run(self._scope.cancel)
@@ -148,8 +151,12 @@ class Call:
         self._half_open = True
 
         def notice() -> None:
+            self._half_open, self.abandoned = False, True
             self._items.clear()
-            self.end(ReplicaLost("keepalive watchdog timeout", refused=False))
+            # Also if the server has ended it: the client has not heard of that.
+            self._ended = True
+            self._error = ReplicaLost("keepalive watchdog timeout", refused=False)
+            self._notify()
             self._network.forget(self)
             self.listener.process.run(self._scope.cancel)
 
@@ -371,13 +378,13 @@ class Network:
         if repeatable and self.duplicate_rate and self.draw.random() < self.duplicate_rate:
             late_s = self.draw.choice((0.0, self.draw.uniform(0.0, MAX_LATE_S)))
             again = Call(self, client, listener)
+            self.duplicates += 1
             listener.process.run(listener.tasks.start_soon, self._again, again, handler, late_s)
         return call
 
     async def _again(self, call: Call, handler: Handler, late_s: float) -> None:
         """The same request once more, from a caller that has gone on."""
         await anyio.sleep(late_s)
-        self.duplicates += 1
         call.abandoned = True
         with anyio.move_on_after(KEEPALIVE_S):
             await call.serve(handler)

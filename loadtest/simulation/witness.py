@@ -83,10 +83,11 @@ class Witness:
         timeline: Timeline | None = None,
         now_s: Callable[[], float] = lambda: 0.0,
         start_us: int = 0,
+        coverage: Counter[str] | None = None,
     ) -> None:
         self.violations: list[str] = []
         self.ended: list[TurnTimes] = []
-        self.coverage: Counter[str] = Counter()
+        self.coverage: Counter[str] = Counter() if coverage is None else coverage
         self._peek = peek
         self._timeline = timeline
         self._now_s = now_s

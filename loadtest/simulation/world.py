@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from loadtest.simulation.network import STORE, KvPort, Listener, Network, SimRep
 from loadtest.simulation.redis import Fault, LuaExecutor, Value
 from loadtest.simulation.timeline import Timeline
 from loadtest.simulation.witness import Witness
+from statestore import keys
 from statestore.executor import Reply, ScriptCall
 from statestore.ports import StoreError, StoreUnavailable
 from statestore.records import ReplicaRef, StoreLimits
@@ -97,6 +99,16 @@ class WatchedExecutor(LuaExecutor):
             if not (self.weather.down or self.weather.restarting):
                 self.run_now(call)
 
+    def is_draining(self, ref: ReplicaRef) -> bool:
+        """As the store has it."""
+        fleet = self.peek(keys.FLEET)
+        name = ref.replica_id.encode()
+        return (
+            isinstance(fleet, dict)
+            and fleet.get(b"inc:" + name) == b"%d" % ref.incarnation
+            and fleet.get(b"draining:" + name) == b"1"
+        )
+
     def run_now(self, call: ScriptCall) -> Reply:
         reply = super().run_now(call)
         if self.watch is not None:
@@ -132,6 +144,7 @@ class SimReplica:
     stop: anyio.Event
     app: ReplicaApp | None = None
     ref: ReplicaRef | None = None
+    endpoint: str = ""
     ended: bool = False
 
 
@@ -178,6 +191,10 @@ class World:
     replicas: dict[str, SimReplica] = field(default_factory=dict)
     gateways: dict[str, SimGateway] = field(default_factory=dict)
     failures: list[BaseException] = field(default_factory=list)
+    engines: list[WatchedEngine] = field(default_factory=list)
+    """Of all replicas there have been."""
+    coverage: Counter[str] = field(default_factory=Counter)
+    """See :mod:`loadtest.simulation.coverage`."""
     violations: list[str] = field(default_factory=list)
     """What engines and streams did that they must not do."""
     _processes: list[Process] = field(default_factory=list)
@@ -193,6 +210,7 @@ class World:
             self.violations.append(f"{name}: {what}")
 
         engine = process.run(WatchedEngine, self.engine, complain)
+        self.engines.append(engine)
         replica = SimReplica(name, process, engine, process.run(anyio.Event))
         self.replicas[name] = replica
         ready = anyio.Event()
@@ -200,7 +218,7 @@ class World:
         await ready.wait()
 
     async def _replica_life(self, replica: SimReplica, ready: anyio.Event) -> None:
-        endpoint = f"{replica.name}.{len(self._processes)}:1"
+        endpoint = replica.endpoint = f"{replica.name}.{len(self._processes)}:1"
         port = KvPort(f"{endpoint}/kv", replica.process)
         self.network.listen_data(port)
         peers = SimReplicaClients(self.network)
