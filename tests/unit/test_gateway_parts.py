@@ -426,17 +426,17 @@ async def test_one_watch_too_many_is_told_to_come_back_later() -> None:
             await anyio.sleep(1)
 
     watch = serving.streaming(endless, fleet_pb2.WatchFleetRequest).unary_stream
-    open_ones = [watch(fleet_pb2.WatchFleetRequest(), Call()) for _ in range(2)]
+    open_ones = [watch(b"", Call()) for _ in range(2)]
     for stream in open_ones:
         await anext(stream)
     with pytest.raises(Aborted) as caught:
-        await anext(watch(fleet_pb2.WatchFleetRequest(), Call()))
+        await anext(watch(b"", Call()))
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     retry = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(retry) for detail in caught.value.status.details)
     assert retry.retry_delay.ToMilliseconds() == 700
     await open_ones[0].aclose()
-    again = watch(fleet_pb2.WatchFleetRequest(), Call())
+    again = watch(b"", Call())
     await anext(again)
     for stream in (again, open_ones[1]):
         await stream.aclose()
