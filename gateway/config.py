@@ -25,13 +25,25 @@ class Admission:
     """Of each of these three, how much one tenant may have (one at least)."""
     retry_after_ms: int = 500
     """Retry delay told to callers that were refused."""
+    max_connections: int = 4096
+    """Over it a new connection is closed unheard."""
+    spare_calls: int = 256
+    """Calls beyond the first three bounds that are heard, to be refused with a retry delay; gRPC
+    refuses the rest itself, without one."""
     max_message_bytes: int = 16 << 20
-    """One request or stream message."""
+    """One message in either direction."""
+    max_request_bytes: int = 5 << 20
+    """One request: the largest preamble and what comes with it."""
     max_preamble_bytes: int = 4 << 20
     """Leading messages, tools and sampling defaults of a session."""
     max_labels: int = 32
     max_label_chars: int = 128
     max_id_chars: int = 128
+
+    @property
+    def max_rpcs(self) -> int:
+        """Calls of all kinds that the transport takes at once."""
+        return self.max_streams + self.max_watches + self.max_calls + self.spare_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +75,12 @@ class Times:
     """Between pings on connections to clients and replicas that are in use."""
     keepalive_timeout_s: float = 5.0
     """A ping unanswered for this long ends its connection: the peer hangs or has vanished."""
+
+    handshake_s: float = 5.0
+    """A connection that has not said by then that it speaks HTTP/2 is closed."""
+    idle_connection_s: float = 300.0
+    """A connection without a call for this long is closed; clients connect again when they need
+    one. A silent stream is a call. Their age has no limit: it would cut long streams."""
 
     def keepalive_options(self) -> tuple[tuple[str, int], ...]:
         """Options of a gRPC server or channel. The ping's own timeout must be set too: it is a
@@ -123,6 +141,8 @@ class GatewayConfig:
             for name in group.__dataclass_fields__:
                 if getattr(group, name) <= 0:
                     raise ValueError(f"{name} must be positive")
+        if self.admission.max_preamble_bytes >= self.admission.max_request_bytes:
+            raise ValueError("max_request_bytes must be more than max_preamble_bytes")
         if self.admission.share_per_tenant > 1:
             raise ValueError("share_per_tenant is at most 1")
         if self.times.fleet_poll_s * 2 > self.liveness.outage_after_s:

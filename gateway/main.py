@@ -128,14 +128,22 @@ def _server(
     admission = config.admission
     shared = (admission.retry_after_ms, admission.share_per_tenant)
     server = aio.server(
+        maximum_concurrent_rpcs=admission.max_rpcs,
         options=[
             ("grpc.max_send_message_length", admission.max_message_bytes),
-            ("grpc.max_receive_message_length", admission.max_message_bytes),
+            (
+                "grpc.max_receive_message_length",
+                min(admission.max_request_bytes, admission.max_message_bytes),
+            ),
+            ("grpc.max_allowed_incoming_connections", admission.max_connections),
+            ("grpc.max_concurrent_streams", admission.max_rpcs),
+            ("grpc.server_handshake_timeout_ms", int(config.times.handshake_s * 1000)),
+            ("grpc.max_connection_idle_ms", int(config.times.idle_connection_s * 1000)),
             ("grpc.so_reuseport", 0),
             # Clients ping while they wait; oftener than this is abuse, and ends their connection.
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             *config.times.keepalive_options(),
-        ]
+        ],
     )
     serving = Serving(
         authenticator,

@@ -30,6 +30,14 @@ MAX_MESSAGE_BYTES = 16 << 20
 MIN_PING_INTERVAL_MS = 5_000
 """Half of what gateways leave between their pings."""
 
+MAX_RPCS = 4096
+"""Calls at once, of one connection and of all; over it gRPC refuses them itself."""
+MAX_CONNECTIONS = 1024
+"""From gateways and peers; over it a new one is closed unheard."""
+HANDSHAKE_MS = 5_000
+IDLE_CONNECTION_MS = 300_000
+"""A connection without a call (a silent stream is one) for this long is closed."""
+
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -143,7 +151,15 @@ def new_server(host: str, port: int) -> tuple[aio.Server, int]:
     # Gateways ping while a stream is silent (a queued turn, a long prefill, a store that is away).
     # By default a server takes that for abuse and ends the connection.
     server = aio.server(
-        options=[*OPTIONS, ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS)]
+        maximum_concurrent_rpcs=MAX_RPCS,
+        options=[
+            *OPTIONS,
+            ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+            ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+            ("grpc.max_concurrent_streams", MAX_RPCS),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+            ("grpc.max_connection_idle_ms", IDLE_CONNECTION_MS),
+        ],
     )
     try:
         bound = server.add_insecure_port(f"{host}:{port}")
