@@ -21,6 +21,7 @@ from gateway.core.errors import (
     DataLoss,
     DeadlineExceeded,
     NotFound,
+    NotOwner,
     Overloaded,
     SessileError,
     SessionClosed,
@@ -168,11 +169,12 @@ class Agent:
         self._prefix = ""
         self._asked = 0
         self._known_head: pb.Precondition | None = None
-        self._asked_twice = False
+        self.asked_twice = False
 
     def child(self, name: str, session_id: str) -> Agent:
         """The agent of a fork of this one's session."""
         agent = Agent(self.world, name, random.Random(self._draw.random()), tenant=self.tenant)
+        self.world.tenants[session_id] = self.tenant
         agent.session_id, agent._prefix = session_id, f"{name} "
         agent.opened_at = anyio.current_time()
         return agent
@@ -207,7 +209,46 @@ class Agent:
         )
         response = await self.ask(lambda app: app.sessions.open(self.tenant, request))
         self.session_id = response.session.session_id
+        self.world.tenants[self.session_id] = self.tenant
         self.opened_at = anyio.current_time()
+
+    async def look_round(self) -> None:
+        """Reads what was said, and all it may see; tries to touch what it may not (I10)."""
+        read = session_pb2.GetTranscriptRequest(session_id=self.session_id)
+        try:
+            transcript = await self.ask(lambda app: app.sessions.transcript(self.tenant, read))
+        except (NotOwner, NotFound):
+            transcript = session_pb2.GetTranscriptResponse()  # purged by whoever may
+        texts = {turn.turn_id: turn.output_text for turn in transcript.turns}
+        for heard in self.turns:
+            if heard.finished is not None and heard.turn_id in texts:
+                same = texts[heard.turn_id] == heard.text
+                self.expect(same, f"P17: the transcript of {heard.turn_id} says something else")
+        every = session_pb2.ListSessionsRequest(page_size=100)
+        listed = await self.ask(lambda app: app.sessions.list(self.tenant, every))
+        tenants = self.world.tenants
+        for session in listed.sessions:
+            mine = tenants.get(session.session_id, self.tenant) == self.tenant
+            self.expect(mine, f"I10: {self.tenant} lists {session.session_id}")
+        foreign = [name for name, tenant in sorted(tenants.items()) if tenant != self.tenant]
+        if foreign:
+            await self._touch(self._draw.choice(foreign))
+
+    async def _touch(self, session_id: str) -> None:
+        what, request = self._draw.choice(
+            [
+                ("get", session_pb2.GetSessionRequest(session_id=session_id)),
+                ("transcript", session_pb2.GetTranscriptRequest(session_id=session_id)),
+                ("fork", session_pb2.ForkSessionRequest(session_id=session_id, request_id="theft")),
+                ("cancel_turn", session_pb2.CancelTurnRequest(session_id=session_id, turn_id="t0")),
+                ("close", session_pb2.CloseSessionRequest(session_id=session_id, purge=True)),
+            ]
+        )
+        try:
+            await self.ask(lambda app: getattr(app.sessions, what)(self.tenant, request))
+        except NotFound:
+            return
+        self.violations.append(f"I10: {self.tenant} may {what} {session_id}")
 
     async def ask(self, what: Callable[[Any], Awaitable[T]], *, repeatable: bool = True) -> T:
         """One call of a gateway, repeated until it is answered."""
@@ -268,10 +309,10 @@ class Agent:
             turn_id=turn_id,
             messages=[pb.Message(role=pb.Message.ROLE_USER, content=" ".join(words))],
             params=params,
-            timeout_ms=int(TURN_S * 1000),
+            timeout_ms=int(1000 * (draw.uniform(0.3, 2.0) if draw.random() < 0.05 else TURN_S)),
         )
         tell = self._lossy or draw.random() < 0.5
-        if self._known_head is not None and not self._asked_twice and tell:
+        if self._known_head is not None and not self.asked_twice and tell:
             request.precondition.CopyFrom(self._known_head)
         return request
 
@@ -317,7 +358,7 @@ class Agent:
         except (SessionSuspended, SessionClosed) as error:
             await self._was_operated(heard, error)
         except (TurnInProgress, StaleClient) as error:
-            if not self._asked_twice:
+            if not self.asked_twice:
                 heard.error = error
                 if self._lossy and isinstance(error, TurnInProgress):
                     await self._cancel(error.metadata["turn_id"])
@@ -376,7 +417,7 @@ class Agent:
         heard = TurnHeard(self.session_id, turn_id, self._new_request(turn_id))
         heard.request.ClearField("precondition")
         self.others.append(heard)
-        self._asked_twice = True
+        self.asked_twice = True
         while not heard.ended:
             await self._try(heard, attach_only=False)
 
@@ -395,7 +436,7 @@ class Agent:
             self.violations.append(
                 f"I7: {heard.turn_id}: {type(heard.error).__name__}: {heard.error}"
             )
-        elif heard.finished is not None and not self._asked_twice:
+        elif heard.finished is not None and not self.asked_twice:
             index = 1 + heard.index
             self._known_head = pb.Precondition(head=heard.finished.end, turn_index=index)
 

@@ -16,7 +16,15 @@ from unittest import mock
 
 from gateway.core import liveness
 from gateway.core import migration as moves
-from gateway.core.machines import MIGRATION, REPLICA, SESSION, TURN, Illegal, Machine
+from gateway.core.machines import (
+    MIGRATION,
+    REPLICA,
+    SESSION,
+    TURN,
+    Illegal,
+    Machine,
+    MigrationEvent,
+)
 
 S = TypeVar("S", bound=enum.StrEnum)
 E = TypeVar("E", bound=enum.StrEnum)
@@ -45,7 +53,9 @@ MACHINES: dict[str, Machine[enum.StrEnum, enum.StrEnum]] = {
     "migration": MIGRATION,  # type: ignore[dict-item]
 }
 
-UNREACHABLE: Mapping[str, str] = {}
+UNREACHABLE: Mapping[str, str] = {
+    "replica: DRAINING -DRAIN-> DRAINING": "gateways step it when a record begins to say so",
+}
 """Transition -> why no history can have it."""
 
 
@@ -89,7 +99,14 @@ def counted(seen: Counter[str]) -> Iterator[None]:
     """Counts what replicas and moves go through meanwhile."""
     replica = _Counting(REPLICA.initial, REPLICA.table, "replica", seen)
     migration = _Counting(MIGRATION.initial, MIGRATION.table, "migration", seen)
+    abort = moves._abort
+
+    def counting(move: moves.Move, why: str) -> tuple[moves.Move, moves.Action]:
+        seen[transition("migration", move.phase, MigrationEvent.FAIL)] += 1
+        return abort(move, why)
+
     with (
+        mock.patch.object(moves, "_abort", counting),
         mock.patch.object(liveness, "REPLICA", replica),
         mock.patch.object(moves, "MIGRATION", migration),
     ):

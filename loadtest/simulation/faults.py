@@ -76,7 +76,18 @@ class Storm:
         if victim is not None:
             self._note(f"kill {victim.name}")
             self._world.kill(victim)
-            await self._pause(draw, 0.1, 3.0)
+            await self._pause(draw, 0.1, draw.choice((1.0, 3.0, 6.0)))
+            await self._replace(victim)
+
+    async def stop_replica(self, draw: random.Random) -> None:
+        """A process is asked to end (SIGTERM), and a new one takes its name."""
+        victim = self._replica(draw)
+        if victim is not None:
+            self._note(f"stop {victim.name}")
+            victim.process.run(victim.stop.set)
+            await self._pause(draw, 0.5, 3.0)
+            if not victim.ended:
+                self._world.kill(victim)
             await self._replace(victim)
 
     async def freeze_replica(self, draw: random.Random) -> None:
@@ -117,7 +128,7 @@ class Storm:
     async def store_outage(self, draw: random.Random) -> None:
         """Nobody gets an answer."""
         self._world.weather.down = True
-        await self._pause(draw, 0.1, 3.0)
+        await self._pause(draw, 0.1, draw.choice((1.0, 3.0, 12.0)))
         self._world.weather.down = False
 
     async def cut(self, draw: random.Random) -> None:
@@ -151,8 +162,20 @@ class Storm:
         if not agents:
             return
         agent = draw.choice(agents)
-        target = draw.choice(sorted(self._world.replicas))
+        async with anyio.create_task_group() as tasks:
+            for _ in range(draw.choice((1, 1, 2))):  # two operators may do it at once
+                target = draw.choice(sorted(self._world.replicas))
+                tasks.start_soon(self._migrate, agent, target, self._gateway(draw))
+            victim = self._world.replicas.get(target)
+            if draw.random() < 0.25 and victim in self._world.live_replicas()[1:]:
+                await self._pause(draw, 0.0, 0.03)
+                if victim is not None and not victim.ended:
+                    self._note(f"kill {victim.name}")
+                    self._world.kill(victim)
+                    await self._pause(draw, 0.1, 1.0)
+                    await self._replace(victim)
 
+    async def _migrate(self, agent: Agent, target: str, gateway: str) -> None:
         async def move(app: Any) -> Any:
             session = await app.store.get_session(agent.session_id)
             if session is None:
@@ -160,7 +183,7 @@ class Storm:
             return await app.migrations.migrate(session, MoveOptions(target, 3.0))
 
         try:
-            result = await self._world.network.unary(self._gateway(draw), move, 8.0)
+            result = await self._world.network.unary(gateway, move, 8.0)
             self._note(f"migrate {agent.session_id} to {target}: {result.moved} {result.detail}")
         except SessileError as error:
             self._note(f"migrate {agent.session_id} to {target}: {error}")
@@ -218,7 +241,7 @@ class Storm:
 
     async def slow_network(self, draw: random.Random) -> None:
         """Messages of one process, or all requests to the store, take up to seconds."""
-        name, slowness = draw.choice([*self._names(), STORE]), self._world.network.slowness_s
+        name, slowness = draw.choice([*self._names(), STORE, STORE]), self._world.network.slowness_s
         slowness[name] = draw.choice((0.05, 0.5, 2.0))
         self._note(f"{name} is slow by {slowness[name]} s")
         await self._pause(draw, 0.5, 3.0)
@@ -272,7 +295,7 @@ class Storm:
         """Many sessions are opened and run a turn at once."""
         async with anyio.create_task_group() as tasks:
             for index in range(draw.randrange(2, BURST + 1)):
-                name = f"b{len(self._agents)}.{index}"
+                name = f"b{draw.getrandbits(24)}.{index}"
                 own = random.Random(draw.random())
                 agent = Agent(self._world, name, own, tenant=draw.choice(TENANTS), brief=True)
                 self._agents.append(agent)
@@ -297,7 +320,7 @@ class Storm:
         what = draw.choice(("suspend", "close", "fork", "fork"))
         self._note(f"operator: {what} {agent.session_id}")
         if what == "fork":
-            await fork(agent, self._agents, f"{agent.name}.op{len(self._agents)}")
+            await fork(agent, self._agents, f"{agent.name}.op{draw.getrandbits(24)}")
             return
         agent.operated = True
         session_id, tenant = agent.session_id, agent.tenant
@@ -375,6 +398,7 @@ class Storm:
 
 FAULTS: dict[str, Callable[[Storm, random.Random], Coroutine[Any, Any, None]]] = {
     "kill_replica": Storm.kill_replica,
+    "stop_replica": Storm.stop_replica,
     "freeze_replica": Storm.freeze_replica,
     "kill_gateway": Storm.kill_gateway,
     "flaky_store": Storm.flaky_store,
@@ -401,5 +425,5 @@ FAULTS: dict[str, Callable[[Storm, random.Random], Coroutine[Any, Any, None]]] =
 }
 LOSSY = frozenset({"lose_writes"})
 """Clients may be told of a loss then."""
-LOSSY_SHARE = 0.1
+LOSSY_SHARE = 0.15
 """Of the histories."""

@@ -37,6 +37,8 @@ async def _work(agent: Agent, agents: list[Agent], turns: int) -> None:
             if agent.may(0.15):
                 forks.start_soon(fork, agent, agents, f"{agent.name}.{index}")
             await agent.turn()
+            if agent.may(0.1):
+                await agent.look_round()
             await agent.pause()
             if agent.may(0.15):
                 await _suspend_for_a_while(agent)
@@ -100,11 +102,16 @@ async def _suspend(agent: Agent) -> None:
         await agent.ask(lambda app: app.sessions.suspend(agent.tenant, suspend), repeatable=False)
     except TurnInProgress:
         return  # the turn that was asked for beside another one runs on
+    if agent.may(0.5):
+        await agent.ask(lambda app: app.sessions.suspend(agent.tenant, suspend), repeatable=False)
     before = await _stored(agent)
     agent.expect(_is(before, SessionState.SUSPENDED), "I3: suspended, the store has it otherwise")
     agent.suspensions += 1
     await agent.be_refused(SessionSuspended)
     await agent.pause()
+    if agent.may(0.1):
+        await close(agent, purge=False)
+        return
     agent.expect(await _stored(agent) == before, "P2: something wrote to a suspended session")
     resume = session_pb2.ResumeSessionRequest(session_id=agent.session_id)
     await agent.ask(lambda app: app.sessions.resume(agent.tenant, resume), repeatable=False)

@@ -232,6 +232,7 @@ class Network:
     """Of KV, begun."""
     broken_pulls: int = 0
     """Those that ended early."""
+    corrupted_pages: int = 0
     duplicates: int = 0
     _listeners: dict[str, Listener] = field(default_factory=dict)
     _data: dict[str, KvPort] = field(default_factory=dict)
@@ -426,6 +427,7 @@ class Network:
                 await self._answering(target, port.process)
                 reservation.buffer(index)[:] = export.view(index)
                 if self.draw.random() < self.corrupt_page_rate:
+                    self.corrupted_pages += 1
                     reservation.buffer(index)[self.draw.randrange(page_bytes)] ^= 0x10
         finally:
             port.process.run(export.release)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import groupby
 
 from loadtest.simulation.loop import current_process
 
 MAX_LINES = 160
 """Lines of one session's timeline; the middle is left out over it."""
 FIRST_LINES = 40
+TOGETHER = 4
+"""Repeats of one of so many lines before are counted there: steps of a turn, and who hears them."""
 
 Entry = tuple[float, str, str, str, str]
 """Time, session (empty: concerns all), who, what was done, details."""
@@ -38,8 +39,17 @@ class Timeline:
         return lines
 
     def _lines(self, session_id: str) -> Iterator[str]:
-        mine = (entry for entry in self._entries if entry[1] in ("", session_id))
-        for (_, who, what), group in groupby(mine, lambda e: e[1:4]):
-            same = list(group)
-            times = f" x{len(same)}" if len(same) > 1 else ""
-            yield f"{same[0][0]:9.4f} {who or '-':<4} {what}{times} {same[-1][4]}".rstrip()
+        rows: list[tuple[Entry, int, str]] = []
+        for entry in self._entries:
+            if entry[1] not in ("", session_id):
+                continue
+            for back in range(1, min(TOGETHER, len(rows)) + 1):
+                first, count, _ = rows[-back]
+                if first[1:4] == entry[1:4]:
+                    rows[-back] = (first, count + 1, entry[4])
+                    break
+            else:
+                rows.append((entry, 1, entry[4]))
+        for (at_s, _, who, what, _), count, details in rows:
+            times = f" x{count}" if count > 1 else ""
+            yield f"{at_s:9.4f} {who or '-':<4} {what}{times} {details}".rstrip()

@@ -56,6 +56,10 @@ class _Seen:
     turns: dict[bytes, _Turn] = field(default_factory=dict)
 
     @property
+    def active(self) -> bool:
+        return any(turn.status not in ENDED for turn in self.turns.values())
+
+    @property
     def phase(self) -> SessionPhase:
         if self.state != b"OPEN":
             return SessionPhase(self.state.decode())
@@ -226,6 +230,9 @@ class Witness:
             legal = SESSION.step(before.phase, event) == now.phase
             if legal and (repeated or before.epoch != now.epoch or before.phase != now.phase):
                 seen[transition("session", before.phase, event)] += 1
+        leaving = before.owner in self._unfit_since
+        if script == "switch_migration" and outcome == b"written" and leaving and now.active:
+            seen[Row.DRAIN_HANDS_OVER] += 1
         if script == "cancel" and outcome == b"unknown":
             seen[transition("turn", TurnPhase.ACCEPTED, TurnEvent.CANCEL)] += 1
         if script == "begin" and outcome in REFUSALS:

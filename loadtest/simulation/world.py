@@ -193,6 +193,8 @@ class World:
     failures: list[BaseException] = field(default_factory=list)
     engines: list[WatchedEngine] = field(default_factory=list)
     """Of all replicas there have been."""
+    tenants: dict[str, str] = field(default_factory=dict)
+    """Session -> tenant, as its client opened it."""
     coverage: Counter[str] = field(default_factory=Counter)
     """See :mod:`loadtest.simulation.coverage`."""
     violations: list[str] = field(default_factory=list)
