@@ -143,6 +143,7 @@ class Residency:
         raises."""
         resident = self._sessions.get(session.session_id)
         if resident is not None and await self._catch_up(store, resident, session, known):
+            self._sessions[session.session_id] = resident  # it may have been let go of meanwhile
             self._sessions.move_to_end(session.session_id)
             return resident
         fresh = ResidentSession(session.session_id, session.tenant, salt, RollingDigest(salt))

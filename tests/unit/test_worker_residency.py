@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -11,8 +12,9 @@ from sessile.v1 import types_pb2
 
 from gateway.core import errors
 from loadtest.simulation.redis import Fault
+from statestore.digest import RollingDigest
 from statestore.executor import ScriptCall
-from statestore.ports import SessionWritten
+from statestore.ports import JournalPort, SessionWritten
 from tests.support.replica_world import (
     SESSION,
     TENANT,
@@ -24,6 +26,7 @@ from tests.support.replica_world import (
     world,
 )
 from workers import service
+from workers.residency import ResidentSession
 from workers.service import RECONCILE_S
 
 SOON = 1.0
@@ -268,3 +271,22 @@ async def test_pages_of_a_history_that_the_store_forgot_go_when_it_goes_on() -> 
         await w.give(first)
         await listen(first, await w.request(first, "And more", "t3"))
         assert first.engine.resident_pages(lost) == len(common) < len(lost)
+
+
+@in_virtual_time
+async def test_a_copy_that_is_let_go_of_while_it_is_read_on_is_there_afterwards() -> None:
+    async with world() as w:
+        replica = await owned(w)
+        residency = replica.app._ports.residency
+        held, session = residency._sessions[SESSION], await w.session()
+        behind = ResidentSession(SESSION, TENANT, held.salt, RollingDigest(held.salt))
+        residency._sessions[SESSION] = behind
+
+        class LettingGo:
+            async def read_tokens(self, *arguments: Any) -> list[int]:
+                residency.release(SESSION, drop_kv=False)
+                return await w.store.read_tokens(*arguments[:3])
+
+        store = cast(JournalPort, LettingGo())
+        assert await residency.load(store, session, held.salt) is behind
+        assert residency.get(SESSION) is behind
