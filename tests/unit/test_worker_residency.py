@@ -284,7 +284,7 @@ async def test_a_copy_that_is_let_go_of_while_it_is_read_on_is_there_afterwards(
 
         class LettingGo:
             async def read_tokens(self, *arguments: Any) -> list[int]:
-                residency.release(SESSION, drop_kv=False)
+                residency.release(SESSION, drop_kv=True)
                 return await w.store.read_tokens(*arguments[:3])
 
         store = cast(JournalPort, LettingGo())
