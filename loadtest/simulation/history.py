@@ -144,7 +144,9 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
     schedule = plan.schedule
     if schedule is None:
         schedule = draw_schedule(random.Random(f"{seed} storm"), kinds, plan.storm_s)
-    tight = random.Random(f"{seed} tight").random() < TIGHT_SHARE
+    lossy = not LOSSY.isdisjoint(kinds)
+    # An owner can repair only what it still has in memory.
+    tight = not lossy and random.Random(f"{seed} tight").random() < TIGHT_SHARE
     config = GatewayConfig(tables=TIGHT_TABLES) if tight else GatewayConfig()
     async with world(random.Random(f"{seed} world"), gateway_config=config) as built:
         if tight:
@@ -152,7 +154,6 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
         witness = built.server.watch = Witness(
             built.server.peek, built.timeline, true_time, START_US, built.coverage
         )
-        lossy = not LOSSY.isdisjoint(kinds)
         StreamWatch(built, lossy=lossy).attach()
         with counted(built.coverage):
             for index in range(plan.replicas):

@@ -1,4 +1,5 @@
-"""Seeded histories of a whole Sessile under faults. A failure prints its seed and what happened:
+"""Seeded histories of a whole Sessile under faults. A failure tells its seed, the faults that it
+takes and what happened to the session; to run the same history again:
 
 python -c "from loadtest.simulation.history import simulate; print(simulate(SEED).explain())"
 """
@@ -8,15 +9,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from loadtest.simulation.history import HistoryPlan, simulate
+from loadtest.simulation import coverage
+from loadtest.simulation.faults import FAULTS
+from loadtest.simulation.history import HistoryPlan, kinds_of, simulate
 from loadtest.simulation.loop import Step
+from loadtest.simulation.schedule import Fault, draw_schedule, minimise
+from loadtest.simulation.sweep import sweep
 
-pytestmark = pytest.mark.timeout(60)
+STANDARD_SEEDS = range(200)
+TRACED_SEEDS = (1, 5, 8)
+ONE_SEED = pytest.mark.timeout(60)
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +35,23 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_a_history_keeps_every_invariant(seed: int) -> None:
-    report = simulate(seed)
-    assert not report.violations, report.explain()
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_histories_keep_every_invariant_and_reach_every_transition() -> None:
+    done = sweep(STANDARD_SEEDS, HistoryPlan(), jobs=2)
+    assert not done.failures, "\n\n".join(done.failures.values())
+    assert done.histories == len(STANDARD_SEEDS)
+    assert done.verified_pages > 50_000
+    assert coverage.missing(done.coverage) == []
+    unreachable = [name for name in coverage.UNREACHABLE if done.coverage[name]]
+    assert unreachable == [], "these can be reached after all"
 
 
+def test_every_kind_of_fault_is_in_the_standard_histories() -> None:
+    assert {kind for seed in STANDARD_SEEDS for kind in kinds_of(seed)} == set(FAULTS)
+
+
+@ONE_SEED
 @pytest.mark.parametrize("kind", ["kill_replica", "freeze_replica", "drain", "migrate"])
 def test_moves_happen_and_turns_survive_them(kind: str) -> None:
     reports = [
@@ -42,6 +63,7 @@ def test_moves_happen_and_turns_survive_them(kind: str) -> None:
     assert sum(report.moves for report in reports) > 0
 
 
+@ONE_SEED
 def test_sessions_fork_pause_and_end_in_histories() -> None:
     reports = [simulate(seed, HistoryPlan(kinds=("kill_replica",))) for seed in range(4000, 4006)]
     for report in reports:
@@ -50,6 +72,7 @@ def test_sessions_fork_pause_and_end_in_histories() -> None:
         assert sum(getattr(report, kind) for report in reports) > 1, kind
 
 
+@ONE_SEED
 @pytest.mark.parametrize("seed", range(3000, 3010))
 def test_lost_writes_are_repaired_by_the_owner(seed: int) -> None:
     """Acknowledged writes vanish while every owner lives: no client ever learns of it."""
@@ -58,9 +81,9 @@ def test_lost_writes_are_repaired_by_the_owner(seed: int) -> None:
     assert report.losses == 0
 
 
+@ONE_SEED
 @pytest.mark.parametrize("seed", [*range(9), 49])
 def test_a_loss_without_its_owner_is_told_and_never_a_silent_fork(seed: int) -> None:
-    # 49: a lost commit, the turn cancelled before the owner came back to repair it.
     kinds = ("lose_writes", "kill_replica", "freeze_replica", "migrate", "kill_gateway")
     report = simulate(seed, HistoryPlan(kinds=kinds))
     assert not report.violations, report.explain()
@@ -77,9 +100,10 @@ def trace_of(seed: int) -> str:
     return digest.hexdigest()
 
 
+@ONE_SEED
 def test_a_history_is_a_function_of_its_seed() -> None:
-    program = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-    program += "import test_histories as t; print(t.trace_of(5))"
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    program += f"import test_histories as t; print([t.trace_of(s) for s in {TRACED_SEEDS}])"
     outputs = [
         subprocess.run(
             [sys.executable, "-c", program],
@@ -91,3 +115,29 @@ def test_a_history_is_a_function_of_its_seed() -> None:
         for hash_seed in ("1", "2")
     ]
     assert outputs[0] == outputs[1]
+
+
+def test_a_schedule_is_minimised_to_the_faults_that_it_takes() -> None:
+    schedule = draw_schedule(random.Random(1), sorted(FAULTS), 20.0)
+    culprits, tried = {schedule[3], schedule[11]}, []
+
+    def fails(faults: Sequence[Fault]) -> bool:
+        tried.append(faults)
+        return culprits <= {*faults}
+
+    assert minimise(schedule, fails, 100) == (schedule[3], schedule[11])
+    assert len(tried) < 60
+    assert {*minimise(schedule, fails, 5)} >= culprits
+
+
+def test_a_fault_that_is_left_out_changes_no_other() -> None:
+    first, second = Fault(0.5, "migrate", 7), Fault(1.0, "evict", 8)
+    both, one = (
+        simulate(3, HistoryPlan(kinds=("migrate", "evict"), schedule=schedule))
+        for schedule in ((first, second), (second,))
+    )
+    assert both.schedule == (first, second)
+    evicted = [
+        [line.split(" evicts")[0][9:] for line in r.log if "evicts" in line] for r in (both, one)
+    ]
+    assert evicted[0] == evicted[1]
