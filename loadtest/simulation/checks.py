@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from sessile.v1 import types_pb2 as pb
 
 from loadtest.simulation.agents import Agent, TurnHeard
-from loadtest.simulation.world import ENGINE, World
+from loadtest.simulation.world import World
 from statestore import keys
 from statestore.digest import RollingDigest
 from statestore.records import FinishReason, ReplicaRef, Session, Turn, TurnStatus
+from workers.engines.sim.config import SimConfig
 from workers.engines.sim.model import expected_output
 from workers.text.byte_vocabulary import END_OF_TURN
 from workers.text.bytes_codec import BytesCodec
@@ -38,7 +39,7 @@ async def check_agent(world: World, agent: Agent) -> list[str]:
     ledger = await world.store.read_tokens(session, 0, session.head.length)
     turns = await world.store.get_turns(session, 0, 1000)
     salt = await world.store.tenant_salt(session.tenant)
-    found = [*agent.violations, *check_ledger(session, turns, ledger, salt)]
+    found = [*agent.violations, *check_ledger(session, turns, ledger, salt, world.engine)]
     by_id = {turn.spec.turn_id: turn for turn in turns}
     for heard in [*agent.turns, *agent.others]:
         complaints = [*heard.violations]
@@ -52,7 +53,11 @@ async def check_agent(world: World, agent: Agent) -> list[str]:
 
 
 def check_ledger(
-    session: Session, turns: Sequence[Turn], ledger: Sequence[int], salt: bytes
+    session: Session,
+    turns: Sequence[Turn],
+    ledger: Sequence[int],
+    salt: bytes,
+    engine: SimConfig,
 ) -> list[str]:
     """The turns cover the ledger without gap or overlap, each has ended, and each says what the
     model says after exactly the tokens before it."""
@@ -73,7 +78,7 @@ def check_ledger(
         given = ledger[turn.input_start : turn.output_start.length]
         if list(given) != rendered(session, turn, last):
             found.append(f"{name}: P4: its input is not in the ledger as given")
-        found += [f"{name}: {what}" for what in check_output(turn, ledger)]
+        found += [f"{name}: {what}" for what in check_output(turn, ledger, engine)]
         end = turn.output_end.length
         last = LastTurn.CLOSED if ledger[end - 1] == END_OF_TURN else LastTurn.OPEN
     if end != len(ledger):
@@ -90,16 +95,16 @@ def rendered(session: Session, turn: Turn, last: LastTurn) -> list[int]:
     return BytesCodec().render(last, messages, [])
 
 
-def check_output(turn: Turn, ledger: Sequence[int]) -> list[str]:
+def check_output(turn: Turn, ledger: Sequence[int], engine: SimConfig) -> list[str]:
     """The output is what the model says, and ends where it should."""
     start, end = turn.output_start.length, turn.output_end.length
     output = list(ledger[start:end])
-    plan = plan_of(body_of(turn.spec), output_start=start, info=ENGINE.info(), eos=(END_OF_TURN,))
+    plan = plan_of(body_of(turn.spec), output_start=start, info=engine.info(), eos=(END_OF_TURN,))
     expected = expected_output(
         ledger[:start],
         plan.rules.max_tokens,
         plan.sampling,
-        ENGINE.eos_probability,
+        engine.eos_probability,
         stop_token_ids=plan.rules.stop_token_ids,
     )
     folder = plan.folder(BytesCodec())()

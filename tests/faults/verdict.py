@@ -17,7 +17,6 @@ from statestore.digest import unpack_tokens
 from tests.faults.agents import Agent, Door, Heard
 from tests.faults.fleet import ENGINE, Fleet
 
-checks.ENGINE = ENGINE  # type: ignore[attr-defined] # the model that the checkers recompute outputs with
 CLEAN_WITHIN_S = 20.0
 WATCH_PERIOD_S = 0.025
 ENDED = (b"COMMITTED", b"CANCELLED", b"FAILED")
@@ -61,7 +60,7 @@ async def _judge_session(fleet: Fleet, agent: Agent, tally: Tally) -> list[str]:
     found: list[str] = []
     if len(ledger) != session.head.length:
         return [f"I1: {len(ledger)} tokens are stored, the head is at {session.head.length}"]
-    found += checks.check_ledger(session, turns, ledger, salt)
+    found += checks.check_ledger(session, turns, ledger, salt, ENGINE)
     by_id = {turn.spec.turn_id: turn for turn in turns}
     for heard in agent.turns:
         complaints = [*heard.violations]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anyio
@@ -20,16 +20,15 @@ from gateway.core.errors import DataLoss, SessileError
 from gateway.core.machines import ReplicaState
 from gateway.core.placement import Decision, PlacementRequest, place
 from loadtest.simulation import checks
-from loadtest.simulation import world as stage
 from loadtest.simulation.agents import TENANT, TurnHeard
 from loadtest.simulation.history import EXPORT_LEASE_S, SETTLE_S
 from loadtest.simulation.loop import current_process, run
 from loadtest.simulation.network import Call
 from loadtest.simulation.redis import Fault
 from loadtest.simulation.scenario.script import BadScript, Block, Command
-from loadtest.simulation.scenario.stage import Stage, Watch
 from loadtest.simulation.scenario.transcript import Client, Transcript, refusal
-from loadtest.simulation.world import SimGateway, SimReplica, world
+from loadtest.simulation.scenario.watch import Watch
+from loadtest.simulation.world import SimGateway, SimReplica, World, world
 from statestore.executor import ScriptCall
 
 DELAY_S = 0.001
@@ -51,7 +50,7 @@ class _Loss:
 class Player:
     """Carries out commands; what is seen meanwhile is told by :meth:`seen`."""
 
-    def __init__(self, built: Stage, tasks: TaskGroup) -> None:
+    def __init__(self, built: World, tasks: TaskGroup) -> None:
         self._world = built
         self._tasks = tasks
         self._seen = Transcript()
@@ -212,7 +211,7 @@ class Player:
         for number in range(MAX_NAMES_TRIED):
             request_id = f"{c.words[0]}{number}"
             session_id = await directory.new_session_id(tenant, request_id)
-            wanted = PlacementRequest(session_id, stage.ENGINE.model)
+            wanted = PlacementRequest(session_id, built.engine.model)
             decision = place(snapshot, wanted, built.gateway_config.placement)
             chosen = decision.replica.ref.replica_id if isinstance(decision, Decision) else ""
             if chosen == c.options["on"]:
@@ -266,7 +265,7 @@ class Player:
             return await app.migrations.migrate(session, options)
 
         result = await self._ask(c, move)
-        copied = result.bytes_copied // stage.ENGINE.info().page_bytes
+        copied = result.bytes_copied // self._world.engine.info().page_bytes
         how = f"{result.verified_tokens} tokens of KV verified, {copied} pages copied"
         how += ", with its running turn" if result.running_turn else ""
         why = f": {result.detail}" if result.detail else ""
@@ -432,10 +431,6 @@ class Player:
 
     async def check(self) -> list[str]:
         """Everything wrong after a script: what the histories check, for the script's sessions."""
-        with self._world.in_force():
-            return await self._check()
-
-    async def _check(self) -> list[str]:
         await anyio.sleep(SETTLE_S)
         if checks.check_replicas(self._world):
             await anyio.sleep(EXPORT_LEASE_S)
@@ -456,7 +451,7 @@ class Player:
         ledger = await store.read_tokens(session, 0, session.head.length)
         turns = await store.get_turns(session, 0, 1000)
         salt = await store.tenant_salt(session.tenant)
-        found += checks.check_ledger(session, turns, ledger, salt)
+        found += checks.check_ledger(session, turns, ledger, salt, self._world.engine)
         if any(isinstance(it.heard.error, DataLoss) for it in clients):
             return found  # they were told that what they heard is gone
         by_id = {turn.spec.turn_id: turn for turn in turns}
@@ -518,7 +513,7 @@ async def _play(blocks: list[Block]) -> list[str]:
         anyio.create_task_group() as tasks,
     ):
         built.network.min_delay_s = built.network.max_delay_s = DELAY_S
-        player = Player(Stage(**{f.name: getattr(built, f.name) for f in fields(built)}), tasks)
+        player = Player(built, tasks)
         for block in blocks:
             for line in block.commands:
                 await player.do(Command.of(line))

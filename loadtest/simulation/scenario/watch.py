@@ -1,44 +1,17 @@
-"""The world that a scenario is played in, and who watches its store."""
+"""Who watches the store of a scenario."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-from loadtest.simulation import checks
-from loadtest.simulation import world as stage
 from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World
 from statestore import keys
 from statestore.executor import Reply, ScriptCall
 from statestore.records import Epoch
-from workers.engines.sim.config import SimConfig
 
 MAX_WRITES_LOST = 64
-
-
-@dataclass
-class Stage(World):
-    """Shares everything with the world it is made of, except which engine replicas start with."""
-
-    engine: SimConfig = stage.ENGINE
-
-    async def start_replica(self, name: str) -> None:
-        with self.in_force():
-            await super().start_replica(name)
-
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """Whoever asks for the simulation's engine gets this one."""
-        usual = stage.ENGINE
-        stage.ENGINE = checks.ENGINE = self.engine  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            stage.ENGINE = checks.ENGINE = usual  # type: ignore[attr-defined]
 
 
 class Watch(Witness):
