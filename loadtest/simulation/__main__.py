@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from loadtest.simulation.coverage import UNREACHABLE, everything, missing
+from loadtest.simulation.coverage import RARE, UNREACHABLE, everything, missing
 from loadtest.simulation.faults import FAULTS
 from loadtest.simulation.history import HistoryPlan
 from loadtest.simulation.sweep import Sweep, sweep
@@ -44,17 +44,21 @@ def main() -> int:
 
 
 def _show(console: Console, done: Sweep) -> None:
-    table = Table("transition or row of the failure table", "seen", title="coverage")
+    table = Table(
+        "transition or row of the failure table", "seen", "why not, or not often", title="coverage"
+    )
     for name in everything():
-        table.add_row(name, str(done.coverage[name]) if name not in UNREACHABLE else "unreachable")
+        note = UNREACHABLE.get(name) or RARE.get(name, "")
+        table.add_row(name, str(done.coverage[name]), note)
     console.print(table)
     for seed, explanation in done.failures.items():
         console.rule(f"[red]seed {seed}")
         console.print(explanation, markup=False, highlight=False)
+    unseen = len(missing(done.coverage))
     console.print(
         f"{done.histories} histories, {done.turns} turns, {done.faults} faults,"
-        f" {done.verified_pages} KV pages verified, {len(missing(done.coverage))} of"
-        f" {len(everything())} transitions and rows not seen, {len(done.failures)} failures",
+        f" {done.verified_pages} KV pages verified, {unseen} transitions and rows not"
+        f" seen that should be, {len(done.failures)} failures",
         highlight=False,
     )
 

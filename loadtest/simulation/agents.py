@@ -349,6 +349,9 @@ class Agent:
                         note(self.session_id, f"{self.name} hears {heard.turn_id}: {kind}")
                         heard.hear(event)
                         self._must_be_journalled(heard)
+                        if kind == "waiting" and self.may(0.1):
+                            heard.cancel_asked = True
+                            await self._cancel(heard.turn_id)
                     messages += 1
                     if messages == leave_after:
                         return

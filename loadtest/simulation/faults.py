@@ -163,7 +163,8 @@ class Storm:
             return
         agent = draw.choice(agents)
         async with anyio.create_task_group() as tasks:
-            for _ in range(draw.choice((1, 1, 2))):  # two operators may do it at once
+            for _ in range(draw.choice((1, 1, 2, 4))):  # operators do not know of each other
+                agent = draw.choice((agent, draw.choice(agents)))
                 target = draw.choice(sorted(self._world.replicas))
                 tasks.start_soon(self._migrate, agent, target, self._gateway(draw))
             victim = self._world.replicas.get(target)
@@ -203,6 +204,11 @@ class Storm:
         await self._pause(draw, 0.02, MAX_LOSS_S)
         self._note("writes are lost")
         self._world.server.restore(before)
+
+    async def lose_writes_and_owner(self, draw: random.Random) -> None:
+        """The same, and a replica that could have repaired what it wrote dies too."""
+        await self.lose_writes(draw)
+        await self.kill_replica(draw)
 
     async def reset_streams(self, draw: random.Random) -> None:
         """Connections break while both of their ends live."""
@@ -422,8 +428,9 @@ FAULTS: dict[str, Callable[[Storm, random.Random], Coroutine[Any, Any, None]]] =
     "drain_and_undo": Storm.drain_and_undo,
     "operate": Storm.operate,
     "lose_writes": Storm.lose_writes,
+    "lose_writes_and_owner": Storm.lose_writes_and_owner,
 }
-LOSSY = frozenset({"lose_writes"})
+LOSSY = frozenset({"lose_writes", "lose_writes_and_owner"})
 """Clients may be told of a loss then."""
 LOSSY_SHARE = 0.15
 """Of the histories."""

@@ -136,7 +136,10 @@ def kinds_of(seed: int) -> tuple[str, ...]:
     draw = random.Random(f"{seed} kinds")
     lossy = draw.random() < LOSSY_SHARE
     kinds = draw_kinds(draw, sorted(set(FAULTS) - LOSSY))
-    return (*sorted({*kinds, *LOSSY} - {"burst"}),) if lossy else kinds
+    if lossy:
+        # Losses that their owner can repair and losses that it cannot; nobody opens sessions then.
+        kinds = (*sorted({*kinds, *LOSSY} - {"burst"}),)
+    return kinds
 
 
 async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:

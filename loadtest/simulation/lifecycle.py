@@ -20,6 +20,8 @@ async def live(agent: Agent, agents: list[Agent], turns: int) -> None:
     """Opens a session and runs turns in it, with the pauses of an agent's tools. Forks are added
     to ``agents``."""
     await agent.open()
+    if agent.may(0.1):
+        await _suspend_for_a_while(agent)
     await _work(agent, agents, turns)
 
 
@@ -125,6 +127,8 @@ async def close(agent: Agent, *, purge: bool) -> None:
         await agent.ask(lambda app: app.sessions.close(agent.tenant, request))
     except NotFound:
         agent.expect(purge, "I9: a session that was to be kept is gone")  # the answer was lost
+    if not purge and agent.may(0.3):
+        await agent.ask(lambda app: app.sessions.close(agent.tenant, request))
     agent.closed, agent.purged = True, purge
     stored = await _stored(agent)
     gone = stored is None and purge

@@ -237,6 +237,8 @@ class Network:
     _listeners: dict[str, Listener] = field(default_factory=dict)
     _data: dict[str, KvPort] = field(default_factory=dict)
     _calls: dict[Call, None] = field(default_factory=dict)
+    _pulling: dict[Any, tuple[Process | None, Process]] = field(default_factory=dict)
+    """Exports that are being read -> by whom, and whose they are."""
     _dead: set[Process] = field(default_factory=set)
     _cuts: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Pairs of names, from sender to receiver, and how many faults cut them."""
@@ -261,6 +263,9 @@ class Network:
                 call.end(ReplicaLost("the server is stopping", refused=False))
         for call in [c for c in self._calls if c.client is process]:
             call.leave()
+        for export, (target, source) in self._pulling.items():
+            if target is process:
+                source.run(export.release)
 
     def cut(self, one: str, other: str) -> None:
         """From now on the two processes of these names do not hear each other."""
@@ -421,6 +426,7 @@ class Network:
         export = port.claim(ticket)
         if export is None:
             raise ConnectionResetError("the ticket was refused")
+        self._pulling[export] = (target, port.process)
         try:
             for index in range(pages):
                 await anyio.sleep(PAGE_S)
@@ -430,6 +436,7 @@ class Network:
                     self.corrupted_pages += 1
                     reservation.buffer(index)[self.draw.randrange(page_bytes)] ^= 0x10
         finally:
+            del self._pulling[export]
             port.process.run(export.release)
         return pages * page_bytes
 

@@ -40,6 +40,15 @@ class Sweep:
             full = len(self.failures) < MAX_EXPLAINED
             self.failures[report.seed] = report.explain() if full else "\n".join(report.violations)
 
+    def __iadd__(self, other: Sweep) -> Sweep:
+        self.histories += other.histories
+        self.turns += other.turns
+        self.faults += other.faults
+        self.verified_pages += other.verified_pages
+        self.coverage += other.coverage
+        self.failures |= other.failures
+        return self
+
     def figures(self) -> dict[str, Any]:
         """For machines."""
         return {
