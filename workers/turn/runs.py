@@ -105,6 +105,11 @@ class TurnRuns:
             if run.epoch != epoch:
                 raise NotOwner(f"session {turn.session_id} is owned under a newer epoch")
             if run.turn_id != turn.turn_id:
+                opened = run.opened
+                if opened is not None and opened.turn.index < session.turn_index:
+                    # Its turn ended in the ledger (a cancel, a deadline), and it has not heard yet.
+                    await self.end(run, None)
+                    continue
                 raise TurnInProgress(
                     f"turn {run.turn_id} is running", metadata={"turn_id": run.turn_id}
                 )
