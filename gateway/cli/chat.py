@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -54,6 +56,26 @@ def chat(
                 _say_and_go_on(speaker, text)
 
 
+class _Interrupted:
+    """Ctrl-C, also if its KeyboardInterrupt is raised where Python ignores exceptions (in a
+    finaliser): :meth:`check` raises it again."""
+
+    def __init__(self) -> None:
+        self._seen = False
+        self._before = signal.signal(signal.SIGINT, self._note)
+
+    def check(self) -> None:
+        if self._seen:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._seen = True
+        raise KeyboardInterrupt
+
+
 class _Speaker:
     def __init__(
         self, session: sync.Session, max_tokens: int, temperature: float, as_json: bool
@@ -66,8 +88,10 @@ class _Speaker:
     def say(self, text: str) -> bool:
         """One turn, streamed to standard output. False if Ctrl-C ended it."""
         turn = self.session.run(text, max_tokens=self._max_tokens, temperature=self._temperature)
+        interrupted = _Interrupted()
         try:
             for event in turn:
+                interrupted.check()
                 if self._as_json:
                     continue
                 if isinstance(event, Tokens):
@@ -80,6 +104,8 @@ class _Speaker:
             self.session.cancel(turn.turn_id)
             typer.echo(" [cancelled]", err=True)
             return False
+        finally:
+            interrupted.close()
         self._report(turn.result())
         return True
 

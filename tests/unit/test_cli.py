@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from sessile.v1 import fleet_pb2, session_pb2
 from sessile.v1 import types_pb2 as pb
 from typer.testing import CliRunner, Result
 
+from gateway.cli.chat import _Interrupted
 from gateway.cli.main import app
 from gateway.core import errors
 from tests.support.fake_gateway import (
@@ -173,3 +176,17 @@ def test_a_store_of_an_unknown_kind_is_one_line_not_a_traceback() -> None:
     shown = CliRunner().invoke(app, ["gateway", "--redis", "http://x", "--listen", "127.0.0.1:0"])
     assert shown.exit_code == 1
     assert shown.stderr.startswith("error: a store URL begins with")
+
+
+def test_ctrl_c_counts_even_where_python_ignores_exceptions() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    interrupted = _Interrupted()
+    try:
+        interrupted.check()
+        with contextlib.suppress(KeyboardInterrupt):  # as in a finaliser
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.check()
+    finally:
+        interrupted.close()
+    assert signal.getsignal(signal.SIGINT) is before
