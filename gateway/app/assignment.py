@@ -4,11 +4,16 @@ compare-and-set. A loser of a race re-reads and follows the winner."""
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import anyio
 
-from gateway.app.directory import SessionDirectory, unknown_session
+from gateway.app.directory import (
+    KnownSession,
+    SessionDirectory,
+    placement_request,
+    unknown_session,
+)
 from gateway.app.fleet_view import FleetView
 from gateway.app.ports import Ids
 from gateway.config import GatewayConfig
@@ -31,15 +36,12 @@ from statestore.ports import (
     SessionStore,
     SessionWritten,
 )
-from statestore.records import Owner, Session, SessionState, Turn
+from statestore.records import Epoch, Owner, Session, SessionState, Turn
 
 log = logging.getLogger(__name__)
 
 MAX_RACES = 8
 """Lost compare-and-sets in a row before the caller is told to try again."""
-
-BYTES_PER_TOKEN = 4
-"""Rough, for estimates of prefill only: gateways have no tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Assigner:
         async with self._takeovers:
             for _ in range(MAX_RACES):
                 if session.state is not SessionState.OPEN:
-                    raise not_open(session)
+                    raise not_open(session.session_id, session.state)
                 if session.owner is not None and session.owner != lost:
                     assignment = await self._alive(session.owner)
                     if assignment is not None:
@@ -94,13 +96,40 @@ class Assigner:
                 decision = place(self._fleet.snapshot, request, self._model)
                 if isinstance(decision, NoCandidate):
                     return decision
-                written = await self._write(session, decision)
+                written = await self._write(
+                    session.session_id, session.epoch, session.owner is not None, decision
+                )
                 if isinstance(written, Assignment):
                     return written
                 session = written
         raise Unavailable(
             "the session's owner changes faster than it can be followed", retry_after_ms=200
         )
+
+    async def retake(
+        self, known: KnownSession, lost: Owner, head_tokens: int, new_tokens: int
+    ) -> Assignment | None:
+        """Takes a session from its lost owner by what is remembered of it, without reading it
+        before: during a fail-over every round trip is heard. None if that does not do: read it and
+        :meth:`assign`. ``head_tokens``: of its ledger, as far as the caller has seen it."""
+        owner = self._fleet.snapshot.get(lost.replica)
+        if known.owner != lost or known.is_fork or owner is None:
+            return None
+        request = replace(
+            known.request,
+            history_tokens=max(known.request.history_tokens, head_tokens),
+            new_tokens=new_tokens,
+            token_fingerprint=owner.details.token_fingerprint,
+        )
+        async with self._takeovers:
+            decision = place(self._fleet.snapshot, request, self._model)
+            if isinstance(decision, NoCandidate):
+                return None
+            try:
+                written = await self._write(known.session_id, lost.epoch, True, decision)
+            except WrongState:
+                return None
+        return written if isinstance(written, Assignment) else None
 
     async def relieve(self, session: Session, owner: Owner, new_tokens: int) -> Assignment | None:
         """Another owner for an idle session whose own has no place for its next turn; None if it
@@ -112,7 +141,7 @@ class Assigner:
         decision = relieve(self._fleet.snapshot, request, full, self._model)
         if isinstance(decision, NoCandidate):
             return None
-        written = await self._write(session, decision)
+        written = await self._write(session.session_id, session.epoch, True, decision)
         return written if isinstance(written, Assignment) else None
 
     def reader_for(self, session: Session) -> Assignment | None:
@@ -145,33 +174,23 @@ class Assigner:
         return assignment
 
     async def _request(self, session: Session, new_tokens: int) -> PlacementRequest:
-        holders: list[Holder] = []
-        if session.previous_owner is not None:
-            holders.append(Holder(session.previous_owner, session.head.length))
-        if session.owner is not None:
-            holders.append(Holder(session.owner.replica, session.head.length))
-        if session.parent_id is not None and session.own_base:
-            parent = await self._store.get_session(session.parent_id)
-            if parent is not None and parent.owner is not None:
-                holders.append(Holder(parent.owner.replica, session.own_base))
-        return PlacementRequest(
-            session_id=session.session_id,
-            model=session.model,
-            history_tokens=session.head.length,
-            new_tokens=new_tokens,
-            leading_digest=session.leading_digest.hex(),
-            leading_tokens=len(session.preamble) // BYTES_PER_TOKEN,
-            token_fingerprint=session.token_fingerprint.hex(),
-            holders=tuple(holders),
-        )
+        request = replace(placement_request(session), new_tokens=new_tokens)
+        if session.parent_id is None or not session.own_base:
+            return request
+        parent = await self._store.get_session(session.parent_id)
+        if parent is None or parent.owner is None:
+            return request
+        inherited = Holder(parent.owner.replica, session.own_base)
+        return replace(request, holders=(*request.holders, inherited))
 
-    async def _write(self, session: Session, decision: Decision) -> Assignment | Session:
+    async def _write(
+        self, session_id: str, epoch: Epoch, owned: bool, decision: Decision
+    ) -> Assignment | Session:
+        """The session as it is now, if ``epoch`` is no longer its own. Raises WrongState, NotFound,
+        StoreError."""
         target, nonce = decision.replica, self._ids.nonce()
-        outcome: PlaceOutcome
-        if session.owner is None:
-            outcome = await self._store.place(session.session_id, session.epoch, target.ref, nonce)
-        else:
-            outcome = await self._store.take(session.session_id, session.epoch, target.ref, nonce)
+        write = self._store.take if owned else self._store.place
+        outcome: PlaceOutcome = await write(session_id, epoch, target.ref, nonce)
         match outcome:
             case SessionWritten(written):
                 self._directory.remember(written)
@@ -186,15 +205,14 @@ class Assigner:
                 self._directory.remember(now)
                 return now
             case Refused(state):
-                raise not_open(session, state)
+                raise not_open(session_id, state)
             case Missing():
-                raise unknown_session(session.session_id)
+                raise unknown_session(session_id)
 
 
-def not_open(session: Session, state: SessionState | None = None) -> WrongState:
+def not_open(session_id: str, state: SessionState) -> WrongState:
     """Why a session that is not OPEN takes no turn."""
-    metadata = {"session_id": session.session_id}
-    state = session.state if state is None else state
+    metadata = {"session_id": session_id}
     if state is SessionState.CLOSED:
         return SessionClosed("the session is closed", metadata=metadata)
     if state is SessionState.SUSPENDED:

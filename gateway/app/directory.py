@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from gateway.config import GatewayConfig
 from gateway.core.errors import NotFound
+from gateway.core.placement import BYTES_PER_TOKEN, Holder, PlacementRequest
 from statestore.ports import SessionStore
 from statestore.records import Owner, Session
 
@@ -24,11 +25,14 @@ _SUFFIX_BYTES = 10
 
 @dataclass(frozen=True, slots=True)
 class KnownSession:
-    """What is remembered of a session. Its tenant never changes; its owner may be stale."""
+    """What is remembered of a session. Its tenant never changes; all else may be stale."""
 
     session_id: str
     tenant: str
     owner: Owner | None
+    is_fork: bool
+    request: PlacementRequest
+    """What placement needs to know of it; without the turn to come and a fork's parent."""
 
 
 class SessionDirectory:
@@ -63,7 +67,13 @@ class SessionDirectory:
         return session
 
     def remember(self, session: Session) -> KnownSession:
-        known = KnownSession(session.session_id, session.tenant, session.owner)
+        known = KnownSession(
+            session.session_id,
+            session.tenant,
+            session.owner,
+            session.parent_id is not None,
+            placement_request(session),
+        )
         self._known[session.session_id] = known
         self._known.move_to_end(session.session_id)
         while len(self._known) > self._tables.owners:
@@ -97,6 +107,21 @@ class SessionDirectory:
         salt = await self.salt(tenant)
         family = parent_id.partition(".")[0]
         return f"{family}." + _name(salt, b"fork", _SUFFIX_BYTES, tenant, parent_id, request_id)
+
+
+def placement_request(session: Session) -> PlacementRequest:
+    """What placement needs to know of a stored session, without the turn to come."""
+    before = (session.previous_owner, session.owner.replica if session.owner else None)
+    length = session.head.length
+    return PlacementRequest(
+        session_id=session.session_id,
+        model=session.model,
+        history_tokens=length,
+        leading_digest=session.leading_digest.hex(),
+        leading_tokens=len(session.preamble) // BYTES_PER_TOKEN,
+        token_fingerprint=session.token_fingerprint.hex(),
+        holders=tuple(Holder(ref, length) for ref in before if ref is not None),
+    )
 
 
 def unknown_session(session_id: str) -> NotFound:

@@ -158,7 +158,7 @@ class Sessions:
             case Missing():
                 raise unknown_session(request.session_id)
             case Refused(state):
-                raise not_open(parent, state)
+                raise not_open(parent.session_id, state)
             case HeadMismatch():
                 raise Unavailable("the ledger is being repaired", retry_after_ms=200)
 
@@ -309,7 +309,7 @@ def refusal(session: Session, state: SessionState, turn_id: str | None) -> Wrong
     """Why the store refused a change of a session."""
     if state is SessionState.OPEN and turn_id is not None:
         return TurnInProgress("a turn of the session is running", metadata={"turn_id": turn_id})
-    return not_open(session, state)
+    return not_open(session.session_id, state)
 
 
 def leading_digest(salt: bytes, request: session_pb2.OpenSessionRequest) -> bytes:

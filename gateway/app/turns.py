@@ -20,13 +20,13 @@ from sessile.v1 import types_pb2 as pb
 
 from gateway.app.admission import Gate
 from gateway.app.assignment import (
-    BYTES_PER_TOKEN,
     Assignment,
     ended,
     not_open,
     unknown_turn,
 )
 from gateway.app.convert import epoch_to_pb, ref_to_pb
+from gateway.app.directory import KnownSession
 from gateway.app.frames import BadFrame, waiting
 from gateway.app.ports import ReplicaLost
 from gateway.app.relay import Outbox, Sink, TurnCursor
@@ -44,7 +44,7 @@ from gateway.core.errors import (
 )
 from gateway.core.failover import AskAgain, OwnerSeen, Take
 from gateway.core.machines import ReplicaState
-from gateway.core.placement import NoCandidate
+from gateway.core.placement import BYTES_PER_TOKEN, NoCandidate
 from statestore.ports import StoreUnavailable
 from statestore.records import Owner, Session, SessionState
 
@@ -226,11 +226,22 @@ class _TurnStream:
             if assignment is not None:
                 return assignment
         with tracer.start_as_current_span("place"):
+            if self._lost is not None:
+                taken = await self._retake(known, self._lost)
+                if taken is not None:
+                    return taken
             while True:
                 found = await self._patiently(self._read_and_assign)
                 if isinstance(found, Assignment):
                     return found
                 await self._after_no_candidate(found)
+
+    async def _retake(self, known: KnownSession, lost: Owner) -> Assignment | None:
+        position = self._cursor.position()
+        head_tokens = 0 if position is None else position.length
+        return await self._patiently(
+            lambda: self._s.assigner.retake(known, lost, head_tokens, self._new_tokens())
+        )
 
     async def _read_and_assign(self) -> Assignment | NoCandidate:
         request = self._request
@@ -249,7 +260,7 @@ class _TurnStream:
         if not ended(turn):
             if session.state is SessionState.OPEN:
                 return await self._s.assigner.assign(session, self._lost, 0)
-            raise not_open(session)
+            raise not_open(session.session_id, session.state)
         reader = self._s.assigner.reader_for(session)
         return reader or NoCandidate((), overloaded=False, model_known=True)
 

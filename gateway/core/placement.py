@@ -26,6 +26,9 @@ from gateway.core.fleet import FleetSnapshot, Replica
 from gateway.core.machines import ReplicaState
 from statestore.records import ReplicaRef
 
+BYTES_PER_TOKEN = 4
+"""Rough, for estimates of prefill only: gateways have no tokenizer."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlacementModel:

@@ -138,6 +138,13 @@ class World:
         assert session is not None
         return session
 
+    async def kill_owner(self, session_id: str) -> FakeReplica:
+        owner = (await self.session(session_id)).owner
+        assert owner is not None
+        replica = self.fleet.replicas[owner.replica.replica_id]
+        replica.dead = True
+        return replica
+
     async def check_gapless(self, client: Client, session_id: str, turn_id: str = "t1") -> None:
         """What the client has is exactly the ledger's output of the turn, and the ledger is what
         one uninterrupted run would have written."""

@@ -64,6 +64,28 @@ async def test_a_killed_owner_costs_no_token_and_repeats_none() -> None:
 
 
 @simulated
+async def test_a_fail_over_takes_the_session_without_reading_it_first() -> None:
+    async with world(a=40, b=40) as w:
+        session_id = await w.open()
+        client = w.turn(session_id)
+        await anyio.sleep(0.3)
+        calls: list[str] = []
+        for name in ("get_session", "take"):
+            call = getattr(w.store, name)
+
+            def counted(*args: Any, name: str = name, call: Any = call) -> Any:
+                calls.append(name)
+                return call(*args)
+
+            setattr(w.store, name, counted)
+        await w.kill_owner(session_id)
+        calls.clear()
+        await w.finish(client)
+        assert calls[0] == "take"
+        await w.check_gapless(client, session_id)
+
+
+@simulated
 async def test_a_killed_owner_of_an_idle_session_is_replaced_when_the_next_turn_comes() -> None:
     async with world(a=3, b=3) as w:
         session_id = await w.open()
