@@ -268,10 +268,16 @@ class _TurnStream:
 
     async def _stream_from(self, assignment: Assignment) -> StreamEnd:
         end: StreamEnd = Broken(False, "the owner went DOWN and the stream was silent")
+        failure: SessileError | BadFrame | None = None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._watch_silence, assignment, tasks.cancel_scope)
-            end = await self._read_stream(assignment)
+            try:
+                end = await self._read_stream(assignment)
+            except (SessileError, BadFrame) as error:
+                failure = error  # not as the group it would leave this block in
             tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
         # It may be given up after its last event, while its end is awaited.
         return Delivered() if self._cursor.finished else end
 

@@ -112,6 +112,8 @@ class FakeReplica:
         self.disown = 0
         """So many dispatches are answered NOT_OWNER."""
         self.overloaded = 0
+        self.garbage = b""
+        """Sent instead of the end of a stream."""
         self.fail: dict[str, SessileError] = {}
         """Raised by these calls."""
         self.verified_tokens: int | None = None
@@ -167,6 +169,8 @@ class FakeReplica:
                 )
                 yield frame(types_pb2.TurnEvent(tokens=tokens))
                 sent = position + 1
+            if run.finished is not None and self.garbage:
+                yield self.garbage
             if run.finished is not None:
                 yield frame(types_pb2.TurnEvent(finished=run.finished))
                 return

@@ -9,6 +9,7 @@ from sessile.v1 import session_pb2, types_pb2
 
 from gateway.config import Admission, GatewayConfig, Tables
 from gateway.core.errors import (
+    InternalError,
     NotFound,
     Overloaded,
     SessionSuspended,
@@ -82,6 +83,20 @@ async def test_a_fail_over_takes_the_session_without_reading_it_first() -> None:
         calls.clear()
         await w.finish(client)
         assert calls[0] == "take"
+        await w.check_gapless(client, session_id)
+
+
+@simulated
+async def test_what_is_no_turn_stream_ends_the_call_as_an_internal_error() -> None:
+    async with world(a=3) as w:
+        session_id = await w.open()
+        w.fleet.replicas["a"].garbage = b"\xff\xff"
+        client = await w.finish(w.turn(session_id, pause_s=0.2))
+        assert isinstance(client.error, InternalError)
+        assert "a replica sent what is no turn stream" in client.error.message
+        assert len(client.tokens) == 3  # what came before is delivered, to a slow reader too
+        w.fleet.replicas["a"].garbage = b""
+        client = await w.finish(w.turn(session_id))
         await w.check_gapless(client, session_id)
 
 
