@@ -12,7 +12,6 @@ import anyio
 from anyio.abc import TaskStatus
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
-from sessile.v1 import replica_pb2, replica_pb2_grpc
 
 from statestore.journal import RedisJournal
 from statestore.process import run_process
@@ -24,12 +23,10 @@ from workers.engines.registry import create_backend
 from workers.heartbeat import ReplicaReplaced
 from workers.kv.channel import KvServer, pull_pages
 from workers.replica import ReplicaAdapters, run_replica
-from workers.rpc import GrpcPeers, ReplicaServicer, new_server
+from workers.rpc import SERVICE, GrpcPeers, add_replica_service, new_server
 from workers.service import ReplicaApp
 
 log = logging.getLogger(__name__)
-
-SERVICE = replica_pb2.DESCRIPTOR.services_by_name["ReplicaService"].full_name
 
 
 async def serve(
@@ -68,7 +65,7 @@ async def serve(
         )
 
         async def reachable(app: ReplicaApp, ref: ReplicaRef) -> None:
-            replica_pb2_grpc.add_ReplicaServiceServicer_to_server(ReplicaServicer(app), server)
+            add_replica_service(server, app)
             await server.start()
             for name in ("", SERVICE):
                 await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -1,4 +1,4 @@
-"""The replica API on the wire: a thin servicer over ReplicaApp, and calls to peers.
+"""The replica API on the wire: a table from method to ReplicaApp's calls, and calls to peers.
 
 Nothing is decided here. Errors of the API become gRPC statuses with details and back by
 ``gateway/rpc/status.py``.
@@ -12,15 +12,19 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import anyio
+import grpc
+from google.protobuf.message import DecodeError, Message
 from grpc import aio
 from opentelemetry import context as otel_context
 from opentelemetry import propagate
 from sessile.v1 import replica_pb2 as pb
-from sessile.v1 import replica_pb2_grpc, types_pb2
+from sessile.v1 import replica_pb2_grpc
 
-from gateway.core.errors import SessileError
+from gateway.core.errors import InvalidRequest, SessileError
 from gateway.rpc.status import abort, error_from_rpc
 from workers.service import ReplicaApp
+
+SERVICE = pb.DESCRIPTOR.services_by_name["ReplicaService"].full_name
 
 MAX_PEER_CHANNELS = 64
 """Channels to peers kept open; the least recently used is closed first."""
@@ -43,73 +47,64 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 
-Request = TypeVar("Request")
-Response = TypeVar("Response")
+Request = TypeVar("Request", bound=Message)
 Context = aio.ServicerContext[Any, Any]
 
 
-class ReplicaServicer(replica_pb2_grpc.ReplicaServiceServicer):
-    """See ``workers/service.py`` for what each call does."""
+def add_replica_service(server: aio.Server, app: ReplicaApp) -> None:
+    """The replica API; see ``workers/service.py`` for what each call does."""
+    methods = {
+        "DispatchTurn": _dispatch(app),
+        "StopTurn": _unary(app.stop_turn, pb.StopTurnRequest),
+        "HandOver": _unary(app.hand_over, pb.HandOverRequest),
+        "AbortHandOver": _unary(app.abort_hand_over, pb.AbortHandOverRequest),
+        "ExportKv": _unary(app.export_kv, pb.ExportKvRequest),
+        "ImportSession": _unary(app.import_session, pb.ImportSessionRequest),
+        "ReleaseSession": _unary(app.release_session, pb.ReleaseSessionRequest),
+        "ReadTurns": _unary(app.read_turns, pb.ReadTurnsRequest),
+        "SetDraining": _unary(app.set_draining, pb.SetDrainingRequest),
+    }
+    handler = grpc.method_handlers_generic_handler(SERVICE, methods)
+    server.add_generic_rpc_handlers((handler,))
 
-    def __init__(self, app: ReplicaApp) -> None:
-        self._app = app
 
-    async def DispatchTurn(
-        self, request: pb.DispatchTurnRequest, context: Context
-    ) -> AsyncGenerator[types_pb2.TurnStream, None]:
+def _dispatch(app: ReplicaApp) -> Any:
+    async def handler(data: bytes, context: Context) -> AsyncGenerator[Message, None]:
         # The call has a task of its own, whose context the turn's run inherits: its span becomes a
         # child of the caller's. The context goes with the task and needs no detach.
         headers = dict(context.invocation_metadata() or ())
         otel_context.attach(propagate.extract(headers))
         try:
-            async with aclosing(self._app.dispatch_turn(request)) as stream:
+            request = _parsed(pb.DispatchTurnRequest, data)
+            async with aclosing(app.dispatch_turn(request)) as stream:
                 async for message in stream:
                     yield message
         except SessileError as error:
             await abort(context, error)
 
-    async def StopTurn(self, request: pb.StopTurnRequest, context: Context) -> pb.StopTurnResponse:
-        return await _answer(self._app.stop_turn, request, context)
-
-    async def HandOver(self, request: pb.HandOverRequest, context: Context) -> pb.HandOverResponse:
-        return await _answer(self._app.hand_over, request, context)
-
-    async def AbortHandOver(
-        self, request: pb.AbortHandOverRequest, context: Context
-    ) -> pb.AbortHandOverResponse:
-        return await _answer(self._app.abort_hand_over, request, context)
-
-    async def ExportKv(self, request: pb.ExportKvRequest, context: Context) -> pb.ExportKvResponse:
-        return await _answer(self._app.export_kv, request, context)
-
-    async def ImportSession(
-        self, request: pb.ImportSessionRequest, context: Context
-    ) -> pb.ImportSessionResponse:
-        return await _answer(self._app.import_session, request, context)
-
-    async def ReleaseSession(
-        self, request: pb.ReleaseSessionRequest, context: Context
-    ) -> pb.ReleaseSessionResponse:
-        return await _answer(self._app.release_session, request, context)
-
-    async def ReadTurns(
-        self, request: pb.ReadTurnsRequest, context: Context
-    ) -> pb.ReadTurnsResponse:
-        return await _answer(self._app.read_turns, request, context)
-
-    async def SetDraining(
-        self, request: pb.SetDrainingRequest, context: Context
-    ) -> pb.SetDrainingResponse:
-        return await _answer(self._app.set_draining, request, context)
+    return grpc.unary_stream_rpc_method_handler(handler, None, _serialized)
 
 
-async def _answer(
-    call: Callable[[Request], Awaitable[Response]], request: Request, context: Context
-) -> Response:
+def _unary(call: Callable[[Request], Awaitable[Message]], kind: type[Request]) -> Any:
+    async def handler(data: bytes, context: Context) -> Message:
+        try:
+            return await call(_parsed(kind, data))
+        except SessileError as error:
+            await abort(context, error)
+
+    return grpc.unary_unary_rpc_method_handler(handler, None, _serialized)
+
+
+def _parsed(kind: type[Request], data: bytes) -> Request:
+    """Not left to gRPC, which would answer UNKNOWN."""
     try:
-        return await call(request)
-    except SessileError as error:
-        await abort(context, error)
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidRequest(f"the request is no {kind.DESCRIPTOR.name}") from error
+
+
+def _serialized(message: Message) -> bytes:
+    return message.SerializeToString()
 
 
 class GrpcPeers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 import grpc
@@ -23,7 +24,8 @@ from statestore.records import NewSession, ReplicaRef, Session
 from statestore.redis_executor import connect
 from statestore.redis_store import RedisStore
 from workers.config import ReplicaSettings, WorkerConfig
-from workers.main import SERVICE, serve
+from workers.main import serve
+from workers.rpc import SERVICE
 
 TENANT = "acme"
 SESSION = "ses_aaaaaaaaaaaaaaaa"
@@ -158,6 +160,18 @@ async def test_a_worker_reports_its_health_and_says_good_bye() -> None:
                     health_pb2.HealthCheckRequest(), timeout=5
                 )
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.anyio
+async def test_bytes_that_are_no_request_are_the_callers_mistake() -> None:
+    async with fleet() as f, aio.insecure_channel(await f.start("r1")) as channel:
+        for name in ("StopTurn", "DispatchTurn"):
+            call: Any = channel.unary_stream(f"/{SERVICE}/{name}")
+            with pytest.raises(aio.AioRpcError) as caught:
+                await call(b"\xff").read()
+            error = error_from_rpc(caught.value)
+            assert isinstance(error, errors.InvalidRequest)
+            assert error.message == f"the request is no {name}Request"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
-from sessile.v1 import fleet_pb2, replica_pb2, replica_pb2_grpc, session_pb2
+from sessile.v1 import fleet_pb2, replica_pb2, session_pb2
 from sessile.v1 import types_pb2 as pb
 
 from gateway.app.admission import Gate
@@ -35,7 +35,7 @@ from tests.fuzz.hostile import Hostile, graft, seeds
 from tests.fuzz.profile import fuzz
 from tests.fuzz.wire import Answer, Wire
 from workers.config import TurnLimits
-from workers.rpc import ReplicaServicer
+from workers.rpc import add_replica_service
 
 TENANT, STRANGER = "acme", "mallory"
 REPLICA_SERVICE = replica_pb2.DESCRIPTOR.services_by_name["ReplicaService"].full_name
@@ -245,8 +245,7 @@ async def target() -> AsyncIterator[Target]:
         other = made.replicas["b" if owner.name == "a" else "a"]
         assert owner.app is not None
         assert other.ref is not None
-        servicer = ReplicaServicer(owner.app)
-        replica_pb2_grpc.add_ReplicaServiceServicer_to_server(servicer, server)
+        add_replica_service(server, owner.app)
         head = pb.Position(length=session.head.length, digest=session.head.digest)
         ref = pb.ReplicaRef(replica_id=owner.name, incarnation=session.owner.replica.incarnation)
         built.real = {

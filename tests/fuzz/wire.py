@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import anyio
 import grpc
-from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from gateway.rpc.status import CODES, DETAILS_KEY, DOMAIN
@@ -92,9 +91,6 @@ class Wire:
     def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
         self._handlers.extend(handlers)
 
-    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
-        """The same handlers once more, for lookups by name."""
-
     async def call(
         self,
         method: str,
@@ -105,20 +101,15 @@ class Wire:
         patience_s: float = 120.0,
     ) -> Answer:
         """``time_s`` is the caller's deadline as it tells the server; it hangs up after
-        ``patience_s``. A worker's handlers never see a request that is no message."""
+        ``patience_s``."""
         details = _Details(method, tuple(metadata))
         handler: Any = next(filter(None, (h.service(details) for h in self._handlers)))
         answer = Answer()
-        try:
-            parse = handler.request_deserializer
-            message = request if parse is None else parse(request)
-        except DecodeError:
-            answer.code, answer.reason = grpc.StatusCode.INVALID_ARGUMENT, "NO_MESSAGE"
-            return answer
+        assert handler.request_deserializer is None
         context = Context(answer, metadata, time_s)
         with anyio.move_on_after(patience_s) as scope:
             try:
-                await self._run(handler, message, context)
+                await self._run(handler, request, context)
             except Aborted:
                 pass
             except Exception as error:  # noqa: BLE001 - a server would answer UNKNOWN
@@ -126,7 +117,7 @@ class Wire:
         answer.left = scope.cancelled_caught
         return answer
 
-    async def _run(self, handler: Any, message: Any, context: Context) -> None:
+    async def _run(self, handler: Any, message: bytes, context: Context) -> None:
         if handler.unary_unary is not None:
             response = await handler.unary_unary(message, context)
             context.answer.responses.append(handler.response_serializer(response))
