@@ -80,7 +80,7 @@ def test_a_backend_is_made_by_name_from_text_options() -> None:
     ("name", "options", "complaint"),
     [
         ("quantum", {}, "not one of sim, torch"),
-        ("sim", {"pages": "8"}, "'pages' is not one of .*capacity_pages"),
+        ("sim", {"pages": "8"}, "'pages' is not one of .*capacity_pages.*step_ms"),
         ("sim", {"page_size": "many"}, "page_size='many' must be int"),
         ("sim", {"page_size": "0"}, "positive"),
         ("sim", {"step_ms": "0"}, "take time"),
@@ -94,6 +94,8 @@ def test_unknown_and_contradictory_settings_are_refused(
 
 
 def test_options_know_their_types() -> None:
-    timing = parse_options(SimTiming, {"step_ms": "1", "max_prefill_tokens": "7"})
-    config = parse_options(SimConfig, {"eos_probability": "0.5"}, timing=timing)
-    assert (config.eos_probability, config.timing.max_prefill_tokens) == (0.5, 7)
+    options = {"eos_probability": "0.5", "max_prefill_tokens": "7", "model": "mine"}
+    config = parse_options(SimConfig, options)
+    assert config == SimConfig(
+        model="mine", eos_probability=0.5, timing=SimTiming(max_prefill_tokens=7)
+    )

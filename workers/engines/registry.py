@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, TypeVar
@@ -53,17 +53,31 @@ def create_backend(name: str, options: Mapping[str, str], clock: Callable[[], fl
     return backend
 
 
-def parse_options(config: type[Config], options: Mapping[str, str], **fixed: Any) -> Config:
-    """A frozen config dataclass from text options; fields given in ``fixed`` are not options.
+def parse_options(config: type[Config], options: Mapping[str, str]) -> Config:
+    """A frozen config dataclass from text options: its fields, and those of configs within it.
     Raises ValueError naming the option and what it could be."""
-    hints = typing.get_type_hints(config)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(config)}  # type: ignore[arg-type]
-    known = sorted(set(fields) - set(fixed))
-    values: dict[str, Any] = dict(fixed)
-    for name, text in options.items():
+    known = sorted(_options(config))
+    for name in options:
         if name not in known:
             raise ValueError(f"option {name!r} is not one of {', '.join(known)}")
-        values[name] = _parse(name, text, fields[name])
+    return _build(config, options)
+
+
+def _options(config: type[Any]) -> Iterator[str]:
+    for name, hint in typing.get_type_hints(config).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _options(hint)
+        else:
+            yield name
+
+
+def _build(config: type[Config], options: Mapping[str, str]) -> Config:
+    values: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(config).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            values[name] = _build(hint, options)
+        elif name in options:
+            values[name] = _parse(name, options[name], hint)
     return config(**values)
 
 
