@@ -168,11 +168,9 @@ async def _set_health(service: health.HealthServicer, status: int) -> None:
 
 async def _keep_warm(app: GatewayApp, replicas: GrpcReplicaClients) -> None:
     """Connects to every replica that is up: the first dispatch to it may be a fail-over."""
-    async with anyio.create_task_group() as tasks:
-        while True:
-            # No await from the look at the fleet to the wait for its next change.
-            for replica in app.fleet.snapshot.replicas:
-                if replica.state is not ReplicaState.DOWN and not replica.stale:
-                    replicas.warm(replica.details.endpoint, replica.ref.incarnation)
-            tasks.start_soon(replicas.close_retired, app.config.times.shutdown_grace_s)
-            await app.fleet.changed()
+    while True:
+        # No await from the look at the fleet to the wait for its next change.
+        for replica in app.fleet.snapshot.replicas:
+            if replica.state is not ReplicaState.DOWN and not replica.stale:
+                replicas.warm(replica.details.endpoint, replica.ref.incarnation)
+        await app.fleet.changed()

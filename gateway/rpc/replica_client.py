@@ -55,9 +55,11 @@ def translate(error: aio.AioRpcError) -> SessileError:
 
 
 class GrpcReplicaClient:
-    """Implements ``ReplicaClient`` over one channel."""
+    """Implements ``ReplicaClient`` over one channel, which it keeps open while it is referred to:
+    by its table, by whoever uses it, by a call under way."""
 
     def __init__(self, channel: aio.Channel) -> None:
+        self.channel = channel
         # Raw bytes: a turn's stream is relayed without being parsed.
         self._dispatch_turn: Any = channel.unary_stream(
             SERVICE + "DispatchTurn",
@@ -132,8 +134,9 @@ async def _unary(call: Callable[..., Awaitable[T]], request: Any, timeout_s: flo
 
 
 class GrpcReplicaClients:
-    """Channels by endpoint, ``max_channels`` at most: the least recently used one without a call
-    is forgotten, and closes when its last stream ends."""
+    """Clients by endpoint, ``Tables.channels`` at most: the least recently used one is forgotten,
+    and its channel closes when nothing uses it any more. It is not closed under a call: to grpc.aio
+    that is a cancel of the call by its own side, which readers take for one of their task."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self._limit = config.tables.channels
@@ -150,45 +153,35 @@ class GrpcReplicaClients:
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
         ]
-        self._channels: OrderedDict[str, tuple[aio.Channel, GrpcReplicaClient]] = OrderedDict()
+        self._clients: OrderedDict[str, GrpcReplicaClient] = OrderedDict()
         self._incarnations: dict[str, int] = {}
-        self._retired: list[aio.Channel] = []
 
     def at(self, endpoint: str) -> GrpcReplicaClient:
-        known = self._channels.get(endpoint)
-        if known is None:
+        client = self._clients.get(endpoint)
+        if client is None:
             channel = aio.insecure_channel(endpoint, options=self._options)
-            known = self._channels[endpoint] = (channel, GrpcReplicaClient(channel))
-            if len(self._channels) > self._limit:
-                self._retire(next(iter(self._channels)))
+            client = self._clients[endpoint] = GrpcReplicaClient(channel)
+            if len(self._clients) > self._limit:
+                self._forget(next(iter(self._clients)))
         else:
-            self._channels.move_to_end(endpoint)
-        return known[1]
+            self._clients.move_to_end(endpoint)
+        return client
 
     def warm(self, endpoint: str, incarnation: int) -> None:
         """Connects now, so that the first dispatch (perhaps a fail-over) does not have to. Another
         process at a known endpoint gets a new channel: the old one may be backing off."""
         if self._incarnations.get(endpoint, incarnation) != incarnation:
-            self._retire(endpoint)
-        self.at(endpoint)
+            self._forget(endpoint)
+        client = self.at(endpoint)
         self._incarnations[endpoint] = incarnation
-        self._channels[endpoint][0].get_state(try_to_connect=True)
+        client.channel.get_state(try_to_connect=True)
 
-    def _retire(self, endpoint: str) -> None:
+    def _forget(self, endpoint: str) -> None:
         self._incarnations.pop(endpoint, None)
-        known = self._channels.pop(endpoint, None)
-        if known is not None:
-            self._retired.append(known[0])
-
-    async def close_retired(self, grace_s: float) -> None:
-        """Closes forgotten channels, giving their streams a grace to end."""
-        while self._retired:
-            await self._retired.pop().close(grace_s)
+        self._clients.pop(endpoint, None)
 
     async def aclose(self) -> None:
         """Closes every channel at once."""
-        channels = [channel for channel, _ in self._channels.values()]
-        self._channels.clear()
-        for channel in (*channels, *self._retired):
-            await channel.close()
-        self._retired.clear()
+        while self._clients:
+            _, client = self._clients.popitem()
+            await client.channel.close()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import sys
+import weakref
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
-from sessile.v1 import fleet_pb2
+from sessile.v1 import fleet_pb2, replica_pb2
 
 from gateway.app.admission import Gate
 from gateway.app.directory import SessionDirectory
@@ -322,13 +324,51 @@ async def test_channels_are_kept_per_endpoint_up_to_their_bound() -> None:
         clients.at("127.0.0.1:1")
         clients.at("127.0.0.1:3")
         assert clients.at("127.0.0.1:1") is first
-        await clients.close_retired(0.0)
         clients.warm("127.0.0.1:1", 1)
         assert clients.at("127.0.0.1:1") is first
         clients.warm("127.0.0.1:1", 2)
         assert clients.at("127.0.0.1:1") is not first
     finally:
         await clients.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_forgotten_channel_closes_when_its_last_call_ends_and_not_before() -> None:
+    """Closed under a call it would leave the reader cancelled, as if its own task had been."""
+    go_on = anyio.Event()
+
+    async def begin_and_end(request: bytes, context: object) -> AsyncGenerator[bytes, None]:
+        yield b"begun"
+        await go_on.wait()
+        yield b"ended"
+
+    server = aio.server()
+    method: Any = grpc.unary_stream_rpc_method_handler(begin_and_end)
+    service = grpc.method_handlers_generic_handler(
+        "sessile.v1.ReplicaService", {"DispatchTurn": method}
+    )
+    server.add_generic_rpc_handlers((service,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    clients = GrpcReplicaClients(GatewayConfig(tables=Tables(channels=1)))
+    try:
+        stream = clients.at(f"127.0.0.1:{port}").dispatch_turn(
+            replica_pb2.DispatchTurnRequest(), 10.0
+        )
+        channel = weakref.ref(clients.at(f"127.0.0.1:{port}").channel)
+        async with aclosing(stream):
+            assert await anext(stream) == b"begun"
+            for other in range(1, 20):
+                clients.at(f"127.0.0.1:{other}")
+            assert len(clients._clients) == 1
+            assert channel() is not None
+            go_on.set()
+            assert [message async for message in stream] == [b"ended"]
+        del stream
+        assert channel() is None
+    finally:
+        await clients.aclose()
+        await server.stop(None)
 
 
 @pytest.mark.anyio
