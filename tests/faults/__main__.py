@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.faults.agents import Agent
-from tests.faults.catalogue import CLASSES, CLOCKS, STORES, FaultClass
+from tests.faults.catalogue import CLASSES, CLOCKS, STORES
 from tests.faults.fleet import Fleet, faketime, fleet
-from tests.faults.rounds import Outcome, play
+from tests.faults.rounds import FaultClass, Outcome, play
 from tests.faults.verdict import nothing_left
 
 
@@ -50,16 +50,7 @@ async def _play_on(
     """Plays what is waiting, as long as this fleet can be brought back."""
     while waiting:
         cls, index = waiting.popleft()
-        outcome = await play(
-            running,
-            cls.name,
-            cls.scenario,
-            index,
-            seed,
-            lossy=cls.lossy,
-            opens_itself=cls.opens_itself,
-            focus_prompt=cls.focus_prompt,
-        )
+        outcome = await play(running, cls, index, seed)
         outcomes.append(outcome)
         _say(console, outcome)
         if outcome.fleet_lost:

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from gateway.core.migration import MigrationLimits
 from tests.faults import networks, processes, stores
 from tests.faults.fleet import SingleStore, Store
-from tests.faults.rounds import LONG_PROMPT, Scenario
+from tests.faults.rounds import LONG_PROMPT, ROUND_S, FaultClass
 
-
-@dataclass(frozen=True, slots=True)
-class FaultClass:
-    """One row of the table. ``lossy``: the store itself loses acknowledged writes in it."""
-
-    name: str
-    scenario: Scenario
-    store: str = "everysec"
-    lossy: bool = False
-    opens_itself: bool = False
-    """The scenario opens the focus session."""
-    focus_prompt: int = 30
-    """Characters of the focus session's first prompt."""
-
+HOLD_S = MigrationLimits().hold_s
+"""How long a replica holds a turn for a gateway that may be gone."""
 
 CLOCKS = "everysec, clocks that can be set"
 STORES: dict[str, Callable[[], Store]] = {
@@ -49,6 +37,7 @@ def _of_processes() -> list[FaultClass]:
                         fault(phase),
                         opens_itself=phase_name == "open",
                         focus_prompt=LONG_PROMPT if long else 30,
+                        longest_gap_s=HOLD_S + 1.0 if who == "gateway" else ROUND_S,
                     )
                 )
     return found

@@ -220,30 +220,42 @@ class Round:
 Scenario = Callable[[Round], Awaitable[None]]
 
 
-async def play(
-    fleet: Fleet,
-    name: str,
-    scenario: Scenario,
-    index: int,
-    seed: str,
-    *,
-    lossy: bool = False,
-    opens_itself: bool = False,
-    focus_prompt: int = 30,
-) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class FaultClass:
+    """Who is hit, in which phase, by what, over which store."""
+
+    name: str
+    scenario: Scenario
+    store: str = "everysec"
+    lossy: bool = False
+    """The store itself loses acknowledged writes in it."""
+    opens_itself: bool = False
+    """The scenario opens the focus session."""
+    focus_prompt: int = 30
+    """Characters of the focus session's first prompt."""
+    longest_gap_s: float = ROUND_S
+    """No client waits longer for its next token."""
+
+
+async def play(fleet: Fleet, cls: FaultClass, index: int, seed: str) -> Outcome:
     """Plays one round. Never raises for what the fleet did wrong: the outcome says it."""
-    outcome = Outcome(name, index)
-    draw = random.Random(f"{seed} {name} {index}")
+    outcome = Outcome(cls.name, index)
+    draw = random.Random(f"{seed} {cls.name} {index}")
     endpoints = {
         node.name: fleet.proxy.links[f"client:{node.name}"].endpoint for node in fleet.gateways
     }
     made = [
-        Agent(f"{name}-{index}-{draw.randrange(1 << 32):08x}-{i}", endpoints, draw, lossy=lossy)
+        Agent(
+            f"{cls.name}-{index}-{draw.randrange(1 << 32):08x}-{i}",
+            endpoints,
+            draw,
+            lossy=cls.lossy,
+        )
         for i in range(AGENTS)
     ]
     started = anyio.current_time()
     round_: Round | None = None
-    watch = Watch(fleet, made, lossy=lossy)
+    watch = Watch(fleet, made, lossy=cls.lossy)
     try:
         with anyio.fail_after(ROUND_S):
             await healthy(fleet, made[0].doors)
@@ -252,14 +264,14 @@ async def play(
                 round_.agents, round_.focus = made, made[0]
                 for agent in made:
                     agent.prefer(draw.choice(sorted(endpoints)))
-                    if not (opens_itself and agent is round_.focus):
+                    if not (cls.opens_itself and agent is round_.focus):
                         await agent.open()
-                        prompt = focus_prompt if agent is round_.focus else 30
+                        prompt = cls.focus_prompt if agent is round_.focus else 30
                         await agent.turn(tokens=5, prompt_chars=prompt)
                 round_.start_bystanders()
                 watching = await tasks.start(_watched, watch)
                 try:
-                    await scenario(round_)
+                    await cls.scenario(round_)
                 except Unproven as error:
                     outcome.unproven = str(error)
                 finally:
@@ -283,6 +295,10 @@ async def play(
                 if agent.losses and agent.name not in round_.may_be_told
             ]
         await _conclude(fleet, made, outcome)
+    if outcome.tally.worst_gap_s > cls.longest_gap_s:
+        outcome.tally.violations.append(
+            f"I6: a client waited {outcome.tally.worst_gap_s:.2f} s for its next token"
+        )
     outcome.losses = sum(agent.losses for agent in made)
     outcome.seconds = anyio.current_time() - started
     return outcome

@@ -23,9 +23,9 @@ from rich.table import Table
 
 from statestore import keys
 from tests.faults.agents import Agent
-from tests.faults.catalogue import CLASSES, FaultClass
+from tests.faults.catalogue import CLASSES
 from tests.faults.fleet import Fleet, SingleStore, fleet, rss_bytes
-from tests.faults.rounds import AGENTS, Outcome, play
+from tests.faults.rounds import AGENTS, FaultClass, Outcome, play
 from tests.faults.verdict import judge, nothing_left
 
 STEADY = ("-stop", "client-", "gateway-worker-", "worker-redis-")
@@ -93,15 +93,7 @@ class Soak:
             chosen: FaultClass = draw.choice(steady)
             # Not every fifth index: there a namesake replaces the stopped process.
             number = draw.choice([0, 1, 2, 3, 5, 6, 7, 8])
-            outcome = await play(
-                self._fleet,
-                chosen.name,
-                chosen.scenario,
-                number,
-                f"{self._seed} {index}",
-                opens_itself=chosen.opens_itself,
-                focus_prompt=chosen.focus_prompt,
-            )
+            outcome = await play(self._fleet, chosen, number, f"{self._seed} {index}")
             self.outcomes.append(outcome)
             self.sessions_opened += AGENTS
             index += 1

@@ -48,16 +48,7 @@ async def running(anyio_backend: str) -> AsyncIterator[Fleet]:
 @pytest.mark.parametrize("name", CHEAP)
 async def test_a_fault_costs_no_token_no_turn_and_no_session(running: Fleet, name: str) -> None:
     cls = next(c for c in CLASSES if c.name == name)
-    outcome = await play(
-        running,
-        cls.name,
-        cls.scenario,
-        0,
-        "pytest",
-        lossy=cls.lossy,
-        opens_itself=cls.opens_itself,
-        focus_prompt=cls.focus_prompt,
-    )
+    outcome = await play(running, cls, 0, "pytest")
     told = "\n".join([outcome.unproven, *outcome.proofs, *outcome.tally.violations])
     assert not outcome.failed, told
     assert (outcome.tally.lost, outcome.tally.repeated) == (0, 0), told
