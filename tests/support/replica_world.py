@@ -152,10 +152,14 @@ class World:
         return self._nonces.to_bytes(8, "big")
 
     async def open(
-        self, session_id: str = SESSION, leading: str = "Be brief.", **defaults: float
+        self,
+        session_id: str = SESSION,
+        leading: str = "Be brief.",
+        tenant: str = TENANT,
+        **defaults: float,
     ) -> Session:
         """``defaults``: the session's sampling parameters."""
-        salt = await self.store.tenant_salt(TENANT)
+        salt = await self.store.tenant_salt(tenant)
         preamble = session_pb2.OpenSessionRequest(
             messages=[message(leading, types_pb2.Message.ROLE_SYSTEM)] if leading else [],
             default_params=types_pb2.SamplingParams(**defaults),  # type: ignore[arg-type]
@@ -163,7 +167,7 @@ class World:
         outcome = await self.store.open_session(
             NewSession(
                 session_id,
-                TENANT,
+                tenant,
                 "sim",
                 preamble.SerializeToString(),
                 RollingDigest(salt).position().digest,

@@ -467,6 +467,30 @@ async def test_too_many_turns_are_refused_early() -> None:
 
 
 @in_virtual_time
+async def test_no_tenant_takes_every_place() -> None:
+    config = SimConfig(max_running=2, max_queued=6, timing=SimTiming(step_ms=10))
+    async with world(config) as w:
+        replica = await w.start()
+
+        async def begin(index: int, tenant: str) -> None:
+            session_id = f"ses_{index:016d}"
+            await w.open(session_id, tenant=tenant)
+            await w.give(replica, session_id)
+            request = await w.request(replica, session_id=session_id)
+            request.tenant = tenant
+            await listen(replica, request, until=lambda h: True)
+
+        for index in range(6):
+            await begin(index, "mallory")
+        with pytest.raises(errors.Overloaded):
+            await begin(6, "mallory")
+        await begin(7, "alice")
+        await begin(8, "bob")
+        with pytest.raises(errors.Overloaded):
+            await begin(9, "carol")
+
+
+@in_virtual_time
 async def test_a_poison_turn_fails_after_two_attempts_without_progress() -> None:
     config = SimConfig(timing=SimTiming(step_ms=1000))
     async with world(config) as w:

@@ -56,11 +56,13 @@ class TurnRun:
     def __init__(
         self,
         ports: TurnPorts,
+        tenant: str,
         session_id: str,
         turn_id: str,
         epoch: Epoch,
         on_end: Callable[[TurnRun], None],
     ) -> None:
+        self.tenant = tenant
         self.session_id = session_id
         self.turn_id = turn_id
         self.epoch = epoch

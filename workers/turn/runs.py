@@ -26,6 +26,8 @@ from workers.turn.run import TurnRun
 
 MAX_RACES = 4
 """Times a call looks again because the session's run changed under it."""
+TENANT_SHARE = 3
+"""A tenant takes no further place if it has so many times the places that are free."""
 RETRY_MS = 1000
 """Retry delay when the replica has as many turns as it takes."""
 END_WAIT_S = 5.0
@@ -42,8 +44,8 @@ class Found:
 
 
 class TurnRuns:
-    """Bounded by the turns that the engine runs and queues. ``tasks`` owns the runs: they outlive
-    the calls that start them."""
+    """Bounded by the turns that the engine runs and queues, of which no tenant takes all. ``tasks``
+    owns the runs: they outlive the calls that start them."""
 
     def __init__(self, ports: TurnPorts, tasks: TaskGroup) -> None:
         self._ports = ports
@@ -127,13 +129,11 @@ class TurnRuns:
     ) -> TurnRun:
         if self._closed:
             raise Unavailable("the replica is stopping")
-        info = self._ports.engine.info
-        if len(self._runs) >= info.max_running + info.max_queued:
-            raise Overloaded(
-                f"{len(self._runs)} turns run or wait on this replica", retry_after_ms=RETRY_MS
-            )
+        self._check_room(request.tenant)
         turn = request.turn
-        run = TurnRun(self._ports, turn.session_id, turn.turn_id, epoch, self._ended)
+        run = TurnRun(
+            self._ports, request.tenant, turn.session_id, turn.turn_id, epoch, self._ended
+        )
         opening = TurnOpening(self._ports, request, epoch)
 
         async def open_turn() -> Opened | Turn:
@@ -145,6 +145,19 @@ class TurnRuns:
         self._runs[turn.session_id] = run
         self._tasks.start_soon(run.run, open_turn, pull, name=f"turn {turn.turn_id}")
         return run
+
+    def _check_room(self, tenant: str) -> None:
+        """The fewer places are free, the fewer a tenant may have: one alone gets three quarters,
+        and who has none gets the last (after the dynamic thresholds of Choudhury and Hahne)."""
+        info = self._ports.engine.info
+        free = info.max_running + info.max_queued - len(self._runs)
+        theirs = sum(run.tenant == tenant for run in self._runs.values())
+        if theirs >= TENANT_SHARE * free:
+            raise Overloaded(
+                f"{len(self._runs)} turns run or wait on this replica, {theirs} of them this "
+                "tenant's",
+                retry_after_ms=RETRY_MS,
+            )
 
     def _ended(self, run: TurnRun) -> None:
         if self._runs.get(run.session_id) is run:
