@@ -59,7 +59,7 @@ from statestore.records import Epoch, Owner, Session, SessionState
 log = logging.getLogger(__name__)
 
 CLEAN_UP_S = 5.0
-"""Time for undoing a move, shielded from the cancel of its caller."""
+"""Time for the end of a move, done or undone, shielded from the cancel of its caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,21 +158,19 @@ class _Carrier:
     async def run(self, timeout_s: float) -> fleet_pb2.MigrationResult:
         started = self._clock.now()
         self._deadline = started + timeout_s
+        action = start(self._move)
         try:
             async with anyio.create_task_group() as self._holders:
-                action = start(self._move)
                 while not MIGRATION.final(self._move.phase):
                     self._move, action = advance(self._move, await self._do(action), self._limits)
                 self._holders.cancel_scope.cancel()
         finally:
-            # Also when the caller was cancelled in mid-move.
-            if self._move.phase is not MigrationPhase.DONE:
-                with anyio.CancelScope(shield=True), anyio.move_on_after(CLEAN_UP_S):
+            # Also when the caller was cancelled in mid-move: what is held must not stand still.
+            with anyio.CancelScope(shield=True), anyio.move_on_after(CLEAN_UP_S):
+                if isinstance(action, Finish):
+                    await self._finish(action)
+                else:
                     await self._undo()
-        if isinstance(action, Finish):
-            await self._finish(action)
-        elif isinstance(action, Abort):
-            log.info("%s stays on %s: %s", self._session_id, self._source.ref, action.why)
         return self._result(self._clock.now() - started)
 
     async def _do(self, action: Action) -> Event:
@@ -334,6 +332,7 @@ class _Carrier:
             await stream.aclose()
 
     async def _undo(self) -> None:
+        log.info("%s stays on %s: %s", self._session_id, self._source.ref, self._move.detail)
         try:
             await self._store.abort_migration(self._session_id, self._migration_id)
         except StoreError as error:

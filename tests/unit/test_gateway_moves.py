@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import anyio
 import pytest
-from sessile.v1 import fleet_pb2, session_pb2, types_pb2
+from sessile.v1 import fleet_pb2, replica_pb2, session_pb2, types_pb2
 
 from gateway.app.migration import MoveOptions
 from gateway.app.ports import ReplicaLost
@@ -192,6 +192,27 @@ async def test_a_move_that_is_cancelled_half_way_is_undone() -> None:
         await w.finish(client)
         assert client.error is None
         assert len(source.dispatches) == 1
+
+
+@simulated
+async def test_a_move_whose_caller_leaves_after_the_switch_still_wakes_the_turn() -> None:
+    async with world(a=200, b=200) as w:
+        session_id = await w.open()
+        w.turn(session_id)
+        await anyio.sleep(1.0)
+        source, target = await owner_and_other(w, session_id)
+        released, dispatched = source.release_session, len(target.dispatches)
+        with anyio.CancelScope() as scope:
+
+            async def leave(request: replica_pb2.ReleaseSessionRequest, timeout_s: float) -> object:
+                scope.cancel()
+                await anyio.sleep(0.01)
+                return await released(request, timeout_s)
+
+            source.release_session = leave  # type: ignore[method-assign,assignment]
+            await move(w, session_id)
+        assert [r.migration_id != "" for r in source.released] == [True]
+        assert any(d.turn.attach_only for d in target.dispatches[dispatched:])
 
 
 @simulated
