@@ -11,6 +11,8 @@ from tests.faults.rounds import LONG_PROMPT, ROUND_S, FaultClass
 
 HOLD_S = MigrationLimits().hold_s
 """How long a replica holds a turn for a gateway that may be gone."""
+GONE = ("gateway", "kill")
+"""Its clients are told by its kernel, unlike those of one that is stopped."""
 
 CLOCKS = "everysec, clocks that can be set"
 STORES: dict[str, Callable[[], Store]] = {
@@ -37,7 +39,7 @@ def _of_processes() -> list[FaultClass]:
                         fault(phase),
                         opens_itself=phase_name == "open",
                         focus_prompt=LONG_PROMPT if long else 30,
-                        longest_gap_s=HOLD_S + 1.0 if who == "gateway" else ROUND_S,
+                        longest_gap_s=HOLD_S + 1.0 if (who, fault_name) == GONE else ROUND_S,
                     )
                 )
     return found
