@@ -154,11 +154,11 @@ class Replica(_message.Message):
     max_context_tokens: _builtins.int
     """Longest context, tokens."""
     site: _builtins.str
-    """Site and hardware class, free text."""
+    """Site, free text."""
     hardware: _builtins.str
     """Hardware class, free text."""
     protocol_min: _builtins.int
-    """Oldest and newest version of this protocol it speaks."""
+    """Oldest version of this protocol it speaks."""
     protocol_max: _builtins.int
     """Newest version of this protocol it speaks."""
     @_builtins.property
@@ -250,7 +250,7 @@ class WatchFleetRequest(_message.Message):
 
     INTERVAL_MS_FIELD_NUMBER: _builtins.int
     interval_ms: _builtins.int
-    """At most one message in this time. Default 500."""
+    """At most one message in this time. Default 500, at most 60,000; below 100 is taken as 100."""
     def __init__(
         self,
         *,
@@ -300,7 +300,7 @@ class DrainReplicaRequest(_message.Message):
     replica_id: _builtins.str
     """The replica."""
     timeout_ms: _builtins.int
-    """Sessions still there after this time are left to fail-over. Default 120,000."""
+    """Sessions still there after this time are left to fail-over. Default 120,000, at most 86,400,000."""
     shutdown: _builtins.bool
     """The worker process ends when it is empty."""
     def __init__(
@@ -428,7 +428,7 @@ class MigrateSessionRequest(_message.Message):
     target_replica_id: _builtins.str
     """Where to; empty: the best other replica."""
     timeout_ms: _builtins.int
-    """Default 30,000."""
+    """The move is undone after this time. Default 30,000, at most 3,600,000."""
     allow_recompute: _builtins.bool
     """Switch without KV if the copy fails. Default: abort."""
     def __init__(

@@ -370,7 +370,10 @@ class SamplingParams(_message.Message):
     top_k: _builtins.int
     """Keep the k most likely tokens; 0 keeps all. Default 0."""
     seed: _builtins.int
-    """Seed of the noise. Unset: drawn once when the turn is accepted, then stored."""
+    """Seed of the noise. Unset: drawn once when the turn is accepted, then stored. A session's default
+    seed is inherited by its forks, but each fork derives its own seed from it and its session id; a
+    seed set by the turn is used as it is.
+    """
     max_tokens: _builtins.int
     """Output tokens at most. Default: what is left of the context, at most 1024."""
     min_tokens: _builtins.int
