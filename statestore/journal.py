@@ -68,7 +68,8 @@ class RedisJournal:
         self._scripts = ScriptRunner(executor, retry or RetryPolicy(), now, sleep)
         self._random_bytes = random_bytes
         self._later: deque[ScriptCall] = deque(maxlen=MAX_LATER)
-        self._registered: dict[ReplicaRef, ReplicaRegistration] = {}
+        self._registered: dict[ReplicaRef, tuple[str, bool]] = {}
+        """Of this process: its details, and whether it drains."""
 
     async def aclose(self) -> None:
         await self._scripts.aclose()
@@ -287,14 +288,11 @@ class RedisJournal:
     async def register_replica(self, registration: ReplicaRegistration) -> ReplicaRef:
         if len(registration.details.encode()) > MAX_DETAILS_BYTES:
             raise ValueError(f"the details of a replica have at most {MAX_DETAILS_BYTES} bytes")
-        (reply,) = await self._scripts.run(
-            script_call(
-                "register", [keys.FLEET], [registration.replica_id, registration.details, ""]
-            )
-        )
-        incarnation = replies.number(replies.items(reply)[1])
-        ref = ReplicaRef(registration.replica_id, incarnation)
-        self._registered[ref] = registration
+        replica_id = registration.replica_id
+        call = script_call("register", [keys.FLEET], [replica_id, registration.details, "", 0])
+        (reply,) = await self._scripts.run(call)
+        ref = ReplicaRef(replica_id, replies.number(replies.items(reply)[1]))
+        self._registered[ref] = registration.details, False
         return ref
 
     async def heartbeat(self, ref: ReplicaRef, counter: int, load: str) -> bool:
@@ -302,20 +300,19 @@ class RedisJournal:
             "heartbeat", [keys.FLEET], [ref.replica_id, ref.incarnation, counter, load]
         )
         status = await self._status(beat)
-        registration = self._registered.get(ref)
-        if status == b"unknown" and registration is not None:
+        registered = self._registered.get(ref)
+        if status == b"unknown" and registered is not None:
             # The store lost the registration: only this process can write it back.
-            await self._status(
-                script_call(
-                    "register",
-                    [keys.FLEET],
-                    [ref.replica_id, registration.details, ref.incarnation],
-                )
-            )
+            details, draining = registered
+            back = [ref.replica_id, details, ref.incarnation, int(draining)]
+            await self._status(script_call("register", [keys.FLEET], back))
             status = await self._status(beat)
         return status != b"replaced"
 
     async def set_draining(self, ref: ReplicaRef, draining: bool) -> bool:
+        if ref in self._registered:
+            details, _ = self._registered[ref]
+            self._registered[ref] = details, draining
         return await self._mark(ref, "draining", draining) == b"done"
 
     async def deregister_replica(self, ref: ReplicaRef) -> None:

@@ -52,6 +52,15 @@ async def test_draining_can_be_set_and_taken_back(store: RedisStore) -> None:
         assert [record.draining for record in await store.fleet()] == [draining]
 
 
+async def test_a_replica_that_the_store_forgot_still_drains(backend: Backend) -> None:
+    store = store_on(backend)
+    ref = await store.register_replica(ReplicaRegistration("r1", "{}"))
+    assert await store.set_draining(ref, True)
+    assert await store_on(backend, StoreLimits(replica_record_ttl_ms=-1)).fleet() == ()
+    assert await store.heartbeat(ref, 1, "{}")
+    assert [(record.ref, record.draining) for record in await store.fleet()] == [(ref, True)]
+
+
 async def test_a_replica_that_says_good_bye_is_gone(store: RedisStore) -> None:
     ref = await store.register_replica(ReplicaRegistration("r1", "{}"))
     await store.deregister_replica(ref)
@@ -176,7 +185,7 @@ async def test_a_registration_written_back_twice_keeps_the_index(backend: Backen
     store = store_on(backend)
     ref = await store.register_replica(ReplicaRegistration("r1", "{}"))
     await Owner.of(store, "ses_f", ref)
-    again = script_call("register", [keys.FLEET], ["r1", "{}", ref.incarnation])
+    again = script_call("register", [keys.FLEET], ["r1", "{}", ref.incarnation, 0])
     await backend.executor.execute([again], 5.0)
     await store.fleet()
     assert await store.sessions_of(ref, 10) == ("ses_f",)
