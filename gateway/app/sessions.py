@@ -260,8 +260,9 @@ class Sessions:
                 raise refusal(before, state, turn_id)
 
     async def _release(self, before: Session, after: Session) -> None:
-        """Tells whoever holds something of the session to drop it. The store has decided already:
-        a replica that cannot be told learns it with its next write, or evicts."""
+        """Tells whoever holds something of the session to drop it. The store has decided already: a
+        replica that cannot be told learns it with its next write, or when it next asks the store.
+        """
         owner = None if before.owner is None else before.owner.replica
         holders: dict[ReplicaRef | None, None] = {owner: None, before.previous_owner: None}
         for ref in filter(None, holders):
