@@ -14,9 +14,9 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gateway.core.errors import DataLoss, Unavailable
+from gateway.core.errors import DataLoss, MigrationRefused, Unavailable
 from statestore.digest import RollingDigest, pack_tokens
-from statestore.ports import JournalPort, StoreError
+from statestore.ports import JournalPort, StoreError, StoreUnavailable
 from statestore.records import (
     NO_EPOCH,
     Epoch,
@@ -136,16 +136,39 @@ class Residency:
         session: Session,
         salt: bytes,
         known: LedgerPiece | None = None,
+        *,
+        importing: bool = False,
     ) -> ResidentSession:
         """The session's ledger up to ``session.head``, verified by its digest; reads only what is
         neither resident nor ``known`` from a read before. Raises DataLoss if the ledger does not
-        match its own digest, Unavailable if it changed while it was read, and what the store
+        match its own digest, Unavailable if it changed while it was read, MigrationRefused if an
+        ``importing`` caller would replace what a turn or the owner holds, and what the store
         raises."""
-        resident = self._sessions.get(session.session_id)
-        if resident is not None and await self._catch_up(store, resident, session, known):
-            self._sessions[session.session_id] = resident  # it may have been let go of meanwhile
-            self._sessions.move_to_end(session.session_id)
-            return resident
+        session_id = session.session_id
+        while True:
+            resident = self._sessions.get(session_id)
+            if resident is not None and await self._catch_up(store, resident, session, known):
+                found = resident
+            else:
+                found = await self._read(store, session, salt, known)
+            if self._sessions.get(session_id) in (None, resident):
+                break  # else another call has put its copy there meanwhile: see whether it serves
+        if found is not resident:
+            owned = resident is not None and resident.epoch != NO_EPOCH
+            if importing and (owned or session_id in self._busy):
+                raise MigrationRefused(f"session {session_id} is held here as its owner")
+        self._sessions[session_id] = found  # it may have been let go of meanwhile
+        self._sessions.move_to_end(session_id)
+        if found is not resident:
+            if resident is not None:
+                self.pin(session_id, self._pin_ttl_s)  # keeps what both have in common
+                self._engine.drop(resident.block_hashes(self._engine.info))
+            self._shrink()
+        return found
+
+    async def _read(
+        self, store: JournalPort, session: Session, salt: bytes, known: LedgerPiece | None
+    ) -> ResidentSession:
         fresh = ResidentSession(session.session_id, session.tenant, salt, RollingDigest(salt))
         # Once more without ``known``: the ledger may have been repaired since that was read.
         if not (
@@ -158,12 +181,6 @@ class Residency:
             raise DataLoss(
                 f"session {session.session_id}: the ledger's tokens do not match its digest"
             )
-        self._sessions[session.session_id] = fresh
-        self._sessions.move_to_end(session.session_id)
-        if resident is not None:
-            self.pin(session.session_id, self._pin_ttl_s)  # keeps what both have in common
-            self._engine.drop(resident.block_hashes(self._engine.info))
-        self._shrink()
         return fresh
 
     async def _catch_up(
@@ -242,7 +259,7 @@ class Residency:
             session = await store.get_session(session_id)
         except StoreError as error:
             log.warning("the store cannot tell what became of %s: %s", session_id, error)
-            return False
+            return not isinstance(error, StoreUnavailable)
         resident = self._sessions.get(session_id)
         if resident is None or session_id in self._busy:
             return True

@@ -166,7 +166,7 @@ class ReplicaApp:
                 raise MigrationRefused(f"the ledger ends at {session.head.length}")
             salt = await self._ports.salts.of(session.tenant, give_up_at)
             resident = await self._ports.residency.load(
-                self._ports.store, replace(session, head=up_to), salt
+                self._ports.store, replace(session, head=up_to), salt, importing=True
             )
         pulled = await self._transfer.pull(
             resident,

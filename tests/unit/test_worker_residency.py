@@ -14,6 +14,7 @@ from gateway.core import errors
 from loadtest.simulation.redis import Fault
 from statestore.digest import RollingDigest
 from statestore.executor import ScriptCall
+from statestore.keys import session_key
 from statestore.ports import JournalPort, SessionWritten
 from tests.support.replica_world import (
     SESSION,
@@ -290,3 +291,62 @@ async def test_a_copy_that_is_let_go_of_while_it_is_read_on_is_there_afterwards(
         store = cast(JournalPort, LettingGo())
         assert await residency.load(store, session, held.salt) is behind
         assert residency.get(SESSION) is behind
+
+
+@in_virtual_time
+async def test_an_import_replaces_nothing_of_a_turn_that_began_meanwhile() -> None:
+    async with world() as w:
+        replica = await owned(w)
+        residency = replica.app._ports.residency
+        session, salt = await w.session(), await w.store.tenant_salt(TENANT)
+        residency.release(SESSION, drop_kv=True)
+        second = await w.request(replica, "More", "t2")
+
+        class Overtaken:
+            async def read_tokens(self, *arguments: Any) -> list[int]:
+                await listen(replica, second)
+                return await w.store.read_tokens(*arguments[:3])
+
+        store = cast(JournalPort, Overtaken())
+        with pytest.raises(errors.MigrationRefused, match="owner"):
+            await residency.load(store, session, salt, importing=True)
+        held = residency.get(SESSION)
+        assert held is not None
+        assert held.tokens.tolist() == await w.ledger()
+        assert replica.app.session_ids() == [SESSION]
+
+
+@in_virtual_time
+async def test_a_turn_goes_on_with_what_an_import_read_meanwhile() -> None:
+    async with world() as w:
+        replica = await owned(w)
+        residency = replica.app._ports.residency
+        session, salt = await w.session(), await w.store.tenant_salt(TENANT)
+        residency.release(SESSION, drop_kv=True)
+        imported: list[ResidentSession] = []
+
+        class Overtaken:
+            async def read_tokens(self, *arguments: Any) -> list[int]:
+                imported.append(await residency.load(w.store, session, salt, importing=True))
+                return await w.store.read_tokens(*arguments[:3])
+
+        assert await residency.load(cast(JournalPort, Overtaken()), session, salt) is imported[0]
+        assert residency.get(SESSION) is imported[0]
+
+
+@in_virtual_time
+async def test_a_damaged_record_does_not_keep_others_from_being_looked_up() -> None:
+    async with world() as w:
+        replica = await owned(w)
+        other = "ses_bbbbbbbbbbbbbbbb"
+        await w.open(other)
+        await w.give(replica, other)
+        await listen(replica, await w.request(replica, session_id=other))
+        stored = w.executor.snapshot()
+        record = stored[session_key(SESSION).encode()]
+        assert isinstance(record, dict)
+        record[b"state"] = b"?"
+        w.executor.restore(stored)
+        assert isinstance(await w.store.close(other, None), SessionWritten)
+        await anyio.sleep(LATER)
+        assert replica.app.session_ids() == [SESSION]
