@@ -80,7 +80,7 @@ class WorkerConfig:
             raise ValueError("a worker needs the URL of the gateways' store (redis_url)")
         for name in ("listen", "kv_listen"):
             split_address(name, getattr(self, name))
-        wildcard = split_address("listen", self.listen)[0] in ("0.0.0.0", "::", "[::]")
+        wildcard = split_address("listen", self.listen)[0] in ("0.0.0.0", "::")
         if wildcard and not self.advertise_host:
             raise ValueError("with a wildcard listen address, advertise_host must say how to call")
         names = [name for name, _ in self.engine_options]
@@ -95,6 +95,11 @@ def split_address(name: str, address: str) -> tuple[str, int]:
     if not colon or not host or not port.isdigit() or int(port) > 65_535:
         raise ValueError(f"{name} must be host:port, not {address!r}")
     return host.strip("[]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Inverse of :func:`split_address`: an IPv6 address gets its brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _require_positive(config: TurnLimits | ReplicaSettings | WorkerConfig) -> None:

@@ -17,7 +17,7 @@ from statestore.journal import RedisJournal
 from statestore.process import run_process
 from statestore.records import ReplicaRef
 from statestore.redis_executor import connect
-from workers.config import WorkerConfig, split_address
+from workers.config import WorkerConfig, join_address, split_address
 from workers.engines.port import EngineFailed
 from workers.engines.registry import create_backend
 from workers.heartbeat import ReplicaReplaced
@@ -51,7 +51,7 @@ async def serve(
         channel = KvServer(kv_host, kv_port, advertised_host=config.advertise_host)
         stack.callback(channel.close)
         server, port = new_server(host, port)
-        endpoint = f"{config.advertise_host or host}:{port}"
+        endpoint = join_address(config.advertise_host or host, port)
         health_service = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         adapters = ReplicaAdapters(

@@ -22,6 +22,7 @@ from sessile.v1 import replica_pb2_grpc
 
 from gateway.core.errors import InvalidRequest, SessileError
 from gateway.rpc.status import abort, error_from_rpc
+from workers.config import join_address
 from workers.service import ReplicaApp
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ReplicaService"].full_name
@@ -156,8 +157,8 @@ def new_server(host: str, port: int) -> tuple[aio.Server, int]:
             ("grpc.max_connection_idle_ms", IDLE_CONNECTION_MS),
         ],
     )
+    address = join_address(host, port)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        return server, server.add_insecure_port(address)
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error}") from error
-    return server, bound
+        raise OSError(f"cannot listen on {address}: {error}") from error

@@ -41,8 +41,9 @@ class Fleet:
         self.ended: dict[str, anyio.Event] = {}
         self._tasks = tasks
 
-    async def start(self, name: str) -> str:
+    async def start(self, name: str, **settings: str) -> str:
         config = WorkerConfig(
+            **settings,
             redis_url=self.url,
             replica=ReplicaSettings(name, heartbeat_period_s=0.05),
             engine_options=(("step_ms", "1"), ("eos_probability", "0")),
@@ -160,6 +161,15 @@ async def test_a_worker_reports_its_health_and_says_good_bye() -> None:
                     health_pb2.HealthCheckRequest(), timeout=5
                 )
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.anyio
+async def test_a_worker_serves_on_an_ipv6_address() -> None:
+    async with fleet() as f:
+        endpoint = await f.start("r1", listen="[::1]:0", kv_listen="[::1]:0")
+        assert endpoint.startswith("[::1]:")
+        heard = await events(endpoint, dispatch(await f.place("r1"), "t1", "Hello"))
+        assert heard[-1].HasField("finished")
 
 
 @pytest.mark.anyio

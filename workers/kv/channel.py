@@ -31,6 +31,7 @@ import anyio.abc
 import anyio.lowlevel
 
 from gateway.core.errors import Overloaded
+from workers.config import join_address
 from workers.engines.port import PageExport, PageImport
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class KvServer:
     @property
     def endpoint(self) -> str:
         """host:port for peers."""
-        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+        return join_address(self._host, self._port)
 
     @property
     def outstanding(self) -> int:
