@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 
 from sessile.v1 import types_pb2
@@ -17,6 +18,7 @@ from gateway.core.errors import InvalidRequest
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _ROLES = frozenset(types_pb2.Message.Role.values()) - {types_pb2.Message.ROLE_UNSPECIFIED}
 
 
@@ -44,9 +46,16 @@ def check_roles(messages: Iterable[types_pb2.Message]) -> None:
 
 
 def check_tools(tools: Iterable[types_pb2.ToolDefinition]) -> None:
-    """Raises InvalidRequest for parameters that are not a JSON object, or nested too deep to be
-    read as one."""
+    """Raises InvalidRequest for a name that is no name or is given twice, and for parameters that
+    are not a JSON object, or nested too deep to be read as one."""
+    names: set[str] = set()
     for tool in tools:
+        if _TOOL_NAME.fullmatch(tool.name) is None or tool.name in names:
+            raise InvalidRequest(
+                f"tool {tool.name[:64]!r}: tools have names of their own, out of letters, digits,"
+                " '_' and '-', 1 to 64"
+            )
+        names.add(tool.name)
         try:
             valid = isinstance(json.loads(tool.parameters_json or "{}"), dict)
         except (ValueError, RecursionError):

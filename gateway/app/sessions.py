@@ -64,7 +64,9 @@ class Sessions:
         """Idempotent by request id; the same id with other content is InvalidRequest."""
         self._check_request_id(request.request_id)
         self._check_labels(request.labels)
-        _check_leading(request)
+        check_roles(request.messages)
+        check_tools(request.tools)
+        check_params(request.default_params)
         salt = await self._directory.salt(tenant)
         asked = request.SerializeToString(deterministic=True)
         limit = self._config.admission.max_preamble_bytes
@@ -321,12 +323,3 @@ def leading_digest(salt: bytes, request: session_pb2.OpenSessionRequest) -> byte
     if not body:
         return b""
     return hashlib.blake2b(body, digest_size=16, key=salt, person=b"leading").digest()
-
-
-def _check_leading(request: session_pb2.OpenSessionRequest) -> None:
-    check_roles(request.messages)
-    check_tools(request.tools)
-    check_params(request.default_params)
-    names = [tool.name for tool in request.tools]
-    if len(set(names)) != len(names):
-        raise InvalidRequest("tools have unique names")

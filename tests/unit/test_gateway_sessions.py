@@ -80,6 +80,10 @@ async def test_requests_that_make_no_sense_are_refused_before_anything_is_stored
             opening(labels={"k": "v" * 129}),
             opening(messages=[types_pb2.Message(content="no role")]),
             opening(tools=[types_pb2.ToolDefinition(name="f")] * 2),
+            *(
+                opening(tools=[types_pb2.ToolDefinition(name=name)])
+                for name in ("", "a b", "f\n", "x" * 65)
+            ),
             opening(
                 messages=[
                     types_pb2.Message(role=types_pb2.Message.ROLE_SYSTEM, content="x" * (5 << 20))
