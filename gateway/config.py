@@ -75,7 +75,6 @@ class Times:
     """Between pings on connections to clients and replicas that are in use."""
     keepalive_timeout_s: float = 5.0
     """A ping unanswered for this long ends its connection: the peer hangs or has vanished."""
-
     handshake_s: float = 5.0
     """A connection that has not said by then that it speaks HTTP/2 is closed."""
     idle_connection_s: float = 300.0

@@ -30,7 +30,7 @@ class Gate:
         return len(self._tenants)
 
     @contextmanager
-    def entered(self, tenant: str = "") -> Iterator[None]:
+    def entered(self, tenant: str) -> Iterator[None]:
         """Raises Overloaded if ``limit`` are inside, or the tenant's share of it."""
         if self.taken >= self._limit:
             raise self._overloaded(self._name, self._limit, "these")

@@ -334,7 +334,7 @@ class DrainReplicaResponse(_message.Message):
     moved_without_kv: _builtins.int
     """Sessions moved without (recomputed when next used)."""
     remaining: _builtins.int
-    """Sessions still on the replica."""
+    """Sessions still on the replica; what one round looks at is counted (256 by default)."""
     failed: _builtins.int
     """Sessions, among the remaining ones, that could not be moved in the last round."""
     done: _builtins.bool
