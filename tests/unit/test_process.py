@@ -13,7 +13,11 @@ import sys, anyio
 from statestore.process import run_process
 
 async def serve(*, stop, task_status):
+    if sys.argv[1] == "early":
+        raise ValueError("no address")
     task_status.started("here:1")
+    if sys.argv[1] == "late":
+        raise ValueError("no more")
     if sys.argv[1] == "by itself":
         return
     await stop.wait()
@@ -43,3 +47,20 @@ def test_a_server_runs_until_its_end_or_a_signal(
                 assert process.stdout.readline() == "stopping\n"
         assert process.stdout.read() == "ended\n"
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("ending", ["early", "late"])
+def test_what_a_server_fails_with_is_raised(ending: str) -> None:
+    script = SCRIPT.replace(
+        'run_process("a server", serve)',
+        """
+try:
+    run_process("a server", serve)
+except* ValueError as group:
+    print(*group.exceptions)
+""",
+    )
+    command = [sys.executable, "-c", script, ending]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    heard = ["no address"] if ending == "early" else ["a server on here:1", "no more"]
+    assert done.stdout.splitlines() == [*heard, "ended"]

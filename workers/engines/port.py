@@ -5,9 +5,9 @@ that grows by sampled tokens), batches them as it likes, and keeps the KV of pas
 prefix cache of fixed-size pages that can be pinned, exported to and imported from peers.
 
 Threading: every method (:meth:`PageExport.view` apart) is called on the event loop's thread and
-returns quickly; an engine that
-computes does so in a thread of its own and delivers each step's outputs on the event loop through
-the ``on_step`` callback, in order, once per step for all generations that gained tokens.
+returns quickly; an engine that computes does so in a thread of its own and delivers each step's
+outputs on the event loop through the ``on_step`` callback, in order, once per step for all
+generations that gained tokens.
 """
 
 from __future__ import annotations
