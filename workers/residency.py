@@ -41,7 +41,6 @@ class ResidentSession:
     """One session's ledger in memory. Mutable; grows only by what the store acknowledged."""
 
     session_id: str
-    tenant: str
     salt: bytes
     digest: RollingDigest
     epoch: Epoch = NO_EPOCH
@@ -169,7 +168,7 @@ class Residency:
     async def _read(
         self, store: JournalPort, session: Session, salt: bytes, known: LedgerPiece | None
     ) -> ResidentSession:
-        fresh = ResidentSession(session.session_id, session.tenant, salt, RollingDigest(salt))
+        fresh = ResidentSession(session.session_id, salt, RollingDigest(salt))
         # Once more without ``known``: the ledger may have been repaired since that was read.
         if not (
             await self._catch_up(store, fresh, session, known)

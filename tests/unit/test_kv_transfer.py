@@ -85,7 +85,7 @@ async def test_a_pull_too_many_is_given_up_at_once() -> None:
                 raise TimeoutError
 
         transfer = KvTransfer(replica.ref, replica.engine, w.channel, Silent(), w.channel.pull)
-        other = ResidentSession("ses_other", session.tenant, b"other" * 7, session.digest.copy())
+        other = ResidentSession("ses_other", b"other" * 7, session.digest.copy())
         other.tokens.extend(session.tokens)
         ended: list[Pulled] = []
 

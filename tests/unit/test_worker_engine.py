@@ -11,7 +11,7 @@ from sessile.v1 import types_pb2
 from gateway.core import errors
 from statestore.digest import RollingDigest
 from statestore.records import NO_EPOCH, Epoch, Position, Turn, TurnSpec, TurnStatus
-from tests.support.replica_world import SESSION, TENANT, in_virtual_time, listen, world
+from tests.support.replica_world import SESSION, in_virtual_time, listen, world
 from workers.config import TurnLimits
 from workers.engines.port import EngineOverloaded
 from workers.engines.sim.config import SimConfig, SimTiming
@@ -124,7 +124,7 @@ def engine() -> SimEngine:
 
 
 def resident(name: str, tokens: int = 100) -> ResidentSession:
-    session = ResidentSession(name, TENANT, b"s" * 32, RollingDigest(b"s" * 32))
+    session = ResidentSession(name, b"s" * 32, RollingDigest(b"s" * 32))
     session.extend(range(tokens))
     return session
 

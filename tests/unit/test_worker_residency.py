@@ -280,7 +280,7 @@ async def test_a_copy_that_is_let_go_of_while_it_is_read_on_is_there_afterwards(
         replica = await owned(w)
         residency = replica.app._ports.residency
         held, session = residency._sessions[SESSION], await w.session()
-        behind = ResidentSession(SESSION, TENANT, held.salt, RollingDigest(held.salt))
+        behind = ResidentSession(SESSION, held.salt, RollingDigest(held.salt))
         residency._sessions[SESSION] = behind
 
         class LettingGo:

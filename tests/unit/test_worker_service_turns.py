@@ -467,6 +467,23 @@ async def test_too_many_turns_are_refused_early() -> None:
 
 
 @in_virtual_time
+async def test_a_foreign_tenant_does_not_disturb_a_running_turn() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        foreign = await w.request(replica)
+        foreign.tenant, foreign.epoch.number = "other", foreign.epoch.number + 1
+
+        async def disturb() -> None:
+            with pytest.raises(errors.NotFound, match="does not exist"):
+                await listen(replica, foreign)
+
+        heard = await listen(replica, await w.request(replica), between=disturb)
+        assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
+
+
+@in_virtual_time
 async def test_no_tenant_takes_every_place() -> None:
     config = SimConfig(max_running=2, max_queued=6, timing=SimTiming(step_ms=10))
     async with world(config) as w:

@@ -100,6 +100,8 @@ class TurnRuns:
                 run = self._runs.get(turn.session_id)
                 if run is None:
                     run, created = self._start(request, epoch, context, salt), True
+            if run.tenant != request.tenant:
+                raise refusal(turn.session_id, Missing())
             if run.epoch < epoch:
                 # The session was taken from this replica and given back: the old run is fenced.
                 await self.end(run, Broken(NotOwner("the session has a newer epoch")))
@@ -176,8 +178,6 @@ class TurnRuns:
             if isinstance(run.ending, Broken):
                 raise run.ending.error
             return None
-        if opened.resident.tenant != request.tenant:
-            raise NotFound("no such session", reason="SESSION_NOT_FOUND")
         turn = request.turn
         check_input(turn, opened.turn, opened.resident.salt)
         first = resume_index(opened.output, run.released, _position(turn))
