@@ -304,7 +304,7 @@ class RedisJournal:
         if status == b"unknown" and registered is not None:
             # The store lost the registration: only this process can write it back.
             details, draining = registered
-            back = [ref.replica_id, details, ref.incarnation, int(draining)]
+            back = (ref.replica_id, details, ref.incarnation, int(draining))
             await self._status(script_call("register", [keys.FLEET], back))
             status = await self._status(beat)
         return status != b"replaced"

@@ -42,9 +42,10 @@ class Fleet:
         self.ended: dict[str, anyio.Event] = {}
         self._tasks = tasks
 
-    async def start(self, name: str, **settings: str) -> str:
+    async def start(self, name: str, listen: str = "127.0.0.1:0") -> str:
         config = WorkerConfig(
-            **settings,
+            listen=listen,
+            kv_listen=listen,
             redis_url=self.url,
             replica=ReplicaSettings(name, heartbeat_period_s=0.05),
             engine_options=(("step_ms", "1"), ("eos_probability", "0")),
@@ -171,7 +172,7 @@ async def test_a_worker_serves_on_an_ipv6_address() -> None:
     except OSError:
         pytest.skip("this machine has no IPv6")
     async with fleet() as f:
-        endpoint = await f.start("r1", listen="[::1]:0", kv_listen="[::1]:0")
+        endpoint = await f.start("r1", listen="[::1]:0")
         assert endpoint.startswith("[::1]:")
         heard = await events(endpoint, dispatch(await f.place("r1"), "t1", "Hello"))
         assert heard[-1].HasField("finished")
