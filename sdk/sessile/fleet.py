@@ -135,7 +135,7 @@ class Fleet:
         closed. Connects again as often as the retry policy allows."""
         states = self._transport.follow(
             lambda gateway: gateway.fleet.WatchFleet,
-            pb.WatchFleetRequest(interval_ms=round(interval_s * 1000)),
+            lambda _: pb.WatchFleetRequest(interval_ms=round(interval_s * 1000)),
         )
         async with aclosing(states):
             async for response in states:
@@ -146,12 +146,15 @@ class Fleet:
     ) -> AsyncGenerator[DrainProgress, None]:
         """Empties a replica and reports progress; with ``shutdown`` its process ends when it is
         empty. Goes on through another gateway if one is lost; the moves are counted anew then."""
+        spare_s = self._transport.timeout_s
         steps = self._transport.follow(
             lambda gateway: gateway.fleet.DrainReplica,
-            pb.DrainReplicaRequest(
-                replica_id=replica_id, timeout_ms=round(timeout_s * 1000), shutdown=shutdown
+            lambda left_s: pb.DrainReplicaRequest(
+                replica_id=replica_id,
+                timeout_ms=max(1, round((left_s - spare_s) * 1000)),
+                shutdown=shutdown,
             ),
-            timeout_s=timeout_s + self._transport.timeout_s,
+            timeout_s=timeout_s + spare_s,
         )
         async with aclosing(steps):
             async for response in steps:

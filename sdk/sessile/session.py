@@ -188,7 +188,7 @@ class Session:
         session is closed. Connects again as often as the retry policy allows."""
         states = self._transport.follow(
             lambda gateway: gateway.sessions.WatchSession,
-            session_pb2.WatchSessionRequest(session_id=self.session_id),
+            lambda _: session_pb2.WatchSessionRequest(session_id=self.session_id),
         )
         async with aclosing(states):
             async for response in states:

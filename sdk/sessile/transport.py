@@ -174,17 +174,18 @@ class Transport:
     async def follow(
         self,
         method: StreamMethod[Request, Response],
-        request: Request,
+        request: Callable[[float], Request],
         *,
         timeout_s: float = math.inf,
     ) -> AsyncGenerator[Response, None]:
-        """A stream that may be opened again at any time, until the server ends it or ``timeout_s``
-        is over. Failures in a row without a message are bounded by the retry policy."""
+        """A stream that may be opened again at any time, by a request for the seconds left, until
+        the server ends it or ``timeout_s`` is over. Failures in a row without a message are bounded
+        by the retry policy."""
         attempts = self.attempts(timeout_s)
         while True:
-            gateway = self.gateway
-            limit_s = min(attempts.time_left_s(), STREAM_S)
-            call = method(gateway)(request, timeout=limit_s, metadata=self.metadata)
+            gateway, left_s = self.gateway, attempts.time_left_s()
+            limit_s = min(left_s, STREAM_S)
+            call = method(gateway)(request(left_s), timeout=limit_s, metadata=self.metadata)
             try:
                 async for response in call:
                     attempts.progressed()

@@ -179,9 +179,14 @@ async def test_a_drain_goes_on_through_another_gateway(gateway: FakeGateway) -> 
         Cut(),
         fleet_pb2.DrainReplicaResponse(moved_with_kv=1, done=True),
     ]
-    async with Sessile(["127.0.0.1:1", gateway.target], runtime=Runtime(sleep=no_wait)) as client:
-        steps = [step async for step in client.fleet.drain("r1")]
-    assert [(step.remaining, step.done) for step in steps] == [(1, False), (0, True)]
+    now, steps = 0.0, []
+    runtime = Runtime(now=lambda: now, sleep=no_wait)
+    async with Sessile(["127.0.0.1:1", gateway.target], runtime=runtime) as client:
+        async for step in client.fleet.drain("r1", timeout_s=120.0):
+            steps.append((step.remaining, step.done))
+            now += 100.0
+    assert steps == [(1, False), (0, True)]
+    assert [request.timeout_ms for request in gateway.seen] == [120_000, 20_000]
 
 
 @pytest.mark.anyio
