@@ -7,6 +7,7 @@ its lease ends), a held turn goes on, and the target drops what it had reserved.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import anyio
@@ -190,9 +191,8 @@ class _Carrier:
             return Failed(f"{type(error).__name__}: {error}")
 
     async def _begin(self) -> Event:
-        lease_ms = int(self._time_left() * 1000)
         outcome = await self._store.begin_migration(
-            self._session_id, self._epoch, self._migration_id, self._target.ref, lease_ms
+            self._session_id, self._epoch, self._migration_id, self._target.ref, self._lease_ms()
         )
         match outcome:
             case SessionWritten(session):
@@ -213,7 +213,7 @@ class _Carrier:
             source_endpoint=self._source.details.endpoint,
             source=ref_to_pb(self._source.ref),
             up_to=up_to,
-            lease_ms=int(self._time_left() * 1000),
+            lease_ms=self._lease_ms(),
             tenant=self._tenant,
         )
         try:
@@ -241,14 +241,13 @@ class _Carrier:
         return Held(position_from_pb(answer.head), answer.turn_id or None)
 
     async def _ask_hold(self) -> replica_pb2.HandOverResponse:
-        left_s = self._time_left()
         request = replica_pb2.HandOverRequest(
             session_id=self._session_id,
             epoch=epoch_to_pb(self._epoch),
             migration_id=self._migration_id,
-            lease_ms=max(1, int(min(left_s, self._limits.hold_s) * 1000)),
+            lease_ms=self._lease_ms(self._limits.hold_s),
         )
-        return await self._source_client.hand_over(request, left_s)
+        return await self._source_client.hand_over(request, self._time_left())
 
     async def _keep_held(self, held: replica_pb2.HandOverResponse, asked_at: float) -> None:
         """Renews the hold while the move goes on: the lease is short, so that a turn whose mover
@@ -361,6 +360,10 @@ class _Carrier:
         if left <= 0:
             raise MigrationFailed("the move took longer than it was given")
         return left
+
+    def _lease_ms(self, at_most_s: float = math.inf) -> int:
+        """What is held for the move is held no longer. Never 0, which asks for a default."""
+        return max(1, int(min(self._time_left(), at_most_s) * 1000))
 
     def _result(self, duration_s: float) -> fleet_pb2.MigrationResult:
         move = self._move

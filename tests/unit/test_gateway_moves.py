@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import anyio
 import pytest
@@ -209,10 +209,33 @@ async def test_a_move_whose_caller_leaves_after_the_switch_still_wakes_the_turn(
                 await anyio.sleep(0.01)
                 return await released(request, timeout_s)
 
-            source.release_session = leave  # type: ignore[method-assign,assignment]
+            source.release_session = leave  # type: ignore[method-assign, assignment]
             await move(w, session_id)
         assert [r.migration_id != "" for r in source.released] == [True]
         assert any(d.turn.attach_only for d in target.dispatches[dispatched:])
+
+
+@simulated
+async def test_a_copy_is_held_no_longer_than_the_move_has_left() -> None:
+    async with world(a=40, b=40) as w:
+        session_id = await w.open()
+        await w.finish(w.turn(session_id))
+        _, target = await owner_and_other(w, session_id)
+        begin, leases_ms = w.store.begin_migration, []
+
+        async def slowly(*args: Any) -> Any:
+            outcome = await begin(*args)
+            await anyio.sleep(0.9995)
+            return outcome
+
+        async def late(request: replica_pb2.ImportSessionRequest, timeout_s: float) -> NoReturn:
+            leases_ms.append(request.lease_ms)
+            raise DeadlineExceeded("no time to copy")
+
+        w.store.begin_migration = slowly  # type: ignore[method-assign, assignment]
+        target.import_session = late  # type: ignore[method-assign]
+        assert not (await move(w, session_id, timeout_s=1.0)).moved
+        assert leases_ms == [1]  # 0 would hold the pages for half a minute
 
 
 @simulated
