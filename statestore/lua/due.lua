@@ -4,13 +4,10 @@
 local now = math.floor(now_us() / 1000)
 local at = now + tonumber(ARGV[2])
 local noted = call('ZSCORE', KEYS[1], ARGV[1])
-noted = noted and tonumber(noted)
-if noted and noted > now then
-  at = math.min(at, noted)
-elseif noted then
+if noted then
   -- A sweep may be at it, with the record as it was: another score than any it can have listed
   -- keeps it from filing the session by that record.
-  at = now + 1
+  at = math.max(math.min(at, tonumber(noted)), now + 1)
 end
 call('ZADD', KEYS[1], int(at), ARGV[1])
 return {'done'}

@@ -55,6 +55,20 @@ async def test_a_session_noted_during_a_sweep_is_looked_at_again(backend: Backen
     assert "sessile:due" not in await backend.keys()
 
 
+@ANSWERING
+async def test_a_note_repeated_during_a_sweep_is_not_taken_for_the_one_listed(
+    backend: Backend,
+) -> None:
+    """Its answer was lost. Were it, nobody would look at the session again."""
+    for _ in range(50):
+        await run(backend, "due", "ses_f", 0)
+        listed = await raw(backend, keys.DUE, "ZSCORE", "ses_f")
+        await run(backend, "due", "ses_f", 0)
+        await run(backend, "due", "ses_f", 0)
+        assert await raw(backend, keys.DUE, "ZSCORE", "ses_f") != listed
+        await raw(backend, keys.DUE, "ZREM", "ses_f")
+
+
 async def test_an_entry_whose_record_is_still_to_come_is_not_dropped(backend: Backend) -> None:
     """Between its two writes an opening looks like an entry without a record."""
     await opened(store_on(backend))
