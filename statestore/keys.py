@@ -46,7 +46,7 @@ def ledger_key(ledger_id: str) -> str:
 
 def refs_key(session_id: str) -> str:
     """Hash of the family: how many sessions refer to each session's tokens and turns (itself
-    included), and how far."""
+    included), and how far; which were purged a short while ago."""
     return f"sessile:{{{family_of(session_id)}}}:refs"
 
 

@@ -317,8 +317,8 @@ class SessionStore(JournalPort, Protocol):
         ...
 
     async def open_session(self, new: NewSession) -> OpenOutcome:
-        """Makes the session, or finds it there. Refused as CLOSED if it was purged while forks of
-        it live on."""
+        """Makes the session, or finds it there. Refused as CLOSED if it was purged and forks of it
+        live on, or not long ago (``purged_ttl_ms``): a late repeat makes nothing anew."""
         ...
 
     async def place(
@@ -360,7 +360,8 @@ class SessionStore(JournalPort, Protocol):
         labels: tuple[tuple[str, str], ...],
     ) -> ForkOutcome:
         """A child of the same family whose ledger and turns are this one's up to a turn boundary,
-        by reference. Ids of inherited turns are not ids of the child."""
+        by reference. Ids of inherited turns are not ids of the child. Refused as CLOSED if the
+        child was purged, as for ``open_session``."""
         ...
 
     async def list_sessions(self, tenant: str, cursor: str, count: int) -> SessionPage:

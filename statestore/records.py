@@ -290,6 +290,9 @@ class StoreLimits:
     max_append_tokens: int = 1 << 20
     default_retention_ms: int = 3_600_000
     max_retention_ms: int = 30 * 24 * 3_600_000
+    purged_ttl_ms: int = 600_000
+    """How late after a purge a repeat of the request that made the session can come: until then it
+    is refused. It costs some 200 bytes."""
     tombstone_ttl_ms: int = 60_000
     max_tombstones: int = 64
     max_attempts_without_progress: int = 2

@@ -155,9 +155,10 @@ class RedisStore(RedisJournal):
                 keys.refs_key(session_id),
                 *(key for ancestor in ancestors for key in _record_and_ledger(ancestor)),
             ],
-            [session_id, *ancestors],
+            [self._limits.purged_ttl_ms, session_id, *ancestors],
         )
-        (reply,) = await self._scripts.run(call)
+        due = self._due(session_id, self._limits.purged_ttl_ms)
+        (_, reply) = await self._scripts.run(due, call)
         if isinstance(replies.outcome(reply), Refused):
             return False
         self._unindex(keys.tenant_index_key(session.tenant), session_id, min_age_ms=0)
@@ -429,7 +430,7 @@ class RedisStore(RedisJournal):
             return SweepReport()
         valid = [(session_id, score) for session_id, score in due if keys.is_session_id(session_id)]
         found = await self._scripts.run_each(
-            *(script_call("sweep", [keys.session_key(session_id)], []) for session_id, _ in valid)
+            *(script_call("sweep", [keys.session_key(i), keys.refs_key(i)], [i]) for i, _ in valid)
         )
         expired: list[tuple[str, str]] = []
         purged: list[str] = []

@@ -5,12 +5,13 @@
 -- segments.
 local s, none = load(KEYS[1])
 if not s then return none end
-if call('EXISTS', KEYS[2]) == 1 then
-  local child, unreadable = load(KEYS[2])
-  if not child then return taken(unreadable) end
+local child, nothing = load(KEYS[2])
+if child then
   if call('HGET', KEYS[2], 'parent') ~= ARGV[1] then return refused(child) end
   return written(child)
 end
+local no = taken(nothing, KEYS[2], KEYS[3], ARGV[2])
+if no then return no end
 if s.state == 'CLOSED' then return refused(s) end
 -- Turns that have ended; an active turn is left out.
 local turns = ARGV[3] == '' and s.turn_index or tonumber(ARGV[3])

@@ -1,12 +1,10 @@
 -- Makes a session, or returns the one that is there (a retry derives the same id).
 -- KEYS: session, ledger, refs.  ARGV: id, tenant, model, preamble, root, leading, labels.
-local us = now_us()
-local now = math.floor(us / 1000)
-if call('EXISTS', KEYS[1]) == 1 then
-  local s, none = load(KEYS[1])
-  if not s then return taken(none) end
-  return written(s)
-end
+local s, none = load(KEYS[1])
+if s then return written(s) end
+local no = taken(none, KEYS[1], KEYS[3], ARGV[1])
+if no then return no end
+local now = math.floor(now_us() / 1000)
 -- The ledger exists from the start: hot scripts declare only keys that exist.
 call('SET', KEYS[2], '')
 call('HSET', KEYS[3], 'n:' .. ARGV[1], '1')

@@ -166,9 +166,13 @@ local function refused(s)
   return {'refused', s.state, s.active}
 end
 
--- To whoever would make a session anew that was purged while forks still refer to it.
-local function taken(none)
-  return none[1] == 'missing' and {'refused', 'CLOSED', ''} or none
+-- What to answer to whoever would make a session that load() did not find; nil if it may. One that
+-- was purged is not made anew while forks refer to it, nor by a late repeat; see purge.lua.
+local function taken(none, key, refs, id)
+  if none[1] ~= 'missing' then return none end
+  if call('EXISTS', key) == 1 or call('HGET', refs, 'gone:' .. id) then
+    return {'refused', 'CLOSED', ''}
+  end
 end
 
 local function mismatch(s)

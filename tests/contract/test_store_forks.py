@@ -22,7 +22,7 @@ from tests.support.owners import (
     position_of,
     session_of,
 )
-from tests.support.stores import Backend, store_on
+from tests.support.stores import Backend, forgotten, store_on
 
 pytestmark = pytest.mark.anyio
 
@@ -236,7 +236,7 @@ async def test_sessions_of_a_family_can_go_in_any_order(
     backend: Backend, max_segments: int
 ) -> None:
     """Forks of forks, the last two at inherited boundaries."""
-    store = store_on(backend, StoreLimits(max_segments=max_segments))
+    store = store_on(backend, StoreLimits(max_segments=max_segments, purged_ttl_ms=0))
     orders = itertools.islice(itertools.permutations(range(5)), 0, None, 7)
     for number, order in enumerate(orders):
         root = f"ses_{number}"
@@ -261,10 +261,12 @@ async def test_sessions_of_a_family_can_go_in_any_order(
                 assert await tokens_of(store, left) == expected
                 session = await session_of(store, left)
                 assert await store.get_turns(session, 0, 99) == turns[left]
+        await forgotten(backend, store, root)
         assert not any(f"{{{number}}}" in key for key in await backend.keys())
 
 
-async def test_a_fork_of_a_fork_outlives_both(backend: Backend, store: RedisStore) -> None:
+async def test_a_fork_of_a_fork_outlives_both(backend: Backend) -> None:
+    store = store_on(backend, StoreLimits(purged_ttl_ms=0))
     owner = await Owner.of(store)
     await owner.run_turn("t1", [4])
     await forked(store, "ses_f", "ses_f.c")
@@ -278,6 +280,7 @@ async def test_a_fork_of_a_fork_outlives_both(backend: Backend, store: RedisStor
     await store.close("ses_f.d", 0)
     assert await tokens_of(store, "ses_f.e") == owner.tokens
     await store.close("ses_f.e", 0)
+    await forgotten(backend, store)
     assert not any("{f}" in key for key in await backend.keys())
 
 
@@ -300,20 +303,46 @@ async def test_a_purge_leaves_no_more_than_forks_refer_to(
     assert await owner.begin("t4") == Missing()
 
 
-async def test_what_forks_still_refer_to_is_not_made_anew(store: RedisStore) -> None:
+async def test_what_forks_still_refer_to_is_not_made_anew(backend: Backend) -> None:
+    store = store_on(backend, StoreLimits(purged_ttl_ms=0))
     await (await Owner.of(store)).run_turn("t1", [4])
     await forked(store, "ses_f", "ses_f.c")
     await (await Owner.of(store, "ses_f.c")).run_turn("t2", [5])
     await forked(store, "ses_f.c", "ses_f.d")
     tokens = await tokens_of(store, "ses_f.d")
     await store.close("ses_f", 0)
+    await forgotten(backend, store)
     assert await store.open_session(new_session()) == Refused(SessionState.CLOSED)
     await store.close("ses_f.c", 0)
+    await forgotten(backend, store)
     assert await store.fork("ses_f.d", "ses_f.c", None, ()) == Refused(SessionState.CLOSED)
     assert await tokens_of(store, "ses_f.d") == tokens
     assert await turn_ids(store, "ses_f.d") == ["t1", "t2"]
     await store.close("ses_f.d", 0)
+    await forgotten(backend, store)
     assert isinstance(await store.open_session(new_session()), SessionWritten)
+
+
+async def test_a_late_repeat_does_not_fork_a_purged_session_anew(
+    backend: Backend, store: RedisStore
+) -> None:
+    await (await Owner.of(store)).run_turn("t1", [4])
+    await forked(store, "ses_f", "ses_f.c")
+    await (await Owner.of(store, "ses_f.c")).run_turn("t2", [5])
+    await forked(store, "ses_f.c", "ses_f.d")
+    for gone, parent in (("ses_f.c", "ses_f"), ("ses_f.d", "ses_f.c")):
+        await store.close(gone, 0)
+        closed = Refused(SessionState.CLOSED) if parent == "ses_f" else Missing()
+        assert await store.fork(parent, gone, None, ()) == closed
+        assert await store.get_session(gone) is None
+    # Now that nobody refers to it any more, too.
+    assert await store.fork("ses_f", "ses_f.c", None, ()) == Refused(SessionState.CLOSED)
+    assert (await forked(store, "ses_f", "ses_f.e")).turn_index == 1
+    await store.close("ses_f.e", 0)
+    await store.close("ses_f", 0)
+    assert await store.open_session(new_session()) == Refused(SessionState.CLOSED)
+    assert await store.fork("ses_f", "ses_f.e", None, ()) == Missing()
+    assert {key for key in await backend.keys() if "{f}" in key} == {keys.refs_key("ses_f")}
 
 
 async def test_a_fork_of_a_suspended_session_is_open(store: RedisStore) -> None:

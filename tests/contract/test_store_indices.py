@@ -59,7 +59,7 @@ async def test_a_session_noted_during_a_sweep_is_looked_at_again(backend: Backen
 async def test_a_note_repeated_during_a_sweep_is_not_taken_for_the_one_listed(
     backend: Backend,
 ) -> None:
-    """Its answer was lost. Were it, nobody would look at the session again."""
+    """The answer to the first was lost. Nobody would look at the session again."""
     for _ in range(50):
         await run(backend, "due", "ses_f", 0)
         listed = await raw(backend, keys.DUE, "ZSCORE", "ses_f")

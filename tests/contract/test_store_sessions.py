@@ -27,7 +27,7 @@ from statestore.records import (
 )
 from statestore.redis_store import RedisStore
 from tests.support.owners import EMPTY, STOP, TENANT, A, B, Owner, new_session, opened, session_of
-from tests.support.stores import ANSWERING, Backend, raw, store_on
+from tests.support.stores import ANSWERING, Backend, forgotten, raw, store_on
 
 pytestmark = pytest.mark.anyio
 
@@ -166,9 +166,8 @@ async def test_closing_again_changes_nothing(store: RedisStore) -> None:
     assert await store.close("ses_f", None) == outcome
 
 
-async def test_closing_without_retention_leaves_nothing_behind(
-    backend: Backend, store: RedisStore
-) -> None:
+async def test_closing_without_retention_leaves_nothing_behind(backend: Backend) -> None:
+    store = store_on(backend, StoreLimits(purged_ttl_ms=0))
     before = await backend.keys()
     owner = await Owner.of(store)
     await owner.run_turn("t1", [7])
@@ -177,8 +176,7 @@ async def test_closing_without_retention_leaves_nothing_behind(
     assert outcome.session.head == owner.head
     assert await store.get_session("ses_f") is None
     assert await store.close("ses_f", 0) == Missing()
-    while "sessile:due" in await backend.keys():
-        await store.sweep(10)
+    await forgotten(backend, store)
     left = {key for key in await backend.keys() if not key.startswith("sessile:replica-sessions:")}
     assert left == before
 
@@ -210,10 +208,65 @@ async def test_retention_is_bounded_and_can_be_shortened(backend: Backend) -> No
     await opened(store)
     await store.close("ses_f", 10**12)
     assert await store.get_session("ses_f") is None
-    await opened(store)
-    await store_on(backend).close("ses_f", 60_000)
-    await store.close("ses_f", 0)
+    await opened(store, "ses_g")
+    await store_on(backend).close("ses_g", 60_000)
+    await store.close("ses_g", 0)
+    assert await store.get_session("ses_g") is None
+
+
+async def until_purged(store: RedisStore) -> None:
+    while await store.get_session("ses_f") is not None:
+        await store.sweep(10)
+
+
+@pytest.mark.parametrize("retention_ms", [0, 1])
+async def test_a_late_repeat_does_not_open_a_purged_session_anew(
+    backend: Backend, store: RedisStore, retention_ms: int
+) -> None:
+    owner = await Owner.of(store)
+    await owner.run_turn("t1", [7])
+    await store.close("ses_f", retention_ms)
+    await until_purged(store)
+    for _ in range(3):
+        assert await store.open_session(new_session()) == Refused(SessionState.CLOSED)
+        await store.sweep(10)
     assert await store.get_session("ses_f") is None
+    assert await store.find_or_admit(TENANT, "ses_f") is None
+    assert (await store.list_sessions(TENANT, "", 10)).sessions == ()
+    assert await store.close("ses_f", 0) == Missing()
+    assert await owner.begin("t2") == Missing()
+    assert await store.take("ses_f", owner.epoch, B, b"n") == Missing()
+    # All that is left of it.
+    assert {key for key in await backend.keys() if "{f}" in key} == {keys.refs_key("ses_f")}
+    assert await backend.fields(keys.refs_key("ses_f")) == {b"gone:ses_f"}
+
+
+async def test_a_purge_is_forgotten_when_no_repeat_is_to_be_feared_any_more(
+    backend: Backend,
+) -> None:
+    store = store_on(backend, StoreLimits(purged_ttl_ms=0))
+    for _ in range(2):
+        await opened(store)
+        await store.close("ses_f", 0)
+        await forgotten(backend, store)
+        assert not any("{f}" in key for key in await backend.keys())
+        await opened(store)
+        await store.close("ses_f", 1)
+        await until_purged(store)
+        await forgotten(backend, store)
+        assert not any("{f}" in key for key in await backend.keys())
+
+
+async def test_a_purge_that_the_store_lost_is_made_again(backend: Backend) -> None:
+    store = store_on(backend)
+    session = await opened(store)
+    await store_on(backend).close("ses_f", 1)
+    saved = await backend.save()
+    await until_purged(store)
+    await backend.roll_back(saved)
+    assert (await opened(store)).created_at_ms == session.created_at_ms
+    await until_purged(store)
+    assert await store.open_session(new_session()) == Refused(SessionState.CLOSED)
 
 
 async def test_sessions_of_a_tenant_are_listed_newest_first_in_pages(store: RedisStore) -> None:

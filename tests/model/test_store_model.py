@@ -16,12 +16,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
+from statestore import keys
 from statestore.ports import (
     Append,
     Appended,
     EpochLost,
     Fenced,
     HeadMismatch,
+    Missing,
     Refused,
     Repair,
     SessionWritten,
@@ -63,6 +65,7 @@ class SessionModel:
     epoch: Epoch
     tokens: list[int] = field(default_factory=list)
     turns: list[TurnModel] = field(default_factory=list)
+    parent_id: str | None = None
     owned: bool = False
     former: list[Epoch] = field(default_factory=list)
     inherited: int = 0
@@ -119,7 +122,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.numbers = itertools.count()
         self.newest: dict[str, Epoch] = {}
         """Of each session, also after the store forgot it: no epoch is granted twice (P2)."""
-        self.saved: tuple[Any, list[SessionModel]] | None = None
+        self.purged: list[SessionModel] = []
+        self.saved: tuple[Any, list[SessionModel], list[SessionModel]] | None = None
         self.lost: list[Lost] = []
         self.open()
 
@@ -159,7 +163,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert isinstance(outcome, HeadMismatch)
             return
         assert isinstance(outcome, SessionWritten)
-        child = SessionModel(child_id, outcome.session.epoch)
+        child = SessionModel(child_id, outcome.session.epoch, parent_id=parent.session_id)
         child.tokens = parent.tokens[: parent.boundaries[count]]
         child.turns = [
             TurnModel(turn.turn_id, turn.start, turn.status, turn.end)
@@ -189,6 +193,24 @@ class StoreMachine(RuleBasedStateMachine):
         assert isinstance(self.run(self.store.close(session.session_id, 0)), SessionWritten)
         assert self.run(self.store.get_session(session.session_id)) is None
         self.sessions.remove(session)
+        self.purged.append(session)
+
+    @rule(data=st.data(), purged=st.booleans())
+    def repeat_what_made_it(self, data: st.DataObject, purged: bool) -> None:
+        """Open or fork, as a client does that waits too long, or a network that repeats it."""
+        session = data.draw(st.sampled_from((purged and self.purged) or self.sessions))
+        session_id, parent_id = session.session_id, session.parent_id
+        if parent_id is None:
+            outcome: object = self.run(self.store.open_session(new_session(session_id)))
+        else:
+            outcome = self.run(self.store.fork(parent_id, session_id, None, ()))
+        if parent_id is not None and all(it.session_id != parent_id for it in self.sessions):
+            assert outcome == Missing()
+        elif session not in self.sessions:
+            assert outcome == Refused(SessionState.CLOSED)
+        else:
+            assert isinstance(outcome, SessionWritten)
+            self.check(session)
 
     @rule(data=st.data(), take=st.booleans(), to_nobody=RARELY, late=RARELY)
     def change_owner(self, data: st.DataObject, take: bool, to_nobody: bool, late: bool) -> None:
@@ -287,7 +309,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def save(self) -> None:
-        self.saved = self.run(self.server.save()), copy.deepcopy(self.sessions)
+        models = copy.deepcopy((self.sessions, self.purged))
+        self.saved = self.run(self.server.save()), *models
 
     @rule()
     @precondition(lambda self: self.saved is not None)
@@ -299,9 +322,9 @@ class StoreMachine(RuleBasedStateMachine):
             for session in self.sessions
             if session.owned
         ]
-        state, models = self.saved
+        state, self.sessions, self.purged = self.saved
         self.run(self.server.roll_back(state))
-        self.saved, self.sessions = None, models
+        self.saved = None
         for session in self.sessions:
             self.check(session)
 
@@ -563,9 +586,13 @@ class StoreMachine(RuleBasedStateMachine):
             while self.sessions:
                 gone = self.sessions.pop(next(self.numbers) % len(self.sessions))
                 self.run(self.store.close(gone.session_id, 0))
+                self.purged.append(gone)
                 for session in self.sessions:
                     self.check(session)
-            assert not any("{f" in key for key in self.run(self.server.keys()))
+            left = sorted(key for key in self.run(self.server.keys()) if "{f" in key)
+            assert left == sorted({keys.refs_key(gone.session_id) for gone in self.purged})
+            fields = {field for key in left for field in self.run(self.server.fields(key))}
+            assert fields == {b"gone:" + gone.session_id.encode() for gone in self.purged}
         finally:
             self.run(self.resources.aclose())
             self.loop.close()

@@ -13,6 +13,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 
 from loadtest.simulation.redis import LuaExecutor
+from statestore import keys
 from statestore.executor import Reply, Script, ScriptCall, ScriptExecutor
 from statestore.ports import Append, AppendOutcome, StoreError, StoreUnavailable
 from statestore.records import StoreLimits
@@ -51,6 +52,13 @@ class Backend(Protocol):
 def store_on(backend: Backend, limits: StoreLimits | None = None) -> RedisStore:
     """A store that repeats unanswered calls at once."""
     return PatientStore(backend.executor, limits=limits, retry=RetryPolicy(first_delay_s=0))
+
+
+async def forgotten(backend: Backend, store: RedisStore, session_id: str = "ses_f") -> None:
+    """Sweeps until the purges in the session's family are forgotten."""
+    refs = keys.refs_key(session_id)
+    while any(name.startswith(b"gone:") for name in await backend.fields(refs)):
+        await store.sweep(10)
 
 
 async def raw(backend: Backend, key: str, command: str, *args: bytes | str | int) -> Reply:
