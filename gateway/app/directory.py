@@ -49,7 +49,8 @@ class SessionDirectory:
         known = self._known.get(session_id)
         if known is None or known.tenant != tenant:
             # Also for a foreign one: it must take as long as one that does not exist (I10).
-            return self.remember(await self.read(tenant, session_id))
+            await self.read(tenant, session_id)
+            known = self._known[session_id]
         self._known.move_to_end(session_id)
         return known
 

@@ -262,7 +262,7 @@ class _TurnStream:
                 return await self._s.assigner.assign(session, self._lost, 0)
             raise not_open(session.session_id, session.state)
         reader = self._s.assigner.reader_for(session)
-        return reader or NoCandidate((), overloaded=False, model_known=True)
+        return reader or NoCandidate((), overloaded=False)
 
     # -- one dispatch ------------------------------------------------------------------------
 

@@ -142,12 +142,10 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class NoCandidate:
     """Nobody can take the session now. ``overloaded``: at least one could, were it not full;
-    ``retry_after_ms`` is then an estimate of when a place becomes free. ``model_known``: somebody
-    not DOWN serves the model."""
+    ``retry_after_ms`` is then an estimate of when a place becomes free."""
 
     excluded: tuple[Excluded, ...]
     overloaded: bool
-    model_known: bool
     retry_after_ms: int = 0
 
     def __str__(self) -> str:
@@ -194,7 +192,7 @@ def relieve(
     if cost.prefill_ms + cost.transfer_ms + cost.queue_ms < wait_ms:
         return decision
     stays = Excluded(decision.replica.ref, "would take longer than the wait where the KV is")
-    return NoCandidate((*decision.excluded, stays), True, True, int(wait_ms))
+    return NoCandidate((*decision.excluded, stays), True, int(wait_ms))
 
 
 def unfit(replica: Replica, request: PlacementRequest) -> str | None:
@@ -327,7 +325,6 @@ def _nobody(
     return NoCandidate(
         excluded,
         overloaded=bool(full),
-        model_known=not request.model or request.model in fleet.models(),
         retry_after_ms=max(100, min(int(wait_ms), 30_000)),
     )
 

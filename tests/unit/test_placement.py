@@ -198,16 +198,15 @@ def test_every_replica_that_is_no_candidate_has_its_reason() -> None:
         "broke the stream",
     ]
     assert outcome.overloaded
-    assert outcome.model_known
     assert outcome.retry_after_ms >= 100
 
 
 def test_an_empty_fleet_and_an_unknown_model_are_told_apart_from_overload() -> None:
     outcome = place(fleet(), request(), CONFIG)
-    assert outcome == NoCandidate((), overloaded=False, model_known=False, retry_after_ms=100)
+    assert outcome == NoCandidate((), overloaded=False, retry_after_ms=100)
     outcome = place(fleet(replica("a")), PlacementRequest("ses_a", "nope"), CONFIG)
     assert isinstance(outcome, NoCandidate)
-    assert not outcome.model_known
+    assert not outcome.overloaded
 
 
 def test_a_decision_explains_itself() -> None:
