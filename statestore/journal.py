@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
@@ -44,8 +43,6 @@ READ_PIECE_TOKENS = 1 << 16
 """Tokens of one ledger read: bounds how long one read occupies the server."""
 PIECES_PER_READ = 16
 """Of one pipeline: bounds what one round trip brings."""
-MAX_LATER = 1024
-"""Changes of indices that nobody waits for; past it the oldest is left to a read of its index."""
 MAX_DETAILS_BYTES = 8192
 CALL_KEY_BYTES = 8
 
@@ -67,7 +64,6 @@ class RedisJournal:
         self._limits = limits or StoreLimits()
         self._scripts = ScriptRunner(executor, retry or RetryPolicy(), now, sleep)
         self._random_bytes = random_bytes
-        self._later: deque[ScriptCall] = deque(maxlen=MAX_LATER)
         self._registered: dict[ReplicaRef, tuple[str, bool]] = {}
         """Of this process: its details, and whether it drains."""
 

@@ -50,7 +50,8 @@ MAX_PAGE_BYTES = 8 << 20
 SESSIONS_PER_READ = 32
 UNREADABLE_RETRY_MS = 60_000
 """Until a sweep looks again at a session whose record it cannot read."""
-
+MAX_LATER = 1024
+"""Changes of indices that nobody waits for; past it the oldest is left to a read of its index."""
 MAX_LEFT_OUT = 64
 """Damaged records of replicas that are remembered, so that each is logged once."""
 
@@ -69,6 +70,7 @@ class RedisStore(RedisJournal):
 
     def __init__(self, executor: ScriptExecutor, **options: Any) -> None:
         super().__init__(executor, **options)
+        self._later: deque[ScriptCall] = deque(maxlen=MAX_LATER)
         self._left_out: deque[str] = deque(maxlen=MAX_LEFT_OUT)
 
     # -- life of a session --------------------------------------------------------------------
@@ -355,17 +357,24 @@ class RedisStore(RedisJournal):
         return list(zip(flat[::2], flat[1::2], strict=True))
 
     async def _read_sessions(self, session_ids: list[str]) -> list[tuple[str, Session | None]]:
+        """Without the damaged ones: for one of them nobody loses sight of the rest."""
         valid = [session_id for session_id in session_ids if keys.is_session_id(session_id)]
-        found = await self._scripts.run(
+        found = await self._scripts.run_each(
             *(script_call("read_session", [keys.session_key(i)], []) for i in valid)
         )
-        outcomes = dict(zip(valid, map(replies.outcome, found), strict=True))
-        sessions: list[tuple[str, Session | None]] = []
-        for session_id in session_ids:
-            outcome = outcomes.get(session_id)
-            session = outcome.session if isinstance(outcome, SessionWritten) else None
-            sessions.append((session_id, session))
-        return sessions
+        sessions: dict[str, Session | None] = dict.fromkeys(session_ids)
+        for session_id, reply in zip(valid, found, strict=True):
+            try:
+                if isinstance(reply, StoreError):
+                    raise reply
+                outcome = replies.outcome(reply)
+            except StoreCorrupt as error:
+                log.error("session %s is left out of a list: %s", session_id, error)
+                del sessions[session_id]
+            else:
+                if isinstance(outcome, SessionWritten):
+                    sessions[session_id] = outcome.session
+        return list(sessions.items())
 
     def _index_tenant(self, tenant: str, session_id: str) -> ScriptCall:
         return script_call("index_add", [keys.tenant_index_key(tenant)], [session_id, 1])

@@ -107,6 +107,16 @@ async def test_a_session_that_comes_back_soon_stays_in_the_list_of_its_replica(
     assert await store.sessions_of(B, 10) == ()
 
 
+async def test_a_damaged_session_does_not_hide_the_others(backend: Backend) -> None:
+    store = store_on(backend)
+    for session_id in ("ses_f", "ses_g"):
+        await Owner.of(store, session_id)
+    await raw(backend, keys.session_key("ses_g"), "HSET", "state", "?")
+    assert await store.sessions_of(A, 10) == ("ses_f",)
+    page = await store.list_sessions(TENANT, "", 10)
+    assert [session.session_id for session in page.sessions] == ["ses_f"]
+
+
 async def _keep_only(backend: Backend, key: str) -> None:
     saved = await backend.save()
     if isinstance(saved, dict):
