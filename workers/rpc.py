@@ -155,6 +155,7 @@ def new_server(host: str, port: int) -> tuple[aio.Server, int]:
             ("grpc.max_concurrent_streams", MAX_RPCS),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
             ("grpc.max_connection_idle_ms", IDLE_CONNECTION_MS),
+            ("grpc.so_reuseport", 0),  # else two workers with one port would both seem to serve
         ],
     )
     address = join_address(host, port)

@@ -42,10 +42,12 @@ class Fleet:
         self.ended: dict[str, anyio.Event] = {}
         self._tasks = tasks
 
-    async def start(self, name: str, listen: str = "127.0.0.1:0") -> str:
+    async def start(
+        self, name: str, listen: str = "127.0.0.1:0", kv_listen: str = "127.0.0.1:0"
+    ) -> str:
         config = WorkerConfig(
             listen=listen,
-            kv_listen=listen,
+            kv_listen=kv_listen,
             redis_url=self.url,
             replica=ReplicaSettings(name, heartbeat_period_s=0.05),
             engine_options=(("step_ms", "1"), ("eos_probability", "0")),
@@ -172,7 +174,7 @@ async def test_a_worker_serves_on_an_ipv6_address() -> None:
     except OSError:
         pytest.skip("this machine has no IPv6")
     async with fleet() as f:
-        endpoint = await f.start("r1", listen="[::1]:0")
+        endpoint = await f.start("r1", listen="[::1]:0", kv_listen="[::1]:0")
         assert endpoint.startswith("[::1]:")
         heard = await events(endpoint, dispatch(await f.place("r1"), "t1", "Hello"))
         assert heard[-1].HasField("finished")
@@ -205,3 +207,11 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> No
     settings = {"redis_url": "unix:///x", "replica": ReplicaSettings("r1")} | wrong
     with pytest.raises(ValueError, match=r"\w"):
         WorkerConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.anyio
+async def test_two_workers_do_not_share_a_port() -> None:
+    async with fleet() as f:
+        taken = await f.start("a")
+        with pytest.raises(OSError, match=f"cannot listen on {taken}"):
+            await f.start("b", listen=taken)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -102,11 +104,46 @@ async def test_a_failing_step_ends_the_engine_and_is_told(monkeypatch: pytest.Mo
     assert isinstance(failures[0].__cause__, RuntimeError)
 
 
-async def test_a_model_that_cannot_be_loaded_fails_the_start(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+def _broken(name: str, folder: Path) -> str:
+    """A model folder with one thing wrong; what the error must say."""
+    shutil.copytree(tiny_llama(), folder, dirs_exist_ok=True)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if name == "no weights":
+        weights.unlink()
+        return "model.safetensors"
+    if name == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        return "cannot be loaded"
+    if name == "no JSON":
+        config.write_text('{"model_type": "llama"')
+        return "config.json"
+    settings = json.loads(config.read_text())
+    settings |= {
+        "missing weights": {"num_hidden_layers": 4},
+        "other shapes": {"intermediate_size": 128},
+        "impossible shapes": {"hidden_size": 64},
+    }[name]
+    config.write_text(json.dumps(settings))
+    return "cannot be loaded" if name == "impossible shapes" else "missing or of another shape"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no weights",
+        "cut weights",
+        "no JSON",
+        "missing weights",
+        "other shapes",
+        "impossible shapes",
+    ],
+)
+async def test_a_model_that_cannot_be_loaded_fails_the_start(tmp_path: Path, name: str) -> None:
+    told = _broken(name, tmp_path)
     engine = TorchEngine(_config(tmp_path), time.monotonic)
-    with pytest.raises(EngineFailed, match="restart"):
+    with pytest.raises(EngineFailed, match=told) as failed:
         await engine.start(lambda outputs: None, lambda failure: None)
+    assert str(tmp_path) in str(failed.value)
     await engine.aclose()
 
 

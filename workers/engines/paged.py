@@ -87,8 +87,9 @@ class PagedEngine(ABC):
 
     def _fail(self, error: Exception) -> None:
         """Whatever it is, every generation is lost."""
-        self._failure = EngineFailed(f"the engine failed: {error!r}; restart the replica")
-        self._failure.__cause__ = error
+        failure = EngineFailed(f"the engine failed: {error!r}; restart the replica")
+        failure.__cause__ = error
+        self._failure = error if isinstance(error, EngineFailed) else failure
         if self._on_step is not None:
             self._on_step = None
             self._on_failure(self._failure)

@@ -35,7 +35,8 @@ class PagesExhausted(EngineError):
 
 
 class EngineFailed(EngineError):
-    """The engine's step raised; every generation is lost and the replica must stop."""
+    """The engine's step raised, or it could not start; every generation is lost and the replica
+    must stop."""
 
 
 @dataclass(frozen=True, slots=True)

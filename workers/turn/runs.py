@@ -149,9 +149,12 @@ class TurnRuns:
         return run
 
     def _check_room(self, tenant: str) -> None:
-        """The fewer places are free, the fewer a tenant may have: one alone gets three quarters,
-        and who has none gets the last (after the dynamic thresholds of Choudhury and Hahne)."""
+        """Turns that can run at once are let in. In the queue, the fewer places are free, the fewer
+        a tenant may have: one alone gets three quarters of all, and who has none gets the last
+        (after the dynamic thresholds of Choudhury and Hahne)."""
         info = self._ports.engine.info
+        if len(self._runs) < info.max_running:
+            return
         free = info.max_running + info.max_queued - len(self._runs)
         theirs = sum(run.tenant == tenant for run in self._runs.values())
         if theirs >= TENANT_SHARE * free:

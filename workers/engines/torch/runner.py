@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from workers.engines.port import Sampling
+from workers.engines.port import EngineFailed, Sampling
 from workers.engines.torch.attention import ATTENTION_NAME, PagedStep, Span
 from workers.engines.torch.config import PAGE_SIZE, TorchEngineConfig
 from workers.engines.torch.kv_pool import LAYOUT_VERSION, KvPool
@@ -28,8 +28,8 @@ from workers.engines.torch.sampling import Draw, choose
 from workers.kv.pages import checksum
 
 
-class UnsupportedModel(Exception):
-    """The model needs attention that this engine does not have."""
+class UnsupportedModel(EngineFailed):
+    """The model cannot be loaded, or needs attention that this engine does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +68,13 @@ class ModelRunner:
     def __init__(self, folder: Path, config: TorchEngineConfig) -> None:
         silence_progress_bars()
         torch.set_num_threads(config.threads)
-        self.model_config = AutoConfig.from_pretrained(folder)
+        self.model_config = _loaded(folder, AutoConfig.from_pretrained, folder)
         _refuse_partial_attention(self.model_config)
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda" if cuda else "cpu")
         # bfloat16 arithmetic is about three times slower than float32 on common CPUs.
         self.dtype = torch.bfloat16 if cuda else torch.float32
-        models: Any = AutoModelForCausalLM  # its annotations do not know what it returns
-        self._model: Any = models.from_pretrained(
-            folder, dtype=self.dtype, attn_implementation=ATTENTION_NAME
-        )
+        self._model: Any = _model(folder, self.dtype)
         self._model.to(self.device).eval()
         if not cuda:
             pack_linear_layers(self._model)
@@ -171,6 +168,34 @@ class ModelRunner:
         for size in shape.values():
             page *= size
         return max(1, memory // page)
+
+
+def _loaded(folder: Path, load: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    try:
+        return load(*args, **options)
+    except Exception as error:  # many libraries read the folder
+        raise UnsupportedModel(f"the model in {folder} cannot be loaded: {error}") from error
+
+
+def _model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model with every weight from the folder: transformers draws missing ones at random."""
+    load: Any = AutoModelForCausalLM.from_pretrained  # its annotations do not know what it returns
+    model, info = _loaded(
+        folder,
+        load,
+        folder,
+        dtype=dtype,
+        attn_implementation=ATTENTION_NAME,
+        ignore_mismatched_sizes=True,  # they are told below, with the missing ones
+        output_loading_info=True,
+    )
+    wrong = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if wrong:
+        raise UnsupportedModel(
+            f"the weights in {folder} are not those of its config.json: {len(wrong)} are missing "
+            f"or of another shape, {wrong[0]} first"
+        )
+    return model
 
 
 def _refuse_partial_attention(config: Any) -> None:
