@@ -8,19 +8,28 @@ async with Sessile(["gw-1:8470", "gw-2:8470"], tenant="acme") as client:
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
 
 import grpc
 
+from sessile.errors import InvalidRequest
 from sessile.fleet import Fleet
 from sessile.messages import Message, Sampling, Tool, messages_to_pb, sampling_to_pb
 from sessile.records import SessionInfo, SessionState
 from sessile.session import Session
-from sessile.transport import TENANT_KEY, RetryPolicy, Runtime, Transport
+from sessile.transport import TENANT_KEY, RetryPolicy, Runtime, Transport, built
 from sessile.v1 import session_pb2
 
 LIST_PAGE = 100
+
+
+def _is_sendable(key: str, value: object) -> bool:
+    """gRPC breaks the call otherwise, with an error of its own."""
+    return key.endswith("-bin") or (
+        isinstance(value, str) and value.isascii() and value.isprintable()
+    )
 
 
 class Sessile:
@@ -42,9 +51,20 @@ class Sessile:
         runtime: Runtime | None = None,
     ) -> None:
         self._targets = [target] if isinstance(target, str) else list(target)
-        if not self._targets:
-            raise ValueError("at least one gateway is needed")
+        if not self._targets or not all(self._targets):
+            raise InvalidRequest(
+                "at least one gateway is needed.",
+                reason="INVALID_REQUEST",
+                hint="Give host:port of each.",
+            )
         self._metadata = ((TENANT_KEY, tenant), *metadata)
+        for key, value in self._metadata:
+            if not _is_sendable(key, value):
+                raise InvalidRequest(
+                    f"{key} cannot be sent as {value!r}:",
+                    reason="INVALID_REQUEST",
+                    hint="A tenant and other metadata are plain ASCII text.",
+                )
         self._credentials = credentials
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
@@ -92,13 +112,13 @@ class Sessile:
         """A new session. ``system`` goes before ``messages``; both are rendered with the first
         turn. ``sampling`` sets the session's defaults. ``request_id`` makes it idempotent over
         process restarts too: the same id gives the same session."""
-        leading = [Message.system(system), *messages] if system else list(messages)
         response = await self._transport.call(
             lambda gateway: gateway.sessions.OpenSession,
-            session_pb2.OpenSessionRequest(
+            lambda: session_pb2.OpenSessionRequest(
                 request_id=request_id or self._runtime.new_id(),
                 model=model,
-                messages=messages_to_pb(leading),
+                messages=messages_to_pb([Message.system(system)] * bool(system))
+                + messages_to_pb(messages),
                 tools=[tool.to_pb() for tool in tools],
                 default_params=sampling_to_pb(sampling),
                 labels=labels,
@@ -120,13 +140,16 @@ class Sessile:
     ) -> AsyncGenerator[SessionInfo, None]:
         """The tenant's sessions, newest first, page by page: those with all of ``labels``, in one
         of ``states`` (default: open and suspended), ``limit`` at most."""
-        wanted = [session_pb2.SessionState.Value(f"SESSION_STATE_{state.name}") for state in states]
+        wanted = built(
+            lambda: [session_pb2.SessionState.Value(f"SESSION_STATE_{s.name}") for s in states]
+        )
         left = limit
         token = ""
         while left is None or left > 0:
             response = await self._transport.call(
                 lambda gateway: gateway.sessions.ListSessions,
-                session_pb2.ListSessionsRequest(
+                partial(
+                    session_pb2.ListSessionsRequest,
                     page_size=LIST_PAGE if left is None else min(left, LIST_PAGE),
                     page_token=token,
                     labels=labels,

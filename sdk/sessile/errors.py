@@ -203,9 +203,15 @@ BY_CODE: Mapping[grpc.StatusCode, type[SessileError]] = {
 """For errors without our details (made by the transport or a proxy); others: InternalError."""
 
 
+TOO_LARGE = "Send less in one call: a gateway takes 5 MB unless it is configured otherwise."
+"""gRPC itself refuses a message over the bound, on either side, whenever it is repeated."""
+
+
 def from_rpc(error: aio.AioRpcError) -> SessileError:
     """The error of a failed call, with the details that it carries."""
     code, message = error.code(), error.details() or error.code().name
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
+        return InvalidRequest(message + ".", reason="INVALID_REQUEST", hint=TOO_LARGE)
     fallback = BY_CODE.get(code, InternalError)
     if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message:
         fallback = Unavailable  # the transport's word for a stream that was cut

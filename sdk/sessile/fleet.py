@@ -126,7 +126,7 @@ class Fleet:
         """Sorted by id."""
         response = await self._transport.call(
             lambda gateway: gateway.fleet.ListReplicas,
-            pb.ListReplicasRequest(include_down=include_down),
+            lambda: pb.ListReplicasRequest(include_down=include_down),
         )
         return [Replica.from_pb(replica) for replica in response.replicas]
 
@@ -179,7 +179,7 @@ class Fleet:
         for overload."""
         response = await self._transport.call(
             lambda gateway: gateway.fleet.MigrateSession,
-            pb.MigrateSessionRequest(
+            lambda: pb.MigrateSessionRequest(
                 session_id=session_id,
                 target_replica_id=target,
                 timeout_ms=round(timeout_s * 1000),

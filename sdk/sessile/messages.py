@@ -121,12 +121,14 @@ Input = str | Message | Sequence[Message]
 
 
 def messages_to_pb(value: Input) -> list[pb.Message]:
-    """The input as messages of the wire."""
+    """The input as messages of the wire; raises TypeError for anything else."""
     if isinstance(value, str):
         return [Message.user(value).to_pb()]
-    if isinstance(value, Message):
-        return [value.to_pb()]
-    return [message.to_pb() for message in value]
+    messages = [value] if isinstance(value, Message) else list(value)
+    for message in messages:
+        if not isinstance(message, Message):
+            raise TypeError(f"a message is a sessile.Message, not {type(message).__name__}")
+    return [message.to_pb() for message in messages]
 
 
 class Sampling(TypedDict, total=False):

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Unpack
 
 from sessile.events import Accepted, Finished
 from sessile.messages import Input, Sampling, messages_to_pb, sampling_to_pb
 from sessile.records import Position, SessionInfo, TranscriptTurn, TurnStatus
-from sessile.transport import Transport
+from sessile.transport import Transport, built
 from sessile.turn import OnAbandon, Turn
 from sessile.v1 import session_pb2
 from sessile.v1 import types_pb2 as pb
@@ -68,12 +69,14 @@ class Session:
         ``turn_id`` makes it idempotent over process restarts too: a repeat attaches to the running
         turn or replays the ended one. The server ends the turn as FAILED after ``timeout_s``
         (default 600). ``check_head=False`` accepts whatever the ledger holds."""
-        request = pb.RunTurnRequest(
-            session_id=self.session_id,
-            turn_id=turn_id or self._transport.runtime.new_id(),
-            messages=messages_to_pb(messages),
-            params=sampling_to_pb(sampling),
-            timeout_ms=0 if timeout_s is None else max(1, round(timeout_s * 1000)),
+        request = built(
+            lambda: pb.RunTurnRequest(
+                session_id=self.session_id,
+                turn_id=turn_id or self._transport.runtime.new_id(),
+                messages=messages_to_pb(messages),
+                params=sampling_to_pb(sampling),
+                timeout_ms=0 if timeout_s is None else max(1, round(timeout_s * 1000)),
+            )
         )
         if check_head and self._head is not None:
             request.precondition.CopyFrom(
@@ -92,16 +95,21 @@ class Session:
         """Reads a turn that exists, running or ended, from ``resume_from`` (a ``Tokens.end`` or
         ``turn.position``) or from its first output. NotFound if there is no such turn. Abandoning
         detaches by default: the turn may be somebody else's."""
-        request = pb.RunTurnRequest(session_id=self.session_id, turn_id=turn_id, attach_only=True)
-        if resume_from is not None:
-            request.resume_from.CopyFrom(resume_from.to_pb())
+        request = built(
+            lambda: pb.RunTurnRequest(
+                session_id=self.session_id,
+                turn_id=turn_id,
+                attach_only=True,
+                resume_from=None if resume_from is None else resume_from.to_pb(),
+            )
+        )
         return self._turn(request, timeout_s, on_abandon)
 
     async def cancel(self, turn_id: str) -> TurnStatus:
         """Ends a turn by its id. Idempotent; an unknown id is remembered for a short time."""
         response = await self._transport.call(
             lambda gateway: gateway.sessions.CancelTurn,
-            session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=turn_id),
+            lambda: session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=turn_id),
         )
         return TurnStatus.from_pb(response.status)
 
@@ -109,7 +117,7 @@ class Session:
         """Reads the record; from here on the handle trusts what it says about the ledger."""
         response = await self._transport.call(
             lambda gateway: gateway.sessions.GetSession,
-            session_pb2.GetSessionRequest(session_id=self.session_id),
+            lambda: session_pb2.GetSessionRequest(session_id=self.session_id),
         )
         return self._learn(SessionInfo.from_pb(response.session))
 
@@ -124,7 +132,7 @@ class Session:
         boundary). Copies nothing. ``request_id`` makes it idempotent."""
         response = await self._transport.call(
             lambda gateway: gateway.sessions.ForkSession,
-            session_pb2.ForkSessionRequest(
+            lambda: session_pb2.ForkSessionRequest(
                 request_id=request_id or self._transport.runtime.new_id(),
                 session_id=self.session_id,
                 at_turn_index=at_turn,
@@ -139,7 +147,7 @@ class Session:
         runs."""
         response = await self._transport.call(
             lambda gateway: gateway.sessions.SuspendSession,
-            session_pb2.SuspendSessionRequest(session_id=self.session_id),
+            lambda: session_pb2.SuspendSessionRequest(session_id=self.session_id),
         )
         return self._learn(SessionInfo.from_pb(response.session))
 
@@ -147,7 +155,7 @@ class Session:
         """Opens a suspended session again."""
         response = await self._transport.call(
             lambda gateway: gateway.sessions.ResumeSession,
-            session_pb2.ResumeSessionRequest(session_id=self.session_id),
+            lambda: session_pb2.ResumeSessionRequest(session_id=self.session_id),
         )
         return self._learn(SessionInfo.from_pb(response.session))
 
@@ -156,7 +164,7 @@ class Session:
         ``retention_s`` (default: the server's), or is removed at once with ``purge``."""
         await self._transport.call(
             lambda gateway: gateway.sessions.CloseSession,
-            session_pb2.CloseSessionRequest(
+            lambda: session_pb2.CloseSessionRequest(
                 session_id=self.session_id,
                 retention_ms=0 if retention_s is None else round(retention_s * 1000),
                 purge=purge,
@@ -171,7 +179,8 @@ class Session:
         while True:
             response = await self._transport.call(
                 lambda gateway: gateway.sessions.GetTranscript,
-                session_pb2.GetTranscriptRequest(
+                partial(
+                    session_pb2.GetTranscriptRequest,
                     session_id=self.session_id,
                     from_turn_index=from_turn,
                     max_turns=TRANSCRIPT_PAGE,

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -33,6 +34,8 @@ MAX_MESSAGE_BYTES = 64 << 20
 KEEPALIVE_MS = 10_000
 STREAM_S = 3600.0
 """A followed stream is opened anew after this time at the latest."""
+LONGEST_S = 365 * 86_400.0
+"""gRPC takes a deadline beyond what its clock can hold for one that has passed."""
 CLEANUP_S = 2.0
 """How long an abandoned turn's cancel may take, and how long ``close()`` waits for such calls."""
 
@@ -76,6 +79,19 @@ Method = Callable[[Gateway], aio.UnaryUnaryMultiCallable[Request, Response]]
 StreamMethod = Callable[[Gateway], aio.UnaryStreamMultiCallable[Request, Response]]
 
 
+def built(request: Callable[[], Request]) -> Request:
+    """The request. A value that its fields cannot hold (too large, not of the type, no Unicode) is
+    an InvalidRequest like one that the server refuses."""
+    try:
+        return request()
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        raise errors.InvalidRequest(
+            f"the request holds a value that cannot be sent: {error}.",
+            reason="INVALID_REQUEST",
+            hint="Correct the arguments of the call.",
+        ) from error
+
+
 def _connect(target: str, credentials: grpc.ChannelCredentials | None) -> Gateway:
     options = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -116,8 +132,6 @@ class Transport:
         runtime: Runtime,
         timeout_s: float,
     ) -> None:
-        if not targets:
-            raise ValueError("at least one gateway is needed")
         self.metadata = tuple(metadata)
         self.retry = retry
         self.runtime = runtime
@@ -153,12 +167,13 @@ class Transport:
     async def call(
         self,
         method: Method[Request, Response],
-        request: Request,
+        request: Callable[[], Request],
         *,
         timeout_s: float | None = None,
         idempotent: bool = True,
     ) -> Response:
         """One unary call within ``timeout_s`` (default: the client's), repeated as allowed."""
+        message = built(request)
         attempts = self.attempts(
             self.timeout_s if timeout_s is None else timeout_s, idempotent=idempotent
         )
@@ -166,7 +181,7 @@ class Transport:
             gateway = self.gateway
             try:
                 return await method(gateway)(
-                    request, timeout=attempts.time_left_s(), metadata=self.metadata
+                    message, timeout=attempts.time_left_s(), metadata=self.metadata
                 )
             except aio.AioRpcError as error:
                 await attempts.failed(errors.from_rpc(error), gateway)
@@ -185,7 +200,8 @@ class Transport:
         while True:
             gateway, left_s = self.gateway, attempts.time_left_s()
             limit_s = min(left_s, STREAM_S)
-            call = method(gateway)(request(left_s), timeout=limit_s, metadata=self.metadata)
+            message = built(partial(request, left_s))
+            call = method(gateway)(message, timeout=limit_s, metadata=self.metadata)
             try:
                 async for response in call:
                     attempts.progressed()
@@ -238,7 +254,7 @@ class Attempts:
         self._failures = 0
 
     def time_left_s(self) -> float:
-        return max(self._deadline - self._transport.runtime.now(), 0.001)
+        return min(max(self._deadline - self._transport.runtime.now(), 0.001), LONGEST_S)
 
     def progressed(self) -> None:
         """The operation got further: failures count from zero again."""

@@ -126,7 +126,7 @@ class Turn:
         how the turn ended (UNKNOWN if it had not begun: then it never will)."""
         response = await self._transport.call(
             lambda gateway: gateway.sessions.CancelTurn,
-            session_pb2.CancelTurnRequest(
+            lambda: session_pb2.CancelTurnRequest(
                 session_id=self._request.session_id, turn_id=self._request.turn_id
             ),
         )

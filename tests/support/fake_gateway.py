@@ -164,9 +164,9 @@ async def _end(how: Fail | Cut, context: aio.ServicerContext[Any, Any]) -> None:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[FakeGateway]:
+async def serving(*options: tuple[str, int]) -> AsyncIterator[FakeGateway]:
     """A gateway on a free loopback port."""
-    server = aio.server()
+    server = aio.server(options=options)
     port = server.add_insecure_port("127.0.0.1:0")
     fake = FakeGateway(f"127.0.0.1:{port}")
     # Abstract for type checkers only: every method is set below.

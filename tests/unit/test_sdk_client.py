@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 from sessile import (
+    InvalidRequest,
     Message,
     ReplicaState,
     Runtime,
@@ -86,11 +89,72 @@ async def test_unknown_sampling_names_are_refused_before_anything_is_sent(
     gateway: FakeGateway,
 ) -> None:
     async with client_of(gateway) as client:
-        with pytest.raises(TypeError, match="temprature"):
+        with pytest.raises(InvalidRequest, match="temprature"):
             client.session("ses_a").run("hi", temprature=1.0)  # type: ignore[call-arg]
-        with pytest.raises(TypeError, match="list"):
+        with pytest.raises(InvalidRequest, match="list"):
             client.session("ses_a").run("hi", stop="x")
     assert not gateway.seen
+
+
+@pytest.mark.anyio
+async def test_a_value_that_the_wire_cannot_carry_is_an_invalid_request(
+    gateway: FakeGateway,
+) -> None:
+    async with client_of(gateway) as client:
+        handle = client.session("ses_a")
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: handle.run("\ud800").result(),
+            lambda: handle.run({"role": "user"}).result(),  # type: ignore[arg-type]
+            lambda: handle.run(None).result(),  # type: ignore[arg-type]
+            lambda: handle.run("hi", max_tokens=1 << 40).result(),
+            lambda: handle.run("hi", timeout_s=math.inf).result(),
+            lambda: handle.attach(7).result(),  # type: ignore[arg-type]
+            lambda: handle.fork(at_turn=-1),
+            lambda: handle.transcript(from_turn=1 << 70),
+            lambda: handle.close(retention_s=-1),
+            lambda: client.open(system="\udfff"),
+            lambda: client.open(tools=[{"name": "add"}]),  # type: ignore[list-item]
+            lambda: anext(client.list(states=["open"])),  # type: ignore[list-item]
+            lambda: client.fleet.migrate("ses_a", timeout_s=1e300),
+            lambda: anext(client.fleet.drain("\ud800")),
+        ]
+        for call in calls:
+            with pytest.raises(InvalidRequest, match="cannot be sent"):
+                await call()
+    assert not gateway.seen
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"tenant": "büro"}, {"tenant": "a\n"}, {"metadata": [("key", "ключ")]}], ids=str
+)
+def test_metadata_that_cannot_be_sent_is_an_invalid_request(metadata: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="ASCII"):
+        Sessile("127.0.0.1:1", **metadata)
+
+
+@pytest.mark.anyio
+async def test_a_very_long_time_limit_has_not_passed_already(gateway: FakeGateway) -> None:
+    moved = fleet_pb2.MigrationResult(session_id="ses_a", moved=True)
+    gateway.answers.append(fleet_pb2.MigrateSessionResponse(result=moved))
+    async with client_of(gateway) as client:
+        assert (await client.fleet.migrate("ses_a", timeout_s=1e12)).moved
+
+
+@pytest.mark.anyio
+async def test_a_request_over_the_transports_bound_is_refused_at_once() -> None:
+    """Not as Overloaded, which is repeated."""
+
+    async def no_repeat(seconds: float) -> None:
+        pytest.fail("repeated")
+
+    async with (
+        serving(("grpc.max_receive_message_length", 1000)) as gateway,
+        Sessile(gateway.target, runtime=Runtime(sleep=no_repeat)) as client,
+    ):
+        with pytest.raises(InvalidRequest, match="less in one call"):
+            await client.open(system="x" * 1000)
+        with pytest.raises(InvalidRequest, match="less in one call"):
+            await client.session("ses_a").run("x" * 1000).result()
 
 
 @pytest.mark.anyio
@@ -229,8 +293,12 @@ async def test_a_client_that_is_not_open_says_so(gateway: FakeGateway) -> None:
     client = client_of(gateway)
     with pytest.raises(RuntimeError, match="async with"):
         client.session("ses_a")
-    with pytest.raises(ValueError, match="at least one"):
-        Sessile([])
+
+
+@pytest.mark.parametrize("targets", [[], "", ["127.0.0.1:1", ""]], ids=str)
+def test_a_client_needs_the_address_of_every_gateway(targets: str | list[str]) -> None:
+    with pytest.raises(InvalidRequest, match="at least one"):
+        Sessile(targets)
 
 
 def test_the_sync_face_has_the_same_names() -> None:
