@@ -142,6 +142,8 @@ class GatewayConfig:
                     raise ValueError(f"{name} must be positive")
         if self.admission.max_preamble_bytes >= self.admission.max_request_bytes:
             raise ValueError("max_request_bytes must be more than max_preamble_bytes")
+        if self.admission.max_request_bytes > self.admission.max_message_bytes:
+            raise ValueError("max_request_bytes must be at most max_message_bytes")
         if self.admission.share_per_tenant > 1:
             raise ValueError("share_per_tenant is at most 1")
         if self.times.fleet_poll_s * 2 > self.liveness.outage_after_s:

@@ -131,10 +131,7 @@ def _server(
         maximum_concurrent_rpcs=admission.max_rpcs,
         options=[
             ("grpc.max_send_message_length", admission.max_message_bytes),
-            (
-                "grpc.max_receive_message_length",
-                min(admission.max_request_bytes, admission.max_message_bytes),
-            ),
+            ("grpc.max_receive_message_length", admission.max_request_bytes),
             ("grpc.max_allowed_incoming_connections", admission.max_connections),
             ("grpc.max_concurrent_streams", admission.max_rpcs),
             ("grpc.server_handshake_timeout_ms", int(config.times.handshake_s * 1000)),

@@ -12,7 +12,13 @@ from workers.config import ReplicaSettings, WorkerConfig
 from workers.main import run as run_worker
 
 ADMISSION = Admission(
-    max_streams=12, max_watches=12, max_calls=12, max_connections=100, max_message_bytes=1 << 20
+    max_streams=12,
+    max_watches=12,
+    max_calls=12,
+    max_connections=100,
+    max_message_bytes=1 << 20,
+    max_request_bytes=1 << 20,
+    max_preamble_bytes=1 << 19,
 )
 ENGINE = (("decode_token_ms", "0"), ("eos_probability", "0"), ("step_ms", "5"))
 

@@ -46,6 +46,11 @@ def test_a_share_of_more_than_the_whole_is_refused_at_start() -> None:
         GatewayConfig(admission=Admission(share_per_tenant=1.5))
 
 
+def test_requests_larger_than_a_message_are_refused_at_start() -> None:
+    with pytest.raises(ValueError, match="max_request_bytes must be at most"):
+        GatewayConfig(admission=Admission(max_message_bytes=1 << 20))
+
+
 @simulated
 async def test_a_tenant_with_its_share_of_streams_leaves_room_for_another() -> None:
     config = GatewayConfig(admission=Admission(max_streams=4))
