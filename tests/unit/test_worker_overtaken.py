@@ -1,10 +1,12 @@
-"""A turn that ended in the ledger is over, also while its replica has not heard of it yet."""
+"""What happened in the ledger counts, also while a replica has not heard of it yet."""
 
 from __future__ import annotations
 
 import anyio
+import pytest
 from sessile.v1 import types_pb2
 
+from gateway.core.errors import NotOwner
 from loadtest.simulation.redis import Fault, no_fault
 from statestore.executor import ScriptCall
 from tests.support.replica_world import SESSION, in_virtual_time, listen, world
@@ -35,3 +37,24 @@ async def test_a_turn_cancelled_behind_the_replicas_back_is_in_nobodys_way() -> 
         w.tasks.start_soon(answer_soon)
         heard = await listen(replica, second)
         assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
+
+
+@in_virtual_time
+async def test_a_client_that_is_ahead_of_a_fenced_run_is_sent_to_the_owner() -> None:
+    async with world() as w:
+        fenced, owner = await w.start("r1"), await w.start("r2")
+        await w.open()
+        await w.give(fenced)
+        late = await w.request(fenced, params={"max_tokens": 50})
+        await listen(fenced, late, until=lambda heard: len(heard.tokens) >= TOKENS_HEARD)
+
+        def unheard(call: ScriptCall) -> Fault:
+            old = call.script.name == "append" and call.args[0] == late.epoch.number
+            return Fault.REQUEST_LOST if old else Fault.NONE
+
+        w.executor.fault = unheard
+        await w.give(owner)
+        heard = await listen(owner, await w.request(owner, params={"max_tokens": 50}))
+        late.turn.resume_from.CopyFrom(heard.finished.end)
+        with pytest.raises(NotOwner):
+            await listen(fenced, late)

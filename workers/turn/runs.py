@@ -183,7 +183,13 @@ class TurnRuns:
             return None
         turn = request.turn
         check_input(turn, opened.turn, opened.resident.salt)
-        first = resume_index(opened.output, run.released, _position(turn))
+        position = _position(turn)
+        if position is not None and position.length > opened.output.start.length + run.released:
+            # Has the store lost what the client has, or is this run fenced and does not know yet?
+            context = await self._read(request, give_up_at)
+            if context.session.epoch > run.epoch:
+                raise NotOwner(f"session {turn.session_id} is owned under a newer epoch")
+        first = resume_index(opened.output, run.released, position)
         accepted = accepted_event(
             opened.turn,
             opened.plan.sampling.seed,
