@@ -270,9 +270,11 @@ class RedisJournal:
                 *(arg for turn in repair.turns for arg in replies.turn_args(turn)),
             ],
         )
-        # Due at once: the sweep then files it by the deadline that was written back.
+        # Due soon: the sweep then files it by the deadline that was written back.
         (_, _, reply) = await self._scripts.run(
-            self._due(session_id, 0), self._index_replica(session_id, repair.owner), call
+            self._due(session_id, self._limits.index_grace_ms),
+            self._index_replica(session_id, repair.owner),
+            call,
         )
         outcome = replies.outcome(reply) or Appended(repair.head)
         if not isinstance(outcome, RepairOutcome):
@@ -338,7 +340,7 @@ class RedisJournal:
         return replies.data(replies.items(reply)[0])
 
     def _due(self, session_id: str, in_ms: int) -> ScriptCall:
-        return script_call("due", [keys.DUE], [session_id, in_ms])
+        return script_call("due", [keys.DUE], [session_id, in_ms, self._limits.index_grace_ms])
 
     def _index_replica(self, session_id: str, ref: ReplicaRef) -> ScriptCall:
         return script_call("index_add", [keys.replica_index_key(ref)], [session_id, 0])

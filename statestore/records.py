@@ -298,7 +298,8 @@ class StoreLimits:
     max_attempts_without_progress: int = 2
     replica_record_ttl_ms: int = 3_600_000
     index_grace_ms: int = 10_000
-    """Index entries are written before the records they point to; younger ones are not dropped."""
+    """Index entries are written before the records they point to: for so long they are not dropped,
+    and no earlier entry has the sweep look at the record."""
 
 
 @dataclass(frozen=True, slots=True)

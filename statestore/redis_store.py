@@ -132,9 +132,9 @@ class RedisStore(RedisJournal):
         wanted = self._limits.default_retention_ms if retention_ms is None else retention_ms
         kept_ms = min(max(wanted, 0), self._limits.max_retention_ms)
         call = script_call("close", [keys.session_key(session_id)], [kept_ms, int(asked)])
-        outcome = replies.outcome(
-            (await self._scripts.run(self._due(session_id, kept_ms), call))[1]
-        )
+        # If nothing is kept, the sweep is for a purge that does not come.
+        due = self._due(session_id, kept_ms or self._limits.index_grace_ms)
+        outcome = replies.outcome((await self._scripts.run(due, call))[1])
         if not isinstance(outcome, SessionWritten | Missing):
             raise replies.unexpected(outcome)
         if isinstance(outcome, SessionWritten):
@@ -453,7 +453,9 @@ class RedisStore(RedisJournal):
                 log.error("sweep: session %s is left as it is: %s", session_id, error)
                 next_ms = UNREADABLE_RETRY_MS
             fixes.append(script_call("due_fix", [keys.DUE], [session_id, score, next_ms]))
-        await self._scripts.run(*fixes)
+        # Not repeated either: the server may have lost meanwhile what the sweep saw. Whoever is not
+        # filed is looked at again.
+        self._later.extend(fixes)
         await self._tidy_indices()
         return SweepReport(tuple(expired), tuple(purged), len(due))
 

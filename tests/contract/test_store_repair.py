@@ -21,13 +21,14 @@ from statestore.records import (
     Position,
     ReplicaRegistration,
     SessionState,
+    StoreLimits,
     Turn,
     TurnStatus,
 )
 from statestore.records import Owner as Ownership
 from statestore.redis_store import RedisStore
 from tests.support.owners import EMPTY, STOP, A, B, Owner, position_of, session_of, taken
-from tests.support.stores import ANSWERING, Backend
+from tests.support.stores import ANSWERING, Backend, store_on
 
 pytestmark = pytest.mark.anyio
 
@@ -253,7 +254,8 @@ async def test_tokens_that_a_fork_refers_to_are_never_replaced(
 
 
 @ANSWERING
-async def test_a_repaired_turn_keeps_its_deadline(backend: Backend, store: RedisStore) -> None:
+async def test_a_repaired_turn_keeps_its_deadline(backend: Backend) -> None:
+    store = store_on(backend, StoreLimits(index_grace_ms=1))
     owner = await Owner.of(store)
     saved = await backend.save()
     outcome = await owner.begin(timeout_ms=1)

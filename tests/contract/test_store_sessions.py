@@ -167,7 +167,7 @@ async def test_closing_again_changes_nothing(store: RedisStore) -> None:
 
 
 async def test_closing_without_retention_leaves_nothing_behind(backend: Backend) -> None:
-    store = store_on(backend, StoreLimits(purged_ttl_ms=0))
+    store = store_on(backend, StoreLimits(purged_ttl_ms=0, index_grace_ms=0))
     before = await backend.keys()
     owner = await Owner.of(store)
     await owner.run_turn("t1", [7])
