@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from gateway.core.failover import FailoverLimits
 from gateway.core.liveness import LivenessLimits
@@ -121,7 +122,9 @@ class GatewayConfig:
     gateway_id: str = ""
     """Names this process among gateways; empty: random."""
     redis_url: str = ""
-    """redis://, rediss://, unix:// …; the store's adapter knows which."""
+    """redis://, rediss://, unix:// …; the store's adapter knows which. Empty: a private server."""
+    data_directory: Path | None = None
+    """Where the private server keeps its data; None: nowhere, they end with this process."""
     reflection: bool = True
     admission: Admission = field(default_factory=Admission)
     times: Times = field(default_factory=Times)
@@ -136,6 +139,8 @@ class GatewayConfig:
         host, _, port = self.listen.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65_535:
             raise ValueError(f"listen is host:port, not {self.listen!r}")
+        if self.redis_url and self.data_directory is not None:
+            raise ValueError("a data directory is for a private store: give it, or a store's URL")
         for group in (self.admission, self.times, self.tables):
             for name in group.__dataclass_fields__:
                 if getattr(group, name) <= 0:

@@ -32,7 +32,6 @@ from gateway.rpc.serving import Serving
 from statestore.embedded import embedded_server
 from statestore.ports import StoreMisconfigured
 from statestore.process import run_process
-from statestore.records import StoreLimits
 from statestore.redis_executor import connect
 from statestore.redis_store import RedisStore
 from statestore.script_runner import RetryPolicy
@@ -64,13 +63,16 @@ class SystemIds:
 
 
 @asynccontextmanager
-async def open_store(redis_url: str, limits: StoreLimits) -> AsyncIterator[RedisStore]:
+async def open_store(config: GatewayConfig) -> AsyncIterator[RedisStore]:
     """The store at a URL, or a private embedded server without one (it ends with this process and
     its workers need its URL: for one machine)."""
     async with AsyncExitStack() as stack:
-        url = redis_url or await stack.enter_async_context(embedded_server())
+        url = config.redis_url
+        if not url:
+            url = await stack.enter_async_context(embedded_server(config.data_directory))
+            log.info("the private store is at %s", url)
         try:
-            store = RedisStore(await connect(url), limits=limits, retry=STORE_RETRY)
+            store = RedisStore(await connect(url), limits=config.store, retry=STORE_RETRY)
         except ValueError as error:
             raise StoreMisconfigured(str(error)) from error
         try:
@@ -91,7 +93,7 @@ async def serve(
     soon as calls are taken. Raises StoreError if the store cannot be used at start, OSError if the
     address cannot be bound."""
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_store(config.redis_url, config.store))
+        store = await stack.enter_async_context(open_store(config))
         replicas = GrpcReplicaClients(config)
         stack.push_async_callback(replicas.aclose)
         app = GatewayApp(store, replicas, LoopClock(), SystemIds(), config)

@@ -84,14 +84,15 @@ class Child:
 class Cluster:
     """An async context manager; leaving it ends every child, the store last.
 
-    Without ``redis_url`` it starts a private store. ``engine_options`` go to each worker's engine
-    as text. Logs are written to ``log_directory`` (default: a new temporary one, which is left
-    there for reading).
+    Without ``redis_url`` it starts a private store, which keeps its data in ``data_directory``, or
+    not at all. ``engine_options`` go to each worker's engine as text. Logs are written to
+    ``log_directory`` (default: a new temporary one, which is left there for reading).
     """
 
     engine: str = "sim"
     engine_options: Mapping[str, str] = field(default_factory=dict)
     redis_url: str = ""
+    data_directory: Path | None = None
     log_directory: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     """Added to the children's environment."""
@@ -103,7 +104,9 @@ class Cluster:
             self.log_directory = Path(tempfile.mkdtemp(prefix="sessile-logs-"))
         self.log_directory.mkdir(parents=True, exist_ok=True)
         if not self.redis_url:
-            self.redis_url = await self._stack.enter_async_context(embedded_server())
+            self.redis_url = await self._stack.enter_async_context(
+                embedded_server(self.data_directory)
+            )
         return self
 
     async def __aexit__(
@@ -133,17 +136,20 @@ class Cluster:
         """Addresses of the gateways that serve."""
         return [child.address for child in self.gateways if child.running and child.address]
 
-    async def start(self, *, gateways: int, workers: int, listen: str = "127.0.0.1:0") -> None:
+    async def start(
+        self, *, gateways: int, workers: int, listen: str = "127.0.0.1:0", suffix: str = ""
+    ) -> None:
         """Starts so many of each, at once, and waits until every gateway sees every worker. The
         first gateway listens on ``listen``, the others on the ports after it (on free ones if it
-        is 0). Raises LaunchFailed, in an ExceptionGroup if a child did not come up."""
+        is 0). Workers are called r1, r2 …, each with ``suffix``. Raises LaunchFailed, in an
+        ExceptionGroup if a child did not come up."""
         host, _, port = listen.rpartition(":")
         async with anyio.create_task_group() as tasks:
             for index in range(gateways):
                 own = f"{host}:{int(port) + index if int(port) else 0}"
                 tasks.start_soon(self.start_gateway, own)
             for index in range(workers):
-                tasks.start_soon(self.start_worker, f"r{index + 1}")
+                tasks.start_soon(self.start_worker, f"r{index + 1}{suffix}")
         await self.wait_ready()
 
     async def start_gateway(self, listen: str = "127.0.0.1:0") -> Child:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -21,7 +21,7 @@ from sessile import RetryPolicy, SessileError, Unavailable, sync
 
 PIPED_WIDTH = 200
 RETRY = RetryPolicy(max_attempts=6)
-"""Somebody waits at a terminal: given up after about a second."""
+"""Somebody waits at a terminal: fewer tries than a program makes."""
 DEFAULT_GATEWAY = "127.0.0.1:8470"
 NO_GATEWAY = "Start a fleet with `sessile up`, or name a gateway that runs with --gateway."
 
@@ -90,9 +90,9 @@ def show(value: Any, table: Table, as_json: bool) -> None:
         console().print(table)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: Any, out: TextIO | None = None) -> None:
     """One line of JSON. Dataclasses become objects, bytes hex."""
-    typer.echo(json.dumps(value, default=_plain, ensure_ascii=False))
+    typer.echo(json.dumps(value, default=_plain, ensure_ascii=False), file=out)
 
 
 def table_of(columns: Iterable[str], rows: Iterable[Sequence[object]], title: str = "") -> Table:

@@ -5,20 +5,28 @@ What runs a process is imported when it is run: the other commands start faster 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
+import os
+import re
+import secrets
 import signal
 import socket
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import anyio
 import typer
+from anyio.abc import TaskStatus
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from gateway.cli.output import DEFAULT_GATEWAY, JsonOption, console, print_json, reported_errors
 from statestore.ports import StoreError
+from statestore.process import Server, run_process
 
 if TYPE_CHECKING:
     from gateway.cli.launch import Child, Cluster
@@ -40,11 +48,32 @@ RedisOption = Annotated[
     ),
 ]
 EngineOption = Annotated[Engine, typer.Option(help="The embedded engine, or a simulated one.")]
-ModelOption = Annotated[str, typer.Option(help="The engine's model; default: its own.")]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="torch: a known name or a folder; sim: any name to serve under. Default: its own."
+    ),
+]
 EngineOptions = Annotated[
     list[str] | None,
     typer.Option("--engine-option", metavar="NAME=VALUE", help="May be repeated."),
 ]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-directory",
+        help="Keep the private store's data here; default: they end with this process.",
+    ),
+]
+
+
+def _name(value: str) -> str:
+    """A name that is one word in every log and on every command line."""
+    if value and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", value) is None:
+        raise typer.BadParameter("1 to 128 letters, digits, '_', '.' and '-', no other signs")
+    return value
+
+
 LogLevel = Annotated[str, typer.Option(envvar="SESSILE_LOG_LEVEL")]
 
 
@@ -57,21 +86,25 @@ def up(
         str, typer.Option(help="host:port of the first gateway; the others take the next ports.")
     ] = DEFAULT_GATEWAY,
     redis: RedisOption = "",
+    data_directory: DataOption = None,
     engine_option: EngineOptions = None,
     log_directory: Annotated[
         Path | None, typer.Option(help="Default: a new temporary one.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a fleet on this machine until Ctrl-C: a private store, gateways and workers."""
+    """Run a fleet on this machine until Ctrl-C: a private store, gateways and workers.
+
+    On a store given by --redis, its replicas have names of their own beside those of others."""
     from gateway.cli.launch import Cluster, LaunchFailed
     from gateway.config import GatewayConfig
 
-    _checked(GatewayConfig, listen=listen)
+    _checked(GatewayConfig, listen=listen, redis_url=redis, data_directory=data_directory)
     cluster = Cluster(
         engine=engine,
         engine_options=dict(parse_options(engine_option, model)),
         redis_url=redis,
+        data_directory=data_directory,
         log_directory=log_directory,
     )
     with reported_errors(LaunchFailed, StoreError):
@@ -80,32 +113,44 @@ def up(
 
 def gateway(
     redis: RedisOption = "",
+    data_directory: DataOption = None,
     listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = (
         DEFAULT_GATEWAY
     ),
-    gateway_id: Annotated[str, typer.Option("--id", help="Default: random.")] = "",
+    gateway_id: Annotated[str, typer.Option("--id", callback=_name, help="Default: random.")] = "",
     reflection: Annotated[bool, typer.Option(help="Serve gRPC reflection.")] = True,
     log_level: LogLevel = "INFO",
+    as_json: JsonOption = False,
 ) -> None:
     """Run one gateway in this process."""
     from gateway.config import GatewayConfig
-    from gateway.main import run
+    from gateway.main import run, serve
 
+    gateway_id = gateway_id or f"gateway-{_suffix()}"
     with reported_errors(StoreError):
         config = _checked(
             GatewayConfig,
             listen=listen,
             gateway_id=gateway_id,
             redis_url=redis,
+            data_directory=data_directory,
             reflection=reflection,
         )
         _log_to_stderr(log_level)
-        run(config)
+        if as_json:
+            _run_told_by_json("gateway", gateway_id, partial(serve, config))
+        else:
+            run(config)
 
 
 def worker(
     redis: RedisOption,
-    replica_id: Annotated[str, typer.Option("--id", help="Default: the host's name.")] = "",
+    replica_id: Annotated[
+        str,
+        typer.Option(
+            "--id", callback=_name, help="Default: a new one of the host's name and random letters."
+        ),
+    ] = "",
     engine: EngineOption = Engine.SIM,
     model: ModelOption = "",
     engine_option: EngineOptions = None,
@@ -117,16 +162,22 @@ def worker(
     site: Annotated[str, typer.Option(help="Free text, for operators.")] = "",
     hardware: Annotated[str, typer.Option(help="Free text, for operators.")] = "",
     log_level: LogLevel = "INFO",
+    as_json: JsonOption = False,
 ) -> None:
     """Run one worker (a replica with its engine) in this process."""
     from workers.config import ReplicaSettings, WorkerConfig
-    from workers.main import run
+    from workers.engines.port import EngineFailed
+    from workers.heartbeat import ReplicaReplaced
+    from workers.main import run, serve
+    from workers.text.port import TemplateRefused
 
-    # ValueError and ImportError: the engine's own options, the packages it needs.
-    with reported_errors(StoreError, ValueError, ImportError):
+    # ValueError, ImportError, TemplateRefused: the engine's own options, the packages it needs, the
+    # model's tokenizer and template.
+    errors = (StoreError, ValueError, ImportError, TemplateRefused, EngineFailed, ReplicaReplaced)
+    with reported_errors(*errors):
         settings = _checked(
             ReplicaSettings,
-            replica_id=replica_id or socket.gethostname(),
+            replica_id=replica_id or f"{socket.gethostname()}-{_suffix()}",
             site=site,
             hardware=hardware,
         )
@@ -141,7 +192,28 @@ def worker(
             advertise_host=advertise_host,
         )
         _log_to_stderr(log_level)
-        run(config)
+        if as_json:
+            _run_told_by_json("worker", settings.replica_id, partial(serve, config))
+        else:
+            run(config)
+
+
+def _suffix() -> str:
+    return secrets.token_hex(3)
+
+
+def _run_told_by_json(kind: str, name: str, server: Server) -> None:
+    """Runs a server process whose one line on standard output is JSON, as soon as it serves."""
+    out = sys.stdout
+
+    async def serve(*, stop: anyio.Event, task_status: TaskStatus[str]) -> None:
+        async with anyio.create_task_group() as tasks:
+            address = await tasks.start(partial(server, stop=stop))
+            print_json({"kind": kind, "name": name, "address": address, "pid": os.getpid()}, out)
+            task_status.started(address)
+
+    with contextlib.redirect_stdout(sys.stderr):
+        run_process(f"sessile {kind} {name}", serve)
 
 
 def parse_options(options: list[str] | None, model: str) -> tuple[tuple[str, str], ...]:
@@ -184,6 +256,8 @@ async def _up(cluster: Cluster, listen: str, gateways: int, replicas: int, as_js
 async def _run_fleet(
     cluster: Cluster, listen: str, gateways: int, replicas: int, as_json: bool
 ) -> None:
+    # On its own store the names are free, and the next run on the same data takes them again.
+    suffix = f"-{_suffix()}" if cluster.redis_url else ""
     async with cluster:
         with Progress(
             SpinnerColumn(),
@@ -195,7 +269,7 @@ async def _run_fleet(
             progress.add_task(
                 f"starting gateways ({gateways}) and {cluster.engine} replicas ({replicas})"
             )
-            await cluster.start(gateways=gateways, workers=replicas, listen=listen)
+            await cluster.start(gateways=gateways, workers=replicas, listen=listen, suffix=suffix)
         _announce(cluster, as_json)
         await _report_deaths(cluster)
 

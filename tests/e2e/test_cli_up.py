@@ -24,9 +24,12 @@ from gateway.cli.main import app
 
 
 @contextmanager
-def running_up(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, Any]]]:
+def running_up(
+    tmp_path: Path, *arguments: str
+) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, Any]]]:
     command = [sys.executable, "-m", "gateway.cli", "up", "--json", "--listen", "127.0.0.1:0"]
-    process = subprocess.Popen([*command, "--log-directory", str(tmp_path)], stdout=subprocess.PIPE)
+    command += ["--log-directory", str(tmp_path), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         with process.stdout:
@@ -34,6 +37,22 @@ def running_up(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[s
     finally:
         if process.poll() is None:
             process.kill()
+        process.wait()
+
+
+@contextmanager
+def serving(kind: str, *arguments: str) -> Iterator[dict[str, Any]]:
+    """A process by itself; what it says when it serves."""
+    command = [sys.executable, "-m", "gateway.cli", kind, "--json", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        with process.stdout:
+            yield json.loads(process.stdout.readline())
+            process.terminate()
+            assert process.stdout.read() == b""
+    finally:
+        process.terminate()
         process.wait()
 
 
@@ -74,6 +93,49 @@ def test_up_serves_chat_and_ends_in_order(tmp_path: Path) -> None:
         assert process.wait(20) == 0
         wait_until_gone(list(fleet["pids"].values()))
         assert not Path(fleet["redis"].removeprefix("unix://")).exists()
+
+
+def test_a_session_is_there_again_on_the_same_data_directory(tmp_path: Path) -> None:
+    data = ["--data-directory", str(tmp_path / "data")]
+    with running_up(tmp_path, *data) as (process, fleet):
+        target = ["--gateway", fleet["gateways"][0], "--max-tokens", "8", "--json"]
+        said = json.loads(sessile("chat", "hello", *target))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    with running_up(tmp_path, *data) as (_, fleet):
+        target = ["--gateway", fleet["gateways"][0], "--max-tokens", "8", "--json"]
+        again = json.loads(sessile("chat", "more", "--session", said["session_id"], *target))
+        assert again["turn_index"] == 1
+        assert again["usage"]["input_tokens"] > said["usage"]["input_tokens"]
+
+
+def test_fleets_and_workers_on_one_store_take_no_name_from_each_other(tmp_path: Path) -> None:
+    with (
+        running_up(tmp_path) as (_, first),
+        running_up(tmp_path, "--redis", first["redis"]) as (_, second),
+        serving("worker", "--redis", first["redis"]) as one,
+        serving("worker", "--redis", first["redis"]) as other,
+    ):
+        names = [*first["replicas"], *second["replicas"], one["name"], other["name"]]
+        target = ["--gateway", second["gateways"][0]]
+        give_up_at = time.monotonic() + 20
+        while True:
+            seen = json.loads(sessile("replicas", "ls", "--json", *target))
+            if {replica["ref"]["replica_id"] for replica in seen} == set(names):
+                break
+            assert time.monotonic() < give_up_at, "not all are there"
+    assert len(set(names)) == 6
+    assert one["address"] in {replica["endpoint"] for replica in seen}
+
+
+def test_a_gateway_keeps_the_data_of_its_private_store_and_says_where_it_serves(
+    tmp_path: Path,
+) -> None:
+    arguments = ["--listen", "127.0.0.1:0", "--data-directory", str(tmp_path / "data")]
+    with serving("gateway", "--id", "g1", *arguments) as told:
+        assert (told["kind"], told["name"]) == ("gateway", "g1")
+        assert sessile("replicas", "ls", "--json", "--gateway", told["address"]) == "[]\n"
+    assert any((tmp_path / "data").iterdir())
 
 
 def test_up_ends_when_nothing_of_it_is_left(tmp_path: Path) -> None:
