@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from gateway.cli import chat, fleet, serve, sessions
-from gateway.cli.output import fail
+from gateway.cli.output import JsonOption, fail, reported_errors
 from gateway.cli.serve import Engine
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ def demo(
     faults: Annotated[
         bool, typer.Option(help="Without: measure how much of the prompts comes from KV caches.")
     ] = True,
+    as_json: JsonOption = False,
 ) -> None:
     """Run agents on a small fleet, break things, and report what happened to them."""
     try:
@@ -48,7 +49,9 @@ def demo(
         return
     if engine is None:
         engine = Engine.TORCH if importlib.util.find_spec("torch") else Engine.SIM
-    raise typer.Exit(run_demo(str(engine), out, faults=faults))
+    with reported_errors():
+        out.open("a").close()  # a report that cannot be written is told before the run, not after
+        raise typer.Exit(run_demo(str(engine), out, faults=faults, as_json=as_json))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from sessile import Sessile, SessileError
 
 from gateway.cli.launch import Cluster, LaunchFailed
+from gateway.cli.output import print_json
 from loadtest.demo.agents import TENANT, Pace, make_agents, run_agent
 from loadtest.demo.audit import audit
 from loadtest.demo.board import Board
@@ -69,9 +70,10 @@ PLANS = {
 }  # fmt: skip
 
 
-def run_demo(engine: str, out: Path, *, faults: bool = True) -> int:
-    """Runs it and writes the report to ``out``; the exit code. Blocks."""
-    console = Console()
+def run_demo(engine: str, out: Path, *, faults: bool = True, as_json: bool = False) -> int:
+    """Runs it and writes the report to ``out``; the exit code. Blocks. With ``as_json`` the report
+    is one line on standard output, and what happens is told by plain lines on standard error."""
+    console = Console(stderr=True, force_terminal=False) if as_json else Console()
     logging.getLogger("sessile").setLevel(logging.ERROR)
     console.print(
         f"{PLANS[engine].pace.agents} agents, {REPLICAS} {engine} replicas, {GATEWAYS} gateways. "
@@ -85,6 +87,8 @@ def run_demo(engine: str, out: Path, *, faults: bool = True) -> int:
             console.print(f"the fleet did not start: {error}", style="bold red", markup=False)
     if report is None:
         return 2
+    if as_json:
+        print_json(report.to_json())
     console.print(summary(report))
     out.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     console.print(f"report: {out}")

@@ -50,9 +50,10 @@ def test_nothing_is_lost_or_repeated_through_kills_a_drain_and_a_join(tmp_path: 
 @pytest.mark.slow
 def test_without_faults_nearly_every_reusable_token_is_cached(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    run = demo(out, "--no-faults")
+    run = demo(out, "--no-faults", "--json")
     assert run.returncode == 0, run.stdout + run.stderr
-    report = json.loads(out.read_text())
+    report = json.loads(run.stdout)
+    assert report == json.loads(out.read_text())
     assert report["prefix"]["share_of_ideal"] >= 0.98
     assert report["killed_replica"] == report["killed_gateway"] == ""
 
