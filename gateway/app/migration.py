@@ -109,7 +109,11 @@ class Migrations:
             return decision.replica
         target = snapshot.named(target_id)
         if target is None:
-            raise NotFound(f"no replica is called {target_id!r}", reason="REPLICA_NOT_FOUND")
+            raise NotFound(
+                f"no replica is called {target_id!r}",
+                reason="REPLICA_NOT_FOUND",
+                hint="List the replicas and name one of them.",
+            )
         why = unfit(target, request)
         if why is not None:
             raise MigrationRefused(f"{target.ref} cannot take it: {why}")

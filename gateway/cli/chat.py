@@ -13,10 +13,12 @@ from sessile import Moved, SessileError, Tokens, TurnResult, TurnStatus, Waiting
 
 from gateway.cli.output import (
     DEFAULT_GATEWAY,
+    MAX_COUNT,
     GatewayOption,
     JsonOption,
     TenantOption,
     client_of,
+    fail,
     print_json,
 )
 
@@ -30,7 +32,7 @@ def chat(
     ] = "",
     system: Annotated[str, typer.Option(help="System prompt of a new session.")] = "",
     model: Annotated[str, typer.Option()] = "",
-    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MAX_COUNT)] = 512,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.0,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006 - typer copies it
     tenant: TenantOption = "default",
@@ -137,10 +139,10 @@ def _say_and_go_on(speaker: _Speaker, text: str) -> None:
 
 def _ask(interactive: bool) -> str | None:
     """The next line; None at the end."""
-    if not interactive:
-        return sys.stdin.readline() or None
     try:
-        return input("> ")
+        return input("> ") if interactive else sys.stdin.readline() or None
+    except UnicodeDecodeError as error:
+        fail(f"the input is not text: {error}", "Give it as UTF-8.")
     except (EOFError, KeyboardInterrupt):
         return None
 

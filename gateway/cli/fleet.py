@@ -13,6 +13,7 @@ from sessile import DrainProgress, Replica
 
 from gateway.cli.output import (
     DEFAULT_GATEWAY,
+    MAX_TIMEOUT_S,
     GatewayOption,
     JsonOption,
     client_of,
@@ -53,7 +54,7 @@ def list_replicas(
 @app.command()
 def drain(
     replica: Annotated[str, typer.Argument(metavar="REPLICA", help="Id of the replica.")],
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds.")] = 120.0,
+    timeout: Annotated[float, typer.Option(min=1, max=MAX_TIMEOUT_S, help="Seconds.")] = 120.0,
     shutdown: Annotated[bool, typer.Option(help="Its process ends when it is empty.")] = False,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
     as_json: JsonOption = False,
@@ -90,9 +91,9 @@ def drain(
 def migrate(
     session: Annotated[str, typer.Argument(metavar="SESSION", help="Id of the session.")],
     target: Annotated[
-        str, typer.Argument(metavar="[REPLICA]", help="Default: the best other replica.")
+        str, typer.Argument(metavar="REPLICA", help="Default: the best other replica.")
     ] = "",
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds.")] = 30.0,
+    timeout: Annotated[float, typer.Option(min=1, max=MAX_TIMEOUT_S, help="Seconds.")] = 30.0,
     allow_recompute: Annotated[bool, typer.Option(help="Move without KV if need be.")] = False,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
     as_json: JsonOption = False,

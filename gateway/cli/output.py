@@ -25,6 +25,10 @@ RETRY = RetryPolicy(max_attempts=6)
 DEFAULT_GATEWAY = "127.0.0.1:8470"
 NO_GATEWAY = "Start a fleet with `sessile up`, or name a gateway that runs with --gateway."
 
+MAX_COUNT = 2**32 - 1
+"""Of tokens and turns."""
+MAX_TIMEOUT_S = 86_400
+
 GatewayOption = Annotated[
     list[str],
     typer.Option(

@@ -10,6 +10,7 @@ from sessile import NotFound, SessionInfo, SessionState, TranscriptTurn
 
 from gateway.cli.output import (
     DEFAULT_GATEWAY,
+    MAX_COUNT,
     GatewayOption,
     JsonOption,
     TenantOption,
@@ -86,7 +87,7 @@ def show_session(
 @app.command()
 def transcript(
     session: SessionArgument,
-    from_turn: Annotated[int, typer.Option(min=0)] = 0,
+    from_turn: Annotated[int, typer.Option(min=0, max=MAX_COUNT)] = 0,
     tokens: Annotated[bool, typer.Option(help="Also token ids (with --json).")] = False,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
     tenant: TenantOption = "default",
@@ -105,7 +106,9 @@ def transcript(
 @app.command()
 def fork(
     session: SessionArgument,
-    at_turn: Annotated[int | None, typer.Option(min=0, help="Default: the last boundary.")] = None,
+    at_turn: Annotated[
+        int | None, typer.Option(min=0, max=MAX_COUNT, help="Default: the last boundary.")
+    ] = None,
     label: LabelOption = None,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
     tenant: TenantOption = "default",

@@ -13,6 +13,7 @@ from sessile.v1 import fleet_pb2, session_pb2
 from sessile.v1 import types_pb2 as pb
 from typer.testing import CliRunner, Result
 
+import workers.main
 from gateway.cli.chat import _Interrupted
 from gateway.cli.main import app
 from gateway.core import errors
@@ -27,6 +28,8 @@ from tests.support.fake_gateway import (
     session,
     tokens,
 )
+from workers.config import WorkerConfig
+from workers.text.port import TemplateRefused
 
 
 @pytest.fixture
@@ -160,6 +163,12 @@ def test_chat_says_one_thing_or_reads_lines(gateway: FakeGateway) -> None:
         ["gateway", "--id", "a/b"],
         ["gateway", "--redis", "redis://x", "--data-directory", "data"],
         ["up", "--redis", "redis://x", "--data-directory", "data"],
+        ["chat", "hi", "--max-tokens", str(2**32)],
+        ["sessions", "fork", "ses_a", "--at-turn", str(2**70)],
+        ["sessions", "transcript", "ses_a", "--from-turn", str(2**70)],
+        ["migrate", "ses_a", "--timeout", "inf"],
+        ["migrate", "ses_a", "--timeout", "nan"],
+        ["replicas", "drain", "r1", "--timeout", "1e300"],
         ["up", "--engine-option", "nonsense"],
         ["up", "--listen", "nonsense"],
     ],
@@ -167,6 +176,52 @@ def test_chat_says_one_thing_or_reads_lines(gateway: FakeGateway) -> None:
 )
 def test_wrong_use_ends_with_2(arguments: list[str]) -> None:
     assert sessile(None, *arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sessions", "ls", "--tenant", "büro"],
+        ["chat", "bytes \udcff"],
+        ["chat", "hi", "--system", "\udcff"],
+        ["replicas", "ls", "-g", ""],
+    ],
+    ids=ascii,
+)
+def test_what_cannot_be_sent_is_one_line_not_a_traceback(
+    gateway: FakeGateway, arguments: list[str]
+) -> None:
+    gateway.answers.append(session_pb2.OpenSessionResponse(session=session()))
+    shown = sessile(gateway, *arguments)
+    assert shown.exit_code == 1, shown.output
+    assert shown.stderr.startswith("error: ")
+
+
+def test_chat_reads_text_only(gateway: FakeGateway) -> None:
+    gateway.answers.append(session_pb2.OpenSessionResponse(session=session()))
+    shown = CliRunner().invoke(app, ["chat", "-g", gateway.target], input=b"\xff\n")
+    assert shown.exit_code == 1
+    assert shown.stderr.startswith("error: the input is not text")
+
+
+def test_a_model_without_a_usable_template_is_one_line_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(config: WorkerConfig) -> None:
+        raise ExceptionGroup("tasks", [TemplateRefused("it has no chat template; add one")])
+
+    monkeypatch.setattr(workers.main, "run", refuse)
+    shown = sessile(None, "worker", "--redis", "redis://x")
+    assert shown.exit_code == 1
+    assert shown.stderr == "error: it has no chat template; add one\n"
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_demo_runs(tmp_path: Path) -> None:
+    for out in (tmp_path / "missing" / "report.json", tmp_path):
+        shown = sessile(None, "demo", "--engine", "sim", "--out", str(out))
+        assert shown.exit_code == 1
+        assert shown.stderr.startswith("error: ")
+        assert shown.stdout == ""
 
 
 def test_no_gateway_is_a_failure_not_a_traceback(tmp_path: Path) -> None:
