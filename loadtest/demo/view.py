@@ -49,11 +49,14 @@ class View:
     def _picture(self) -> RenderableType:
         if self.board is None:
             return Text("")
-        events = self.board.events[-EVENTS_SHOWN:]
+        # Each row is one line; two empty lines in between. What does not fit would be cut off.
+        rows = len(self.replicas) + len(self.board.agents) + 2
+        shown = min(EVENTS_SHOWN, max(self._console.height - rows - 2, 1))
+        events = [_line(event) for event in self.board.events[-shown:]]
+        for line in events:
+            line.no_wrap, line.overflow = True, "ellipsis"
         return Group(
-            _replica_table(self.replicas),
-            _session_table(self.board.agents),
-            *(_line(event) for event in events),
+            _replica_table(self.replicas), "", _session_table(self.board.agents), "", *events
         )
 
 
@@ -62,9 +65,11 @@ def _line(event: Event) -> Text:
 
 
 def _replica_table(replicas: Sequence[Replica]) -> Table:
-    table = Table(title="replicas", title_justify="left", expand=True)
+    table = Table(box=None, expand=True)
     for heading in ("replica", "state", "sessions", "running", "free pages", "prefill/s"):
-        table.add_column(heading, justify="left" if heading in ("replica", "state") else "right")
+        table.add_column(
+            heading, no_wrap=True, justify="left" if heading in ("replica", "state") else "right"
+        )
     for replica in replicas:
         load = replica.load
         table.add_row(
@@ -79,9 +84,11 @@ def _replica_table(replicas: Sequence[Replica]) -> Table:
 
 
 def _session_table(agents: Sequence[AgentState]) -> Table:
-    table = Table(title="sessions", title_justify="left", expand=True)
-    for heading in ("agent", "replica", "turn", "tokens", "cached", "doing"):
+    table = Table(box=None, expand=True)
+    for heading in ("agent", "replica", "turn", "tokens", "cached"):
         table.add_column(heading, no_wrap=True)
+    # Alone in wrapping, and so the only one that gives way in a narrow window; its text does not.
+    table.add_column("doing", ratio=1)
     for agent in agents:
         turn = agent.turns[-1] if agent.turns else None
         table.add_row(
@@ -91,7 +98,10 @@ def _session_table(agents: Sequence[AgentState]) -> Table:
             str(turn.tokens if turn else 0),
             str(turn.cached_tokens if turn else 0),
             Text(
-                f"{agent.phase.value} {agent.activity}", style=PHASE_STYLE.get(agent.phase, "dim")
+                f"{agent.phase.value} {agent.activity}",
+                style=PHASE_STYLE.get(agent.phase, "dim"),
+                no_wrap=True,
+                overflow="ellipsis",
             ),
         )
     return table
