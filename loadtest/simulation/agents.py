@@ -44,6 +44,19 @@ TURN_S = 20.0
 PATIENCE_S = 30.0
 """How long after its time limit a client still asks for a turn's end."""
 CALL_S = 12.0
+SHORT_SHARE = 0.1
+"""Of the turns: their time limit is too short."""
+CANCEL_BEFORE_SHARE = 0.04
+"""Of the turns: they are cancelled before they are asked for."""
+REPEAT_SHARE = 0.4
+"""Of the turns where the store loses writes: they are asked for once more, late."""
+MAX_AWAY_S = 0.3
+"""How long a client that left a stream stays away."""
+STALL_SHARE = 0.03
+STALL_S = 8.0
+"""How long a client may stop to read, now and then."""
+SESSION_SEED = 1234
+"""Of sessions that have a seed of their own."""
 TRY_AGAIN = (Unavailable, Overloaded, DeadlineExceeded)
 LOSS = (DataLoss, StaleClient, TurnInProgress)
 """How a client is told that the store lost what it knows. The last: the end of its last turn was
@@ -72,6 +85,10 @@ class TurnHeard:
     moves: int = 0
     violations: list[str] = field(default_factory=list)
     _accepted: bool = False
+
+    @property
+    def asks_for_no_seed(self) -> bool:
+        return not self.request.params.HasField("seed")
 
     @property
     def ended(self) -> bool:
@@ -164,6 +181,14 @@ class Agent:
         self.others: list[TurnHeard] = []
         """What second listeners heard."""
         self.violations: list[str] = []
+        self.waits_for: str | None = None
+        """The turn that it is in."""
+        self.vanished = False
+        """It left in mid-turn and does not come back."""
+        self.stalls = True
+        """Now and then it stops to read for long."""
+        self.poison = False
+        """Its turn kills whoever runs it."""
         self._draw = draw
         self._lossy = lossy
         self._prefix = ""
@@ -182,13 +207,14 @@ class Agent:
     def may(self, chance: float) -> bool:
         """Draws whether to do what not every client does. Where the store loses writes there is
         none of it: clients could not know what became of it."""
-        return not (self._lossy or self.operated) and self._draw.random() < chance
+        plain = self._lossy or self.operated or self.poison
+        return not plain and self._draw.random() < chance
 
     @property
     def may_be_operated(self) -> bool:
         """Whether it can tell what an operator did to its session."""
         ready = bool(self.session_id) and not (self.closed or self.minds_itself)
-        return ready and not (self._lossy or self.operated)
+        return ready and not (self._lossy or self.operated or self.poison)
 
     def expect(self, condition: bool, complaint: str) -> None:
         """Notes a violation."""
@@ -207,6 +233,8 @@ class Agent:
             request_id=self.name,
             messages=[pb.Message(role=pb.Message.ROLE_SYSTEM, content=leading)],
         )
+        if self._draw.random() < 0.3:
+            request.default_params.seed = SESSION_SEED
         response = await self.ask(lambda app: app.sessions.open(self.tenant, request))
         self.session_id = response.session.session_id
         self.world.tenants[self.session_id] = self.tenant
@@ -242,11 +270,20 @@ class Agent:
                 ("fork", session_pb2.ForkSessionRequest(session_id=session_id, request_id="theft")),
                 ("cancel_turn", session_pb2.CancelTurnRequest(session_id=session_id, turn_id="t0")),
                 ("close", session_pb2.CloseSessionRequest(session_id=session_id, purge=True)),
+                ("run", pb.RunTurnRequest(session_id=session_id, turn_id="t0", attach_only=True)),
             ]
         )
+
+        async def theft(app: Any) -> Any:
+            if what == "run":
+                return await app.turns.run(self.tenant, request, CALL_S, _drop)
+            return await getattr(app.sessions, what)(self.tenant, request)
+
         try:
-            await self.ask(lambda app: getattr(app.sessions, what)(self.tenant, request))
-        except NotFound:
+            await self.ask(theft)
+        except NotFound as error:
+            same = error.message == f"no session {session_id!r}"
+            self.expect(same, f"I10: {what} of another tenant's session tells: {error.message}")
             return
         self.violations.append(f"I10: {self.tenant} may {what} {session_id}")
 
@@ -276,12 +313,16 @@ class Agent:
         heard = TurnHeard(self.session_id, turn_id, self._new_request(turn_id))
         self.turns.append(heard)
         until = anyio.current_time() + TURN_S + PATIENCE_S
+        self.waits_for = turn_id
+        if self.may(CANCEL_BEFORE_SHARE):
+            heard.cancel_asked = True
+            await self._cancel(turn_id, repeatable=False)
         async with anyio.create_task_group() as helpers:
-            if self._draw.random() < 0.15:
+            if self._draw.random() < 0.15 and not self.poison:
                 helpers.start_soon(self._cancel_later, heard)
             if self._draw.random() < 0.2:
                 helpers.start_soon(self._listen_too, heard, until)
-            if self._draw.random() < 0.1 and not self._lossy:
+            if self.may(0.1):
                 helpers.start_soon(self._ask_twice, f"{turn_id}b")
             while not heard.ended:
                 if anyio.current_time() > until:
@@ -289,7 +330,21 @@ class Agent:
                     break
                 await self._try(heard, attach_only=False)
             helpers.cancel_scope.cancel()
+        self.waits_for = None
         self._conclude(heard)
+        if self._lossy and heard.finished is not None and self._draw.random() < REPEAT_SHARE:
+            self.world.tasks.start_soon(self._repeat_late, heard, name=f"{self.name} again")
+
+    async def vanish(self) -> None:
+        """Asks for a turn, and leaves for good in the middle of it: whoever runs it may die."""
+        turn_id = f"{self._prefix}t{self._asked}"
+        request = self._new_request(turn_id)
+        request.timeout_ms = self._draw.randrange(500, 3000)
+        heard = TurnHeard(self.session_id, turn_id, request)
+        self.turns.append(heard)
+        with anyio.move_on_after(self._draw.uniform(0.0, 1.0)):
+            await self._try(heard, attach_only=False)
+        self.vanished = True
 
     def _new_request(self, turn_id: str) -> pb.RunTurnRequest:
         draw = self._draw
@@ -319,7 +374,7 @@ class Agent:
     def _limit_s(self) -> float:
         """A turn's time limit: ample, or now and then too short. Never where the store loses
         writes: a turn whose end was lost would end FAILED before its owner comes to repair it."""
-        return self._draw.uniform(0.3, 2.0) if self._draw.random() < 0.05 else TURN_S
+        return self._draw.uniform(0.3, 2.0) if self._draw.random() < SHORT_SHARE else TURN_S
 
     async def _try(self, heard: TurnHeard, *, attach_only: bool, repeatable: bool = True) -> None:
         """One stream, until it ends or the client has had enough of it."""
@@ -331,6 +386,8 @@ class Agent:
             request.resume_from.CopyFrom(position)
         leave_after = self._draw.randrange(1, 30) if self._draw.random() < 0.25 else -1
         slow_s = 0.2 if self._draw.random() < 0.1 else 0.0
+        stalls = self.stalls and self.may(STALL_SHARE)
+        stalls_after = self._draw.randrange(1, 20) if stalls else -1
 
         async def handler(app: Any, call: Call) -> None:
             await app.turns.run(self.tenant, request, CALL_S, call.put)
@@ -354,10 +411,15 @@ class Agent:
                             await self._cancel(heard.turn_id)
                     messages += 1
                     if messages == leave_after:
-                        return
+                        break
+                    if messages == stalls_after:
+                        await anyio.sleep(STALL_S)
                     await anyio.sleep(slow_s)
+                else:
+                    if not heard.ended:
+                        heard.violations.append("I2: a stream ended without an end")
             if not heard.ended:
-                heard.violations.append("I2: a stream ended without an end")
+                await anyio.sleep(self._draw.uniform(0.0, MAX_AWAY_S))
         except TRY_AGAIN as error:
             note(self.session_id, f"{self.name} is to try again", error.message)
             if isinstance(error, Overloaded) and error.retry_after_ms:
@@ -404,9 +466,11 @@ class Agent:
         heard.cancel_asked = True
         await self._cancel(heard.turn_id)
 
-    async def _cancel(self, turn_id: str) -> None:
+    async def _cancel(self, turn_id: str, *, repeatable: bool = True) -> None:
         request = session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=turn_id)
-        await self.ask(lambda app: app.sessions.cancel_turn(self.tenant, request))
+        await self.ask(
+            lambda app: app.sessions.cancel_turn(self.tenant, request), repeatable=repeatable
+        )
 
     async def _listen_too(self, main: TurnHeard, until: float) -> None:
         """A second client of the same turn, from its beginning."""
@@ -414,10 +478,17 @@ class Agent:
         heard = TurnHeard(main.session_id, main.turn_id, main.request)
         self.others.append(heard)
         while not heard.ended and anyio.current_time() < until:
-            await self._try(heard, attach_only=True)
+            # Where the store loses writes this client may begin the turn anew.
+            await self._try(heard, attach_only=not self._lossy)
             if isinstance(heard.error, NotFound):
                 heard.error = None  # the turn has not begun yet
                 await self._back_off()
+
+    async def _repeat_late(self, main: TurnHeard) -> None:
+        """A proxy of the client sends a request again that was answered long ago. If the store has
+        lost the turn together with its owner, that begins another one of the same id."""
+        await anyio.sleep(self._draw.uniform(0.0, 0.5))
+        await self._try(TurnHeard(main.session_id, main.turn_id, main.request), attach_only=False)
 
     async def _ask_twice(self, turn_id: str) -> None:
         """Another turn while one runs: refused, unless the first has just ended."""
@@ -431,6 +502,11 @@ class Agent:
 
     def _conclude(self, heard: TurnHeard) -> None:
         if isinstance(heard.error, TurnCancelled) and heard.cancel_asked:
+            return
+        if self.poison:
+            done = heard.finished
+            ended = done is not None and done.status == pb.TURN_STATUS_FAILED
+            self.expect(ended, f"P10: {heard.turn_id} kills its replicas and did not fail")
             return
         if self.operated and self.closed:
             return
@@ -453,6 +529,11 @@ class Agent:
 
     async def _back_off(self) -> None:
         await anyio.sleep(self._draw.uniform(0.02, 0.3))
+
+
+async def _drop(message: bytes) -> None:
+    """A sink for what must never be sent."""
+    del message
 
 
 def _place(position: pb.Position | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -11,16 +11,19 @@ from loadtest.simulation.world import SimGateway, SimReplica, World
 from statestore.replica_info import MAX_LEADING
 
 PERIOD_S = 0.25
+LEFT_BY_NOBODY = frozenset({"open streams", "dispatches"})
 
 Size = tuple[str, int, int]
 """What it is, how large it is, and its bound."""
 
 
 class Bounds:
-    """``violations`` are found while :meth:`watched` is open; one for each table."""
+    """``violations`` are found while :meth:`watched` is open; one for each table. ``also`` are
+    called with each sample."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, also: Sequence[Callable[[], None]]) -> None:
         self._world = world
+        self._also = also
         self._found: dict[str, str] = {}
 
     @property
@@ -41,12 +44,24 @@ class Bounds:
                 self._judge(gateway.name, _sizes_of_gateway(gateway))
             for replica in self._world.live_replicas():
                 self._judge(replica.name, _sizes_of_replica(self._world, replica))
+            for sample in self._also:
+                sample()
             await anyio.sleep(PERIOD_S)
 
     def _judge(self, name: str, sizes: Iterator[Size]) -> None:
         for what, size, bound in sizes:
             if size > bound:
                 self._found.setdefault(what, f"{name}: I8: {size} {what}, at most {bound} allowed")
+
+
+def check_idle(world: World) -> list[str]:
+    """No gateway counts a stream or a dispatch when no client is there any more (I8)."""
+    return [
+        f"{gateway.name}: I8: {size} {what} are left"
+        for gateway in world.live_gateways()
+        for what, size, _ in _sizes_of_gateway(gateway)
+        if size and what in LEFT_BY_NOBODY
+    ]
 
 
 def _sizes_of_gateway(gateway: SimGateway) -> Iterator[Size]:

@@ -152,6 +152,43 @@ def check_heard(heard: TurnHeard, turn: Turn, ledger: Sequence[int], salt: bytes
     return found
 
 
+async def check_seeds(world: World, agents: Sequence[Agent]) -> list[str]:
+    """No two sessions draw the same noise, unless their clients chose the seed (P20)."""
+    found: list[str] = []
+    drawn: dict[int, str] = {}
+    for agent in agents:
+        session = await world.store.get_session(agent.session_id)
+        if session is None:
+            continue
+        own = [heard for heard in [*agent.turns, *agent.others] if heard.asks_for_no_seed]
+        mine = {heard.turn_id for heard in own}
+        if preamble_of(session.preamble).default_params.HasField("seed"):
+            mine = mine if session.parent_id is not None else set()
+        for turn in await world.store.get_turns(session, 0, 1000):
+            seed = body_of(turn.spec).params.seed
+            other = turn.spec.turn_id in mine and drawn.setdefault(seed, session.session_id)
+            if other and other != session.session_id:
+                found.append(f"{session.session_id}: P20: draws as {other} does")
+    return found
+
+
+async def check_named_apart(world: World, agents: Sequence[Agent]) -> list[str]:
+    """Equal leading messages are named alike for one tenant, and otherwise for another (P19)."""
+    found: list[str] = []
+    names: dict[tuple[str, bytes], bytes] = {}
+    for agent in agents:
+        session = await world.store.get_session(agent.session_id)
+        if session is None:
+            continue
+        said = preamble_of(session.preamble).messages
+        leading = b"".join(message.SerializeToString(deterministic=True) for message in said)
+        name = names.setdefault((session.tenant, leading), session.leading_digest)
+        others = [n for (tenant, _), n in names.items() if tenant != session.tenant]
+        if name != session.leading_digest or name in others:
+            found.append(f"{session.session_id}: P19: its leading messages are named wrongly")
+    return found
+
+
 def _leftovers(world: World, session_id: str) -> list[str]:
     """Keys of a purged session, unless a fork needs them still."""
     refs = world.server.peek(keys.refs_key(session_id))

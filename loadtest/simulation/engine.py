@@ -8,8 +8,9 @@ part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import anyio
 
@@ -18,17 +19,27 @@ from workers.engines.sim.config import SimConfig
 from workers.engines.sim.engine import SimEngine
 from workers.engines.sim.memory import SimMemory
 from workers.engines.sim.model import STATE_BYTES, Context
+from workers.kv.pages import checksum
+
+
+def page_of(model: Context, tokens: Sequence[int]) -> bytes:
+    """What a page of these tokens holds; ``model`` goes on behind them."""
+    return b"".join(model.compute(token) for token in tokens)
 
 
 class WatchedMemory(SimMemory):
-    """Knows for which namespace a page was computed here; nothing of pages that were imported."""
+    """Knows for which namespace a page was computed, here or where it was imported from."""
 
     def __init__(self, capacity: int, page_bytes: int) -> None:
         super().__init__(capacity, page_bytes)
         self.computed_for: dict[int, bytes] = {}
+        self.arriving_for: dict[int, bytes] = {}
+        """Pages that are being imported: for which namespace their source has computed them."""
 
     def write(self, page: int, raw: memoryview) -> None:
         self.computed_for.pop(page, None)
+        if page in self.arriving_for:
+            self.computed_for[page] = self.arriving_for.pop(page)
         super().write(page, raw)
 
 
@@ -47,6 +58,30 @@ class WatchedEngine(SimEngine):
         """Steps take this many times as long as usual from now on; 1: as usual."""
         timing = replace(self._usual.timing, step_ms=self._usual.timing.step_ms * factor)
         self._config = replace(self._usual, timing=timing)
+
+    def page_arrives(
+        self, source: WatchedEngine, export: Any, reservation: Any, index: int
+    ) -> None:
+        """A page is read from another replica, for a reservation here."""
+        inner = getattr(export, "_export", export)
+        page, target = inner._run[index], reservation._reservation.pages[index]
+        if checksum(source._watched.page(page)) != inner.pages[index].checksum:
+            self._complain(f"P13: a page is sent that is not the exported one any more ({index})")
+        if source.info.kv_fingerprint != self.info.kv_fingerprint:
+            self._complain("P14: KV of another model arrives")
+        self._watched.arriving_for.pop(target, None)
+        if page in source._watched.computed_for:
+            self._watched.arriving_for[target] = source._watched.computed_for[page]
+
+    def lacks(self, states: Sequence[bytes]) -> int:
+        """How many of these pages' contents are cached nowhere here."""
+        cached = {bytes(self._watched.page(page)) for page in self._cache.sealed_pages()}
+        return sum(state not in cached for state in states)
+
+    @property
+    def as_usual(self) -> bool:
+        """Not slowed down."""
+        return self._config.timing == self._usual.timing
 
     def evict_all(self) -> int:
         """Drops every cached page that nobody holds, pinned or not. Returns how many there were."""
@@ -70,7 +105,7 @@ class WatchedEngine(SimEngine):
         model = Context()
         for index, page in enumerate(generation.pages[: work.start // size]):
             tokens = generation.tokens[index * size : (index + 1) * size]
-            states = b"".join(model.compute(token) for token in tokens)
+            states = page_of(model, tokens)
             assert len(states) == size * STATE_BYTES
             if self._watched.page(page) != states:
                 self._complain(f"I5: {name} goes on from KV of other tokens in its page {index}")

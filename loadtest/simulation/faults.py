@@ -3,6 +3,7 @@ from the fault's own seed."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from gateway.core.errors import NotFound, SessileError
 from loadtest.simulation.agents import TENANTS, Agent
 from loadtest.simulation.coverage import Row
 from loadtest.simulation.lifecycle import fork, run_once
+from loadtest.simulation.loop import current_process, outside
 from loadtest.simulation.network import STORE, Call, SimReplicaClient
 from loadtest.simulation.schedule import Fault
 from loadtest.simulation.world import SimGateway, SimReplica, World
@@ -25,6 +27,10 @@ MAX_LOSS_S = 0.4
 """Acknowledged writes that a fail-over of the store may lose were made within this time."""
 BURST = 8
 """Sessions that are opened at once."""
+MAX_KILLED = 2
+"""Replicas that one turn may kill in a row before it is given up, as scripts are told."""
+RESTART_S = 0.3
+"""Until a process that refused to start is started again."""
 OPERATOR_S = 8.0
 """How long an operator waits for one call."""
 
@@ -51,6 +57,8 @@ class Storm:
         self._note("mend")
         world = self._world
         world.weather.down = world.weather.restarting = False
+        world.weather.evicting = world.weather.cancel_at_switch = False
+        world.weather.switch_late_s = 0.0
         world.weather.request_lost = world.weather.reply_lost = 0.0
         world.network.heal()
         nodes: list[SimReplica | SimGateway] = [*world.replicas.values(), *world.gateways.values()]
@@ -115,8 +123,12 @@ class Storm:
                 self._saw(Row.GATEWAY_DIES)
             self._world.kill(victim)
             await self._pause(draw, 0.05, 1.0)
-            if self._world.gateways[victim.name] is victim:
+            while self._world.gateways[victim.name] is victim:
                 self._world.start_gateway(victim.name)
+                victim = self._world.gateways[victim.name]
+                await anyio.sleep(RESTART_S)
+                if not victim.ended:
+                    return
 
     async def flaky_store(self, draw: random.Random) -> None:
         """Requests and replies get lost."""
@@ -307,6 +319,62 @@ class Storm:
                 self._agents.append(agent)
                 tasks.start_soon(run_once, agent, name=name)
 
+    async def poison(self, draw: random.Random) -> None:
+        """A turn that kills every process that runs it, before it says anything (P10)."""
+        agent = Agent(
+            self._world, f"p{draw.getrandbits(24)}", random.Random(draw.random()), brief=True
+        )
+        agent.poison = True
+        await agent.open()
+        self._agents.append(agent)
+        killed: list[SimReplica] = []
+
+        def kill(session_id: str) -> None:
+            victim = self._world.serving.get(process) if (process := current_process()) else None
+            if session_id == agent.session_id and victim is not None and not victim.ended:
+                killed.append(victim)
+                outside(asyncio.get_running_loop().call_soon, self._world.kill, victim)
+
+        self._world.server.on_turn.append(kill)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._revive, killed)
+            await agent.turn()
+            tasks.cancel_scope.cancel()
+        self._world.server.on_turn.remove(kill)
+        for victim in killed:
+            await self._replace(victim)
+        agent.expect(
+            len(killed) <= MAX_KILLED, f"P10: one turn killed {len(killed)} replicas, in a row"
+        )
+
+    async def _revive(self, killed: list[SimReplica]) -> None:
+        """Starts again what a turn has killed, for as long as it does."""
+        revived = 0
+        while True:
+            await anyio.sleep(RESTART_S)
+            for victim in killed[revived:]:
+                revived += 1
+                self._note(f"{victim.name} was killed by a turn")
+                await self._replace(victim)
+
+    async def evicting_store(self, draw: random.Random) -> None:
+        """The store is set to drop keys when its memory is short, and set right again (P8)."""
+        self._world.weather.evicting = True
+        await self._pause(draw, 0.2, 2.0)
+        self._world.weather.evicting = False
+
+    async def cancel_at_switch(self, draw: random.Random) -> None:
+        """Turns are cancelled just when they are handed over."""
+        self._world.weather.cancel_at_switch = True
+        await self._pause(draw, 0.5, 3.0)
+        self._world.weather.cancel_at_switch = False
+
+    async def late_switch(self, draw: random.Random) -> None:
+        """Moves stand still just before they end: much happens to what was verified."""
+        self._world.weather.switch_late_s = draw.choice((0.3, 1.0, 2.0))
+        await self._pause(draw, 0.5, 3.0)
+        self._world.weather.switch_late_s = 0.0
+
     async def drain_and_undo(self, draw: random.Random) -> None:
         """An operator empties a replica, which goes on; then it may be used again."""
         victim = self._replica(draw)
@@ -385,8 +453,13 @@ class Storm:
         return draw.choice(live) if len(live) > 1 else None
 
     async def _replace(self, victim: SimReplica) -> None:
-        if self._world.replicas[victim.name] is victim:
+        """As a supervisor does: again and again, if the new one refuses its store."""
+        while self._world.replicas[victim.name] is victim:
             await self._world.start_replica(victim.name)
+            victim = self._world.replicas[victim.name]
+            if not victim.ended:
+                return
+            await anyio.sleep(RESTART_S)
 
     def _gateway(self, draw: random.Random) -> str:
         return draw.choice(sorted(self._world.gateways))
@@ -426,6 +499,10 @@ FAULTS: dict[str, Callable[[Storm, random.Random], Coroutine[Any, Any, None]]] =
     "evict": Storm.evict,
     "burst": Storm.burst,
     "drain_and_undo": Storm.drain_and_undo,
+    "poison": Storm.poison,
+    "evicting_store": Storm.evicting_store,
+    "cancel_at_switch": Storm.cancel_at_switch,
+    "late_switch": Storm.late_switch,
     "operate": Storm.operate,
     "lose_writes": Storm.lose_writes,
     "lose_writes_and_owner": Storm.lose_writes_and_owner,

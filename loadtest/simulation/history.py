@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -15,14 +16,25 @@ import anyio
 
 from gateway.config import GatewayConfig, Tables
 from loadtest.simulation.agents import PATIENCE_S, TENANTS, TURN_S, Agent
-from loadtest.simulation.bounds import Bounds
-from loadtest.simulation.checks import check_agent, check_closed, check_gone, check_replicas
+from loadtest.simulation.bounds import Bounds, check_idle
+from loadtest.simulation.checks import (
+    check_agent,
+    check_closed,
+    check_gone,
+    check_named_apart,
+    check_replicas,
+    check_seeds,
+)
 from loadtest.simulation.coverage import Row, counted
 from loadtest.simulation.faults import FAULTS, LOSSY, LOSSY_SHARE, Storm
 from loadtest.simulation.lifecycle import close, live
 from loadtest.simulation.loop import TraceHook, run, true_time
+from loadtest.simulation.moves import MoveWatch
+from loadtest.simulation.placements import judged_placements
+from loadtest.simulation.progress import Progress
 from loadtest.simulation.schedule import Fault, draw_kinds, draw_schedule, minimise
 from loadtest.simulation.streams import StreamWatch
+from loadtest.simulation.verdicts import Verdicts
 from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import ENGINE, START_US, World, world
 from statestore.records import TurnStatus
@@ -40,8 +52,10 @@ RECONCILE_S = 75.0
 TIGHT_SHARE = 0.25
 """Of the histories: small engines and small tables, so that their bounds are met."""
 TIGHT_ENGINE = replace(ENGINE, max_running=2, max_queued=1)
-TIGHT_TABLES = Tables(owners=2, salts=1, takeovers=1)
+TIGHT_TABLES = Tables(owners=2, salts=1, takeovers=1, relay_buffer_bytes=256)
 TIGHT_RESIDENT = 2
+MIXED_SHARE = 0.2
+"""Of the histories: one replica's KV, or its tokenizer, is another than the others'."""
 MINIMISE_RUNS = 24
 CHECKER = re.compile(r"\b[IP]\d{1,2}:")
 SESSION = re.compile(r"ses_[a-z2-7.]+")
@@ -61,6 +75,12 @@ class HistoryPlan:
     """Kinds of faults; empty: drawn from the seed."""
     schedule: tuple[Fault, ...] | None = None
     """The faults themselves; None: drawn from the seed."""
+    tight: bool | None = None
+    """Small engines and tables; None: drawn from the seed."""
+    capacity_pages: int = ENGINE.capacity_pages
+    """Of each replica's KV."""
+    mixed: str | None = None
+    """What is another at the last replica: "weights", "tokens" or nothing (""); None: drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +169,32 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
         schedule = draw_schedule(random.Random(f"{seed} storm"), kinds, plan.storm_s)
     lossy = not LOSSY.isdisjoint(kinds)
     # An owner can repair only what it still has in memory.
-    tight = not lossy and random.Random(f"{seed} tight").random() < TIGHT_SHARE
+    tight, mixed = plan.tight, plan.mixed
+    if tight is None:
+        tight = not lossy and random.Random(f"{seed} tight").random() < TIGHT_SHARE
+    if mixed is None:
+        draw = random.Random(f"{seed} mixed")
+        mixed = draw.choice(("weights", "tokens")) if draw.random() < MIXED_SHARE else ""
     config = GatewayConfig(tables=TIGHT_TABLES) if tight else GatewayConfig()
     async with world(random.Random(f"{seed} world"), gateway_config=config) as built:
         if tight:
             built.engine, built.max_resident_sessions = TIGHT_ENGINE, TIGHT_RESIDENT
+        built.engine = replace(built.engine, capacity_pages=plan.capacity_pages)
+        other = frozenset({f"r{plan.replicas}"})
+        built.other_weights = other if mixed == "weights" else frozenset()
+        built.other_tokens = other if mixed == "tokens" else frozenset()
         witness = built.server.watch = Witness(
-            built.server.peek, built.timeline, true_time, START_US, built.coverage
+            built.server.peek,
+            built.timeline,
+            true_time,
+            START_US,
+            built.coverage,
+            built.whose,
+            built.lives,
         )
-        StreamWatch(built, lossy=lossy).attach()
-        with counted(built.coverage):
+        StreamWatch(built, witness, lossy=lossy).attach()
+        MoveWatch(built, witness).attach("evict" not in kinds and not tight)
+        with counted(built.coverage), judged_placements(built.violations.append):
             for index in range(plan.replicas):
                 await built.start_replica(f"r{index + 1}")
             for index in range(plan.gateways):
@@ -174,21 +210,31 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
                 for index in range(plan.agents)
             ]
             storm = Storm(built, agents, schedule)
-            bounds = Bounds(built)
+            progress, verdicts = Progress(built, witness, agents), Verdicts(built, witness)
+            bounds = Bounds(built, [progress.sample, verdicts.sample])
             found = await _work_in_a_storm(plan, agents, storm, bounds)
             healed_s = true_time()
-            found += await _liveness(agents)
+            async with bounds.watched():
+                found += await _liveness(agents)
             if check_replicas(built):
                 await anyio.sleep(EXPORT_LEASE_S)  # a puller was killed: what it was to have waits
             found += await _check_deadlines(built, agents, witness, healed_s)
-            found += [*witness.violations, *bounds.violations, *check_replicas(built)]
+            found += [*witness.violations, *bounds.violations, *progress.violations]
+            found += [*verdicts.violations, *check_replicas(built), *check_idle(built)]
             found += await _close_some(built, agents, random.Random(f"{seed} close"))
             if check_gone(built, agents):
                 await anyio.sleep(RECONCILE_S)
             found += check_gone(built, agents)
             for agent in agents:
                 found += await check_agent(built, agent)
+            found += [*await check_seeds(built, agents), *await check_named_apart(built, agents)]
+            if set(kinds) == {"lose_writes"} and any(agent.losses for agent in agents):
+                found.append("P1: a client was told of a loss though every owner lives")
             found += built.violations
+            for failure in built.failures:
+                found.append(f"a process failed in a way no API knows: {failure!r}")
+                found += traceback.format_exception(failure)
+            built.failures.clear()
         return await _report(seed, plan, built, agents, storm, kinds, found)
 
 
@@ -212,7 +258,7 @@ async def _liveness(agents: list[Agent]) -> list[str]:
     found: list[str] = []
 
     async def again(agent: Agent) -> None:
-        started = true_time()
+        started, agent.stalls = true_time(), False
         await agent.turn()
         took = true_time() - started
         # Another turn that it asked for and gave up may be in the way until its deadline (P4).
@@ -221,7 +267,7 @@ async def _liveness(agents: list[Agent]) -> list[str]:
 
     async with anyio.create_task_group() as tasks:
         for agent in agents:
-            if not (agent.closed or agent.brief):
+            if not (agent.closed or agent.brief or agent.vanished):
                 tasks.start_soon(again, agent, name=f"{agent.name} again")
     await anyio.sleep(SETTLE_S)
     return found
@@ -238,6 +284,9 @@ async def _check_deadlines(
             if turn is not None:
                 due_s = (turn.deadline_at_ms * 1000 - START_US) / 1_000_000
                 await anyio.sleep(max(0.0, due_s + DEADLINE_SLACK_S - true_time()))
+                if witness.runs(session.session_id, session.active_turn_id):
+                    late = f"P4: {session.active_turn_id} was due at {due_s:.3f} s and runs on"
+                    return [f"{session.session_id}: {late}"]
     return [
         f"{it.session_id}: I7: {it.turn_id} was due at {it.deadline_s:.3f} s and ended at"
         f" {it.ended_s:.3f} s"

@@ -14,6 +14,8 @@ from loadtest.simulation.agents import Agent
 from statestore.records import Session, SessionState
 
 FORK_TURNS = 2
+VANISH_SHARE = 0.04
+"""Of the turns: their client leaves, and nobody comes for the session any more."""
 
 
 async def live(agent: Agent, agents: list[Agent], turns: int) -> None:
@@ -38,6 +40,9 @@ async def _work(agent: Agent, agents: list[Agent], turns: int) -> None:
                 return
             if agent.may(0.15):
                 forks.start_soon(fork, agent, agents, f"{agent.name}.{index}")
+            if agent.may(VANISH_SHARE):
+                await agent.vanish()
+                return
             await agent.turn()
             if agent.may(0.1):
                 await agent.look_round()

@@ -37,6 +37,8 @@ WINDOW = 16
 STOPPED_POLL_S = 0.05
 PAGE_S = 0.000_05
 """One KV page on the data channel."""
+SLOW_PAGE = 0.01
+"""Of a slow process's delay, how much one of its pages takes at most."""
 KEEPALIVE_S = 4.0
 """Until an end of a connection notices that the other one is not there any more."""
 MAX_LATE_S = 3.0
@@ -144,6 +146,8 @@ class Call:
         self.abandoned = True
         self.reset()
         self._network.forget(self)
+        if self._network.on_reset is not None:
+            self._network.on_reset(self.listener.process)
         self.listener.process.run(self._scope.cancel)
 
     def go_silent(self) -> None:
@@ -228,6 +232,11 @@ class Network:
     """Told of each dispatch of a turn, and the endpoint."""
     on_stream: Callable[[pb.DispatchTurnRequest, TurnStream], None] | None = None
     """Told of each message that a replica sends for a dispatch, when it is sent."""
+    on_page: Callable[[Process | None, Process, Any, Any, int], None] | None = None
+    """Told of each page that a replica reads of another: both processes, the export, the target's
+    reservation and the page's index in both."""
+    on_reset: Callable[[Process], None] | None = None
+    """Told of each process whose connections are reset while it lives."""
     pulls: int = 0
     """Of KV, begun."""
     broken_pulls: int = 0
@@ -288,6 +297,11 @@ class Network:
         self.slowness_s.clear()
         self.corrupt_page_rate = self.duplicate_rate = 0.0
         self._tell_healed()
+
+    @property
+    def fair(self) -> bool:
+        """Everybody hears everybody, without delay."""
+        return not (+self._cuts or self.slowness_s)
 
     def is_cut(self, sender: str, receiver: str) -> bool:
         return self._cuts[sender, receiver] > 0
@@ -429,9 +443,12 @@ class Network:
         self._pulling[export] = (target, port.process)
         try:
             for index in range(pages):
-                await anyio.sleep(PAGE_S)
+                slowest_s = max(self._slowness(target), self._slowness(port.process))
+                await anyio.sleep(PAGE_S + SLOW_PAGE * slowest_s * self.draw.random())
                 await self._answering(target, port.process)
                 reservation.buffer(index)[:] = export.view(index)
+                if self.on_page is not None:
+                    self.on_page(target, port.process, export, reservation, index)
                 if self.draw.random() < self.corrupt_page_rate:
                     self.corrupted_pages += 1
                     reservation.buffer(index)[self.draw.randrange(page_bytes)] ^= 0x10
@@ -439,6 +456,9 @@ class Network:
             del self._pulling[export]
             port.process.run(export.release)
         return pages * page_bytes
+
+    def _slowness(self, process: Process | None) -> float:
+        return 0.0 if process is None else self.slowness_s.get(process.name, 0.0)
 
     async def _answering(self, target: Process | None, source: Process) -> None:
         await self.reachable(target, source)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1.types_pb2 import TurnStream, TurnTokens
 
+from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World
 from statestore import keys
 from statestore.digest import pack_tokens
@@ -16,8 +17,9 @@ from statestore.digest import pack_tokens
 class StreamWatch:
     """``lossy``: what was in the ledger may have been lost from it."""
 
-    def __init__(self, world: World, *, lossy: bool) -> None:
+    def __init__(self, world: World, witness: Witness, *, lossy: bool) -> None:
         self._world = world
+        self._witness = witness
         self._lossy = lossy
 
     def attach(self) -> None:
@@ -44,6 +46,13 @@ class StreamWatch:
         ledger = self._world.server.peek(keys.ledger_key(session_id))
         if not isinstance(record, dict) or not isinstance(ledger, bytes) or b"epoch" not in record:
             return  # it was purged
+        end = tokens.position + len(tokens.token_ids)
+        cut_off_at = self._witness.cut_off_at(session_id, request.epoch.number)
+        runs = self._witness.runs(session_id, request.turn.turn_id)
+        if runs and cut_off_at is not None and end > cut_off_at:
+            self._world.violations.append(
+                f"{session_id}: I4: a run that was fenced at {cut_off_at} emits up to {end}"
+            )
         first = 4 * (tokens.position - int(record[b"own_base"]))
         if first < 0 or _holds(ledger, first, tokens.token_ids):
             return

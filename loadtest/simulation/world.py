@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import anyio
@@ -24,14 +24,18 @@ from loadtest.simulation.engine import WatchedEngine
 from loadtest.simulation.loop import Process, VirtualClock, current_process, outside, true_time
 from loadtest.simulation.network import STORE, KvPort, Listener, Network, SimReplicaClients
 from loadtest.simulation.redis import Fault, LuaExecutor, Value
+from loadtest.simulation.rules import Ref
 from loadtest.simulation.timeline import Timeline
 from loadtest.simulation.witness import Witness
 from statestore import keys
 from statestore.executor import Reply, ScriptCall
-from statestore.ports import StoreError, StoreUnavailable
+from statestore.ports import StoreError, StoreMisconfigured, StoreUnavailable
 from statestore.records import ReplicaRef, StoreLimits
+from statestore.redis_executor import check_info
 from statestore.redis_store import RedisStore
+from statestore.script_runner import script_call
 from workers.config import ReplicaSettings, TurnLimits
+from workers.engines.port import EngineInfo
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.heartbeat import ReplicaReplaced
 from workers.replica import ReplicaAdapters, run_replica
@@ -53,6 +57,20 @@ ENGINE = SimConfig(
 """Small and slow, so that turns last long enough for something to happen to them."""
 
 
+@dataclass(frozen=True, slots=True)
+class OtherWeights(SimConfig):
+    """The same model after a change of its weights, as far as its KV says."""
+
+    def info(self) -> EngineInfo:
+        return replace(SimConfig.info(self), kv_fingerprint=b"other weights  .")
+
+
+class OtherTokens(BytesCodec):
+    """A codec of another fingerprint."""
+
+    token_fingerprint = b"other tokenizer."
+
+
 REFUSED_S = 0.001
 """A server that is down refuses connections at once; one that is unreachable is silent."""
 
@@ -64,6 +82,8 @@ class WatchedExecutor(LuaExecutor):
     watch: Witness | None = None
     network: Network
     weather: StoreWeather
+    on_turn: list[Callable[[str], None]]
+    """Told, in its process, of each session in which a turn was begun or resumed."""
 
     async def execute(
         self, calls: Sequence[ScriptCall], timeout_s: float
@@ -82,6 +102,10 @@ class WatchedExecutor(LuaExecutor):
         if self.weather.restarting:
             await anyio.sleep(REFUSED_S)
             return [StoreUnavailable("connection refused") for _ in calls]
+        if self.weather.switch_late_s and any(c.script.name == "switch_migration" for c in calls):
+            await anyio.sleep(self.weather.switch_late_s)
+        if self.weather.cancel_at_switch:
+            self._cancel_first(calls)
         replies, applied_s = [self._execute_one(call) for call in calls], true_time()
         connection = self.weather.restarts
         if any(isinstance(reply, StoreUnavailable) for reply in replies):
@@ -99,6 +123,12 @@ class WatchedExecutor(LuaExecutor):
             if not (self.weather.down or self.weather.restarting):
                 self.run_now(call)
 
+    def _cancel_first(self, calls: Sequence[ScriptCall]) -> None:
+        """Clients cancel the turns that these calls are about to hand over."""
+        for call in calls:
+            if call.script.name == "switch_migration" and call.args[5]:
+                self.run_now(script_call("cancel", [call.keys[0]], [call.args[5], 60_000, 64]))
+
     def is_draining(self, ref: ReplicaRef) -> bool:
         """As the store has it."""
         fleet = self.peek(keys.FLEET)
@@ -113,12 +143,24 @@ class WatchedExecutor(LuaExecutor):
         reply = super().run_now(call)
         if self.watch is not None:
             self.watch(call, reply)
+        if call.script.name in ("begin", "resume") and _first(reply) in (b"begun", b"resumed"):
+            for told in self.on_turn:
+                told(call.keys[0].rpartition(":s:")[2])
         return reply
+
+    def info(self) -> dict[str, str]:
+        """What the server tells of itself."""
+        policy = "allkeys-lru" if self.weather.evicting else "noeviction"
+        return {"redis_version": "7.4.0", "maxmemory_policy": policy}
 
     def restore(self, snapshot: dict[bytes, Value]) -> None:
         super().restore(snapshot)
         if self.watch is not None:
             self.watch.forget()
+
+
+def _first(reply: Reply) -> Reply:
+    return reply[0] if isinstance(reply, list) and reply else reply
 
 
 class SimIds:
@@ -170,6 +212,17 @@ class StoreWeather:
     """Nobody gets a connection."""
     restarts: int = 0
     """A reply of before a restart does not arrive after it."""
+    evicting: bool = False
+    """It may drop keys: whoever starts now must not serve (P8)."""
+    cancel_at_switch: bool = False
+    """Whoever runs a turn cancels it just before it is handed over."""
+    switch_late_s: float = 0.0
+    """How much longer than others the requests take that end a move."""
+
+    @property
+    def fair(self) -> bool:
+        lossy = self.down or self.restarting or self.request_lost or self.reply_lost
+        return not (lossy or self.evicting or self.switch_late_s)
 
 
 @dataclass
@@ -193,6 +246,12 @@ class World:
     failures: list[BaseException] = field(default_factory=list)
     engines: list[WatchedEngine] = field(default_factory=list)
     """Of all replicas there have been."""
+    serving: dict[Process, SimReplica] = field(default_factory=dict)
+    """All replicas that ever served, by their process."""
+    other_weights: frozenset[str] = frozenset()
+    """Names of replicas whose KV is of another model (P14)."""
+    other_tokens: frozenset[str] = frozenset()
+    """Names of replicas whose tokenizer is another."""
     tenants: dict[str, str] = field(default_factory=dict)
     """Session -> tenant, as its client opened it."""
     coverage: Counter[str] = field(default_factory=Counter)
@@ -211,7 +270,10 @@ class World:
         def complain(what: str) -> None:
             self.violations.append(f"{name}: {what}")
 
-        engine = process.run(WatchedEngine, self.engine, complain)
+        config = self.engine
+        if name in self.other_weights:
+            config = OtherWeights(**{f.name: getattr(config, f.name) for f in fields(config)})
+        engine = process.run(WatchedEngine, config, complain)
         self.engines.append(engine)
         replica = SimReplica(name, process, engine, process.run(anyio.Event))
         self.replicas[name] = replica
@@ -221,13 +283,14 @@ class World:
 
     async def _replica_life(self, replica: SimReplica, ready: anyio.Event) -> None:
         endpoint = replica.endpoint = f"{replica.name}.{len(self._processes)}:1"
+        codec = OtherTokens() if replica.name in self.other_tokens else BytesCodec()
         port = KvPort(f"{endpoint}/kv", replica.process)
         self.network.listen_data(port)
         peers = SimReplicaClients(self.network)
         adapters = ReplicaAdapters(
             store=RedisStore(self.server, random_bytes=self.draw.randbytes),
             engine=replica.engine,
-            codec=BytesCodec(),
+            codec=codec,
             tickets=port,
             peers=peers,
             pull_pages=self.network.pull,
@@ -236,6 +299,7 @@ class World:
 
         async def serve(app: ReplicaApp, ref: ReplicaRef) -> None:
             replica.app, replica.ref = app, ref
+            self.serving[replica.process] = replica
             self.network.listen(Listener(endpoint, replica.process, app, handlers))
             ready.set()
 
@@ -245,10 +309,11 @@ class World:
             max_resident_sessions=self.max_resident_sessions,
         )
         try:
+            self._connect(replica.name)
             async with anyio.create_task_group() as handlers:
                 await run_replica(adapters, settings, endpoint, serve, replica.stop)
                 handlers.cancel_scope.cancel()
-        except* (ReplicaReplaced, StoreUnavailable):
+        except* (ReplicaReplaced, StoreMisconfigured, StoreUnavailable):
             pass  # the process exits with a failure, and its supervisor may start another
         except* Exception as errors:  # noqa: BLE001 - the world raises them in the end
             self.failures.append(errors)
@@ -277,11 +342,12 @@ class World:
 
     async def _gateway_life(self, gateway: SimGateway) -> None:
         try:
+            self._connect(gateway.name)
             async with anyio.create_task_group() as handlers:
                 await gateway.app.fleet.refresh()
                 self.network.listen(Listener(gateway.name, gateway.process, gateway.app, handlers))
                 await gateway.app.run()
-        except* StoreUnavailable:
+        except* (StoreMisconfigured, StoreUnavailable):
             pass
         except* Exception as errors:  # noqa: BLE001 - as above
             self.failures.append(errors)
@@ -305,10 +371,27 @@ class World:
             if not replica.ended and not replica.process.stopped and replica.app is not None
         ]
 
+    def whose(self, process: Process) -> Ref | None:
+        """The replica that a process is, as the store names it."""
+        replica = self.serving.get(process)
+        if replica is None or replica.ref is None:
+            return None
+        return replica.ref.replica_id.encode(), b"%d" % replica.ref.incarnation
+
+    def lives(self, ref: Ref) -> bool:
+        """Whether a process is this replica, and runs."""
+        return any(self.whose(replica.process) == ref for replica in self.live_replicas())
+
     def live_gateways(self) -> list[SimGateway]:
         return [g for _, g in sorted(self.gateways.items()) if not g.ended]
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _connect(self, name: str) -> None:
+        """As whoever starts on a store does: raises what it refuses."""
+        check_info(self.server.info())
+        if self.weather.evicting:
+            self.violations.append(f"{name}: P8: it serves on a store that may evict")
 
     def _new_process(self, name: str) -> Process:
         process = Process(name)
@@ -356,7 +439,7 @@ async def world(
         )
 
     server = WatchedExecutor(time_us, fault=fault)
-    server.network, server.weather = network, weather
+    server.network, server.weather, server.on_turn = network, weather, []
     async with anyio.create_task_group() as tasks:
         built = World(
             draw=draw,

@@ -23,7 +23,7 @@ from loadtest.simulation.loop import Step
 from loadtest.simulation.schedule import Fault, minimise
 from loadtest.simulation.sweep import sweep
 
-STANDARD_SEEDS = range(200)
+STANDARD_SEEDS = range(300)
 LOSS_KINDS = ("lose_writes", "lose_writes_and_owner", "freeze_replica", "migrate", "kill_gateway")
 LOSS_SEEDS = range(5000, 5020)
 """Losses without their owner: told, and never a silent fork."""

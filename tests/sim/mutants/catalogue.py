@@ -21,7 +21,17 @@ LOSSES_AND_MOVES = HistoryPlan(
 )
 MOVES = HistoryPlan(kinds=("migrate", "drain"))
 BAD_PAGES = HistoryPlan(kinds=("corrupt_pages", "migrate", "drain"))
-CUTS = HistoryPlan(kinds=("cut", "migrate"))
+SILENCES = HistoryPlan(kinds=("cut", "half_open"))
+SLOW = HistoryPlan(kinds=("slow_network",))
+CROWDED = HistoryPlan(
+    replicas=2, agents=10, turns=3, kinds=("migrate", "slow_network"), capacity_pages=128
+)
+CROWD = HistoryPlan(replicas=1, agents=6, kinds=("slow_network",))
+LATE_MOVES = HistoryPlan(kinds=("migrate", "late_switch"))
+OTHER_WEIGHTS = HistoryPlan(replicas=2, kinds=("kill_replica", "migrate"), mixed="weights")
+OTHER_TOKENS = HistoryPlan(kinds=("kill_replica",), mixed="tokens")
+UNDISTURBED = HistoryPlan(kinds=("kill_gateway",), schedule=())
+TIGHT = HistoryPlan(kinds=("kill_gateway",), schedule=(), tight=True)
 
 LUA = "statestore/lua"
 RUN, OPENING = "workers/turn/run.py", "workers/turn/opening.py"
@@ -77,6 +87,7 @@ MUTANTS = (
             ),
         ),
         LOSSES_AND_MOVES,
+        60,
     ),
     Mutant(
         "an epoch lost by the store is granted again",
@@ -89,6 +100,7 @@ MUTANTS = (
             ),
         ),
         LOSSES_AND_MOVES,
+        60,
     ),
     Mutant(
         "a newer epoch does not cut off what it did not write",
@@ -101,6 +113,7 @@ MUTANTS = (
             ),
         ),
         LOSSES_AND_MOVES,
+        60,
     ),
     Mutant(
         "an append whose reply was lost is applied twice",
@@ -147,7 +160,8 @@ MUTANTS = (
                 "                if stored is not None and stored.status == 'COMMITTED':\n",
             ),
         ),
-        KILLS,
+        ZOMBIES,
+        40,
     ),
     Mutant(
         "the store does not obey deadlines",
@@ -159,7 +173,8 @@ MUTANTS = (
                 "if true then",
             ),
         ),
-        KILLS,
+        HistoryPlan(kinds=("freeze_replica", "skew_clocks")),
+        30,
     ),
     Mutant(
         "nobody sweeps",
@@ -172,6 +187,7 @@ MUTANTS = (
             ),
         ),
         KILLS,
+        30,
     ),
     Mutant(
         "a turn is committed after its last append, not with it",
@@ -222,6 +238,7 @@ MUTANTS = (
             ),
         ),
         HistoryPlan(kinds=("store_outage",)),
+        30,
     ),
     Mutant(
         "a turn that waits for the store parks all others",
@@ -234,7 +251,8 @@ MUTANTS = (
                 "                other.parked = parked\n",
             ),
         ),
-        HistoryPlan(kinds=("store_outage",)),
+        CROWD,
+        30,
     ),
     Mutant(
         "a fork reads on past its point",
@@ -264,7 +282,7 @@ MUTANTS = (
         "a store that may evict is accepted",
         "P8",
         (Edit("statestore/redis_executor.py", 'if policy != "noeviction":', "if not policy:"),),
-        CALM,
+        HistoryPlan(kinds=("evicting_store", "kill_gateway")),
     ),
     # -- failure detection and fail-over -------------------------------------------------------
     Mutant(
@@ -277,7 +295,7 @@ MUTANTS = (
         "a session is taken at once on any break",
         "P10",
         (Edit("gateway/core/failover.py", "    if owner.stale:\n", "    if owner.state:\n"),),
-        CUTS,
+        SILENCES,
     ),
     Mutant(
         "a turn that kills its replicas never ends",
@@ -289,7 +307,7 @@ MUTANTS = (
                 "if false then",
             ),
         ),
-        KILLS,
+        HistoryPlan(kinds=("poison",)),
     ),
     Mutant(
         "a draining replica gets new sessions",
@@ -325,7 +343,8 @@ MUTANTS = (
                 " then return refused(s) end",
             ),
         ),
-        MOVES,
+        HistoryPlan(kinds=("migrate", "cancel_at_switch")),
+        30,
     ),
     Mutant(
         "a switch does not compare the ledger's head",
@@ -337,7 +356,8 @@ MUTANTS = (
                 "",
             ),
         ),
-        MOVES,
+        LATE_MOVES,
+        30,
     ),
     Mutant(
         "a move keeps the epoch",
@@ -361,7 +381,7 @@ MUTANTS = (
                 "        except PagesExhausted:\n            self._take(self.free_pages)\n",
             ),
         ),
-        MOVES,
+        CROWDED,
     ),
     Mutant(
         "a pin is released twice",
@@ -397,7 +417,8 @@ MUTANTS = (
                 "        self._run, self.held = cache.match(block_hashes), []\n",
             ),
         ),
-        MOVES,
+        CROWDED,
+        30,
     ),
     Mutant(
         "KV of another model is used",
@@ -419,7 +440,7 @@ MUTANTS = (
                 "        namespace,",
             ),
         ),
-        MOVES,
+        OTHER_WEIGHTS,
     ),
     Mutant(
         "a session goes only where its KV can go",
@@ -436,7 +457,7 @@ MUTANTS = (
                 '        why = why or ("every place is taken" if replica.full else None)\n',
             ),
         ),
-        KILLS,
+        OTHER_WEIGHTS,
     ),
     Mutant(
         "a session goes to a replica with another tokenizer",
@@ -459,7 +480,7 @@ MUTANTS = (
                 "",
             ),
         ),
-        KILLS,
+        OTHER_TOKENS,
     ),
     # -- streams -------------------------------------------------------------------------------
     Mutant(
@@ -482,7 +503,8 @@ MUTANTS = (
                 "        now, output = anyio.current_time(), opened.output\n",
             ),
         ),
-        CALM,
+        TIGHT,
+        40,
     ),
     Mutant(
         "a slow client loses what it did not read in time",
@@ -554,7 +576,7 @@ MUTANTS = (
                 'digest_size=16, person=b"leading"',
             ),
         ),
-        CALM,
+        UNDISTURBED,
     ),
     Mutant(
         "a fork of a running turn has the unfinished turn's tokens",
@@ -647,8 +669,8 @@ MUTANTS = (
         (
             Edit(
                 "gateway/app/turns.py",
-                "        position = self._cursor.position()\n",
-                "        position = None\n",
+                "        position = self._cursor.position()\n        if position is not None:\n",
+                "        position = None\n        if position is not None:\n",
             ),
         ),
         KILLS,
@@ -721,7 +743,8 @@ MUTANTS = (
         "a turn that has ended can be written to",
         "I3",
         (Edit(f"{LUA}/append.lua", "if ended(s.turn_status) then", "if false then"),),
-        HistoryPlan(kinds=("store_outage", "freeze_replica")),
+        SLOW,
+        40,
     ),
     Mutant(
         "a fenced run delivers what it has",
@@ -743,7 +766,8 @@ MUTANTS = (
                 "            if isinstance(ending, Broken) and sent >= view.released:\n",
             ),
         ),
-        HistoryPlan(kinds=("freeze_replica", "cut")),
+        HistoryPlan(kinds=("cut", "cut_from_store", "half_open")),
+        60,
     ),
     Mutant(
         "a suspended session keeps its owner",
@@ -778,7 +802,8 @@ MUTANTS = (
                 "        hold = _Hold(migration_id, anyio.current_time() + 1000 * lease_s)\n",
             ),
         ),
-        HistoryPlan(kinds=("migrate", "corrupt_pages", "kill_replica")),
+        HistoryPlan(kinds=("migrate", "late_switch", "kill_gateway")),
+        30,
     ),
     Mutant(
         "a stale owner is looked for in the placement cache for ever",

@@ -1,0 +1,74 @@
+"""Watches that turns go on while nothing is wrong (I7, P6, P15): a turn that a client waits for and
+whose owner lives adds tokens, once nothing has been broken for a while."""
+
+from __future__ import annotations
+
+from loadtest.simulation.agents import Agent
+from loadtest.simulation.loop import Process, true_time
+from loadtest.simulation.witness import Witness
+from loadtest.simulation.world import SimGateway, SimReplica, World
+
+CALM_S = 6.0
+"""After this long without a fault, what it had broken is mended: leases, holds and keep-alives have
+ended."""
+STALL_S = 3.0
+"""A turn that has a place adds a token every 20 ms or so."""
+
+
+class Progress:
+    """:meth:`sample` is called every so often."""
+
+    def __init__(self, world: World, witness: Witness, agents: list[Agent]) -> None:
+        self.violations: list[str] = []
+        self._world = world
+        self._witness = witness
+        self._agents = agents
+        self._calm_since = 0.0
+        self._processes: list[Process] = []
+        self._seen: dict[str, tuple[object, float]] = {}
+        """Session -> how its turn stands, and since when."""
+
+    def sample(self) -> None:
+        now = true_time()
+        if not self._calm():
+            self._calm_since = now
+        for agent in self._agents:
+            waited_for = agent.waits_for
+            if waited_for is None:
+                self._seen.pop(agent.session_id, None)
+                continue
+            state = (waited_for, *self._witness.stand(agent.session_id, waited_for))
+            before, since = self._seen.get(agent.session_id, (None, now))
+            if before != state:
+                self._seen[agent.session_id] = state, now
+            elif now - since > STALL_S and now - self._calm_since > CALM_S:
+                if self._has_place(agent.session_id, waited_for):
+                    self.violations.append(
+                        f"{agent.session_id}: I7: {waited_for} has not gone on since {since:.2f} s,"
+                        f" and nothing is broken since {self._calm_since:.2f} s"
+                    )
+                self._seen[agent.session_id] = state, now
+
+    def _calm(self) -> bool:
+        world = self._world
+        nodes: list[SimReplica | SimGateway] = [
+            *(node for _, node in sorted(world.replicas.items())),
+            *(node for _, node in sorted(world.gateways.items())),
+        ]
+        before, self._processes = self._processes, [node.process for node in nodes]
+        return (
+            before == self._processes
+            and world.weather.fair
+            and world.network.fair
+            and all(not (n.ended or n.process.stopped) and n.process.rate == 1.0 for n in nodes)
+            and all(replica.engine.as_usual for replica in world.replicas.values())
+        )
+
+    def _has_place(self, session_id: str, turn_id: str) -> bool:
+        """The turn runs, on a process that lives and has no others waiting."""
+        owner = self._witness.owner(session_id)
+        replica = self._world.replicas.get(owner[0].decode())
+        alive = replica is not None and self._world.whose(replica.process) == owner
+        if replica is None or not alive or not self._witness.runs(session_id, turn_id):
+            return False
+        return replica.engine.load().queued == 0
