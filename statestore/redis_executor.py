@@ -150,9 +150,10 @@ async def connect(url: str, *, timeout_s: float = 5.0) -> ScriptExecutor:
     scheme, _, kind = urlsplit(url).scheme.partition("+")
     executor: ServerExecutor | ClusterExecutor
     if scheme not in ("redis", "rediss", "unix") or kind not in ("", "sentinel", "cluster"):
+        given = f"not {urlsplit(url).scheme}://" if "://" in url else "and this one has no ://"
         raise ValueError(
             "a store URL begins with redis://, rediss://, unix://, redis+sentinel:// or "
-            f"redis+cluster://, not {urlsplit(url).scheme}://"
+            f"redis+cluster://, {given}"
         )
     if kind == "cluster":
         executor = ClusterExecutor(_cluster_client(url))
