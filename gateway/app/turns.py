@@ -237,8 +237,8 @@ class _TurnStream:
                 await self._after_no_candidate(found)
 
     async def _retake(self, known: KnownSession, lost: Owner) -> Assignment | None:
-        position = self._cursor.position()
-        head_tokens = 0 if position is None else position.length
+        seen = self._cursor.position()
+        head_tokens = 0 if seen is None else seen.length
         return await self._patiently(
             lambda: self._s.assigner.retake(known, lost, head_tokens, self._new_tokens())
         )
