@@ -48,11 +48,15 @@ SHORT_SHARE = 0.1
 """Of the turns: their time limit is too short."""
 CANCEL_BEFORE_SHARE = 0.04
 """Of the turns: they are cancelled before they are asked for."""
+REPEATS = 3
 REPEAT_SHARE = 0.4
 """Of the turns where the store loses writes: they are asked for once more, late."""
 MAX_AWAY_S = 0.3
-"""How long a client that left a stream stays away."""
-STALL_SHARE = 0.03
+LOSSY_AWAY_S = 1.0
+"""How long a client that left a stream stays away, and the same where the store loses writes."""
+LONG_TOKENS = 80
+STALL_SHARE = 0.06
+"""Of the streams of long turns: their client stops to read."""
 STALL_S = 8.0
 """How long a client may stop to read, now and then."""
 SESSION_SEED = 1234
@@ -320,7 +324,7 @@ class Agent:
         async with anyio.create_task_group() as helpers:
             if self._draw.random() < 0.15 and not self.poison:
                 helpers.start_soon(self._cancel_later, heard)
-            if self._draw.random() < 0.2:
+            if self._draw.random() < (0.5 if self._lossy else 0.2):
                 helpers.start_soon(self._listen_too, heard, until)
             if self.may(0.1):
                 helpers.start_soon(self._ask_twice, f"{turn_id}b")
@@ -386,8 +390,9 @@ class Agent:
             request.resume_from.CopyFrom(position)
         leave_after = self._draw.randrange(1, 30) if self._draw.random() < 0.25 else -1
         slow_s = 0.2 if self._draw.random() < 0.1 else 0.0
-        stalls = self.stalls and self.may(STALL_SHARE)
-        stalls_after = self._draw.randrange(1, 20) if stalls else -1
+        long = heard.request.params.max_tokens >= LONG_TOKENS
+        stalls = self.stalls and long and self.may(STALL_SHARE)
+        stalls_after = self._draw.randrange(1, 8) if stalls else -1
 
         async def handler(app: Any, call: Call) -> None:
             await app.turns.run(self.tenant, request, CALL_S, call.put)
@@ -419,7 +424,8 @@ class Agent:
                     if not heard.ended:
                         heard.violations.append("I2: a stream ended without an end")
             if not heard.ended:
-                await anyio.sleep(self._draw.uniform(0.0, MAX_AWAY_S))
+                longest_s = LOSSY_AWAY_S if self._lossy else MAX_AWAY_S
+                await anyio.sleep(self._draw.uniform(0.0, longest_s))
         except TRY_AGAIN as error:
             note(self.session_id, f"{self.name} is to try again", error.message)
             if isinstance(error, Overloaded) and error.retry_after_ms:
@@ -487,8 +493,10 @@ class Agent:
     async def _repeat_late(self, main: TurnHeard) -> None:
         """A proxy of the client sends a request again that was answered long ago. If the store has
         lost the turn together with its owner, that begins another one of the same id."""
-        await anyio.sleep(self._draw.uniform(0.0, 0.5))
-        await self._try(TurnHeard(main.session_id, main.turn_id, main.request), attach_only=False)
+        for _ in range(REPEATS):
+            await anyio.sleep(self._draw.uniform(0.0, 0.4))
+            again = TurnHeard(main.session_id, main.turn_id, main.request)
+            await self._try(again, attach_only=False)
 
     async def _ask_twice(self, turn_id: str) -> None:
         """Another turn while one runs: refused, unless the first has just ended."""
@@ -502,6 +510,9 @@ class Agent:
 
     def _conclude(self, heard: TurnHeard) -> None:
         if isinstance(heard.error, TurnCancelled) and heard.cancel_asked:
+            if self._lossy:
+                self.turns.remove(heard)  # it had begun, perhaps, and that was lost
+                self.others.clear()
             return
         if self.poison:
             done = heard.finished

@@ -37,7 +37,7 @@ from loadtest.simulation.streams import StreamWatch
 from loadtest.simulation.verdicts import Verdicts
 from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import ENGINE, START_US, World, world
-from statestore.records import TurnStatus
+from statestore.records import Turn, TurnStatus
 
 SETTLE_S = 4.0
 """Longer than a lease and an amnesty: afterwards everybody knows who lives."""
@@ -54,6 +54,7 @@ TIGHT_SHARE = 0.25
 TIGHT_ENGINE = replace(ENGINE, max_running=2, max_queued=1)
 TIGHT_TABLES = Tables(owners=2, salts=1, takeovers=1, relay_buffer_bytes=256)
 TIGHT_RESIDENT = 2
+TIGHT_WINDOW = 2
 MIXED_SHARE = 0.2
 """Of the histories: one replica's KV, or its tokenizer, is another than the others'."""
 MINIMISE_RUNS = 24
@@ -179,6 +180,7 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
     async with world(random.Random(f"{seed} world"), gateway_config=config) as built:
         if tight:
             built.engine, built.max_resident_sessions = TIGHT_ENGINE, TIGHT_RESIDENT
+            built.network.window = TIGHT_WINDOW
         built.engine = replace(built.engine, capacity_pages=plan.capacity_pages)
         other = frozenset({f"r{plan.replicas}"})
         built.other_weights = other if mixed == "weights" else frozenset()
@@ -212,30 +214,58 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
             storm = Storm(built, agents, schedule)
             progress, verdicts = Progress(built, witness, agents), Verdicts(built, witness)
             bounds = Bounds(built, [progress.sample, verdicts.sample])
-            found = await _work_in_a_storm(plan, agents, storm, bounds)
-            healed_s = true_time()
-            async with bounds.watched():
-                found += await _liveness(agents)
-            if check_replicas(built):
-                await anyio.sleep(EXPORT_LEASE_S)  # a puller was killed: what it was to have waits
-            found += await _check_deadlines(built, agents, witness, healed_s)
+            found: list[str] = []
+            stored: list[Turn] = []
+            try:
+                stored = await _live_and_judge(
+                    seed, plan, built, agents, storm, bounds, witness, found
+                )
+            except Exception as error:  # noqa: BLE001 - told beside what was seen until then
+                found += ["the history broke off:", *traceback.format_exception(error)]
             found += [*witness.violations, *bounds.violations, *progress.violations]
-            found += [*verdicts.violations, *check_replicas(built), *check_idle(built)]
-            found += await _close_some(built, agents, random.Random(f"{seed} close"))
-            if check_gone(built, agents):
-                await anyio.sleep(RECONCILE_S)
-            found += check_gone(built, agents)
-            for agent in agents:
-                found += await check_agent(built, agent)
-            found += [*await check_seeds(built, agents), *await check_named_apart(built, agents)]
+            found += [*verdicts.violations, *built.violations]
             if set(kinds) == {"lose_writes"} and any(agent.losses for agent in agents):
                 found.append("P1: a client was told of a loss though every owner lives")
-            found += built.violations
             for failure in built.failures:
-                found.append(f"a process failed in a way no API knows: {failure!r}")
-                found += traceback.format_exception(failure)
+                found += ["a process failed unexpectedly:", *traceback.format_exception(failure)]
             built.failures.clear()
-        return await _report(seed, plan, built, agents, storm, kinds, found)
+        return _report(seed, plan, built, agents, storm, kinds, found, stored)
+
+
+async def _live_and_judge(
+    seed: int,
+    plan: HistoryPlan,
+    built: World,
+    agents: list[Agent],
+    storm: Storm,
+    bounds: Bounds,
+    witness: Witness,
+    found: list[str],
+) -> list[Turn]:
+    """The phases of a history, one after another; adds what is wrong to ``found``. Returns the
+    turns that are in the store in the end."""
+    found += await _work_in_a_storm(plan, agents, storm, bounds)
+    healed_s = true_time()
+    async with bounds.watched():
+        found += await _liveness(agents)
+    if check_replicas(built):
+        await anyio.sleep(EXPORT_LEASE_S)  # a puller was killed: what it was to have waits
+    found += await _check_deadlines(built, agents, witness, healed_s)
+    found += [*check_replicas(built), *check_idle(built)]
+    found += await _close_some(built, agents, random.Random(f"{seed} close"))
+    if check_gone(built, agents):
+        await anyio.sleep(RECONCILE_S)
+    found += check_gone(built, agents)
+    for agent in agents:
+        found += await check_agent(built, agent)
+    found += [*await check_seeds(built, agents), *await check_named_apart(built, agents)]
+    sessions = [await built.store.get_session(agent.session_id) for agent in agents]
+    return [
+        turn
+        for session in sessions
+        if session is not None
+        for turn in await built.store.get_turns(session, 0, 1000)
+    ]
 
 
 async def _work_in_a_storm(
@@ -243,7 +273,7 @@ async def _work_in_a_storm(
 ) -> list[str]:
     limit_s = plan.storm_s + plan.turns * (TURN_S + PATIENCE_S)
     with anyio.move_on_after(limit_s) as scope:
-        async with anyio.create_task_group() as tasks, bounds.watched():
+        async with bounds.watched(), anyio.create_task_group() as tasks:
             for agent in tuple(agents):
                 tasks.start_soon(live, agent, agents, plan.turns, name=agent.name)
             async with anyio.create_task_group() as faults:
@@ -307,7 +337,7 @@ async def _close_some(built: World, agents: list[Agent], draw: random.Random) ->
     return found
 
 
-async def _report(
+def _report(
     seed: int,
     plan: HistoryPlan,
     built: World,
@@ -315,14 +345,8 @@ async def _report(
     storm: Storm,
     kinds: tuple[str, ...],
     found: list[str],
+    stored: list[Turn],
 ) -> HistoryReport:
-    sessions = [await built.store.get_session(agent.session_id) for agent in agents]
-    stored = [
-        turn
-        for session in sessions
-        if session is not None
-        for turn in await built.store.get_turns(session, 0, 1000)
-    ]
     named = dict.fromkeys(name for what in found for name in SESSION.findall(what))
     timelines = [
         line

@@ -32,12 +32,10 @@ from gateway.rpc.status import DETAILS_KEY, code_of, to_status
 from loadtest.simulation.loop import Process, current_process, outside, true_time
 from statestore.ports import StoreError
 
-WINDOW = 16
-"""Messages of one stream on their way; then the sender waits."""
 STOPPED_POLL_S = 0.05
 PAGE_S = 0.000_05
 """One KV page on the data channel."""
-SLOW_PAGE = 0.01
+SLOW_PAGE = 0.05
 """Of a slow process's delay, how much one of its pages takes at most."""
 KEEPALIVE_S = 4.0
 """Until an end of a connection notices that the other one is not there any more."""
@@ -98,7 +96,7 @@ class Call:
 
     async def put(self, message: Any) -> None:
         """Server side: sends a message; waits while the window is full."""
-        while len(self._items) >= WINDOW and not (self._ended or self.abandoned):
+        while len(self._items) >= self._network.window and not (self._ended or self.abandoned):
             await self._wait()
         if self.abandoned:
             return
@@ -220,6 +218,8 @@ class Network:
     draw: random.Random
     min_delay_s: float = 0.000_1
     max_delay_s: float = 0.002
+    window: int = 16
+    """Messages of one stream on their way; then the sender waits."""
     corrupt_page_rate: float = 0.0
     """Share of KV pages that arrive with a wrong byte."""
     duplicate_rate: float = 0.0

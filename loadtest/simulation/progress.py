@@ -11,6 +11,8 @@ from loadtest.simulation.world import SimGateway, SimReplica, World
 CALM_S = 6.0
 """After this long without a fault, what it had broken is mended: leases, holds and keep-alives have
 ended."""
+FREE_SHARE = 0.25
+"""Of an engine's pages: with fewer, turns may wait for each other's."""
 STALL_S = 3.0
 """A turn that has a place adds a token every 20 ms or so."""
 
@@ -65,10 +67,13 @@ class Progress:
         )
 
     def _has_place(self, session_id: str, turn_id: str) -> bool:
-        """The turn runs, on a process that lives and has no others waiting."""
+        """The turn runs, on a process that lives and has room for all its turns."""
         owner = self._witness.owner(session_id)
         replica = self._world.replicas.get(owner[0].decode())
         alive = replica is not None and self._world.whose(replica.process) == owner
         if replica is None or not alive or not self._witness.runs(session_id, turn_id):
             return False
-        return replica.engine.load().queued == 0
+        load = replica.engine.load()
+        return (
+            load.queued == 0 and load.free_pages >= FREE_SHARE * replica.engine.info.capacity_pages
+        )

@@ -6,6 +6,8 @@ edit whose code has changed has to be written anew; a test says so at once.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loadtest.simulation.history import HistoryPlan
 from tests.sim.mutants.mutant import Edit, Mutant
 
@@ -26,7 +28,8 @@ SLOW = HistoryPlan(kinds=("slow_network",))
 CROWDED = HistoryPlan(
     replicas=2, agents=10, turns=3, kinds=("migrate", "slow_network"), capacity_pages=128
 )
-CROWD = HistoryPlan(replicas=1, agents=6, kinds=("slow_network",))
+CROWD = HistoryPlan(replicas=1, agents=4, kinds=("slow_network",))
+EVICTIONS = replace(CROWDED, kinds=("migrate", "slow_network", "evict"), storm_s=8.0)
 LATE_MOVES = HistoryPlan(kinds=("migrate", "late_switch"))
 OTHER_WEIGHTS = HistoryPlan(replicas=2, kinds=("kill_replica", "migrate"), mixed="weights")
 OTHER_TOKENS = HistoryPlan(kinds=("kill_replica",), mixed="tokens")
@@ -161,7 +164,7 @@ MUTANTS = (
             ),
         ),
         ZOMBIES,
-        40,
+        20,
     ),
     Mutant(
         "the store does not obey deadlines",
@@ -357,7 +360,7 @@ MUTANTS = (
             ),
         ),
         LATE_MOVES,
-        30,
+        60,
     ),
     Mutant(
         "a move keeps the epoch",
@@ -417,8 +420,8 @@ MUTANTS = (
                 "        self._run, self.held = cache.match(block_hashes), []\n",
             ),
         ),
-        CROWDED,
-        30,
+        EVICTIONS,
+        40,
     ),
     Mutant(
         "KV of another model is used",
@@ -744,7 +747,7 @@ MUTANTS = (
         "I3",
         (Edit(f"{LUA}/append.lua", "if ended(s.turn_status) then", "if false then"),),
         SLOW,
-        40,
+        20,
     ),
     Mutant(
         "a fenced run delivers what it has",
@@ -802,8 +805,8 @@ MUTANTS = (
                 "        hold = _Hold(migration_id, anyio.current_time() + 1000 * lease_s)\n",
             ),
         ),
-        HistoryPlan(kinds=("migrate", "late_switch", "kill_gateway")),
-        30,
+        HistoryPlan(kinds=("migrate", "corrupt_pages")),
+        60,
     ),
     Mutant(
         "a stale owner is looked for in the placement cache for ever",
