@@ -22,6 +22,7 @@ from gateway.core.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    SessionClosed,
     SessileError,
     TurnInProgress,
     Unavailable,
@@ -159,8 +160,12 @@ class Sessions:
                 return session_pb2.ForkSessionResponse(session=session_to_pb(session))
             case Missing():
                 raise unknown_session(request.session_id)
-            case Refused(state):
-                raise not_open(parent.session_id, state)
+            case Refused():
+                raise SessionClosed(
+                    "the session is closed, or the fork that this request id made is",
+                    hint="Fork another session, or with another request id.",
+                    metadata={"session_id": parent.session_id},
+                )
             case HeadMismatch():
                 raise Unavailable("the ledger is being repaired", retry_after_ms=200)
 

@@ -12,6 +12,7 @@ from gateway.core.errors import (
     InvalidRequest,
     NotFound,
     SessileError,
+    SessionClosed,
     TurnInProgress,
     Unavailable,
 )
@@ -364,6 +365,19 @@ def test_leading_digests_are_secret_to_the_tenant_and_name_the_content() -> None
     assert leading_digest(b"salt", one) == leading_digest(b"salt", other)
     assert leading_digest(b"salt", one) != leading_digest(b"pepper", one)
     assert leading_digest(b"salt", opening()) == b""
+
+
+@simulated
+async def test_a_late_repeat_of_a_purged_fork_is_told_that_the_fork_may_be_gone() -> None:
+    async with world(a=1) as w:
+        session_id = await w.open()
+        request = session_pb2.ForkSessionRequest(request_id="f", session_id=session_id)
+        fork = (await w.gateway.sessions.fork(TENANT, request)).session.session_id
+        await w.gateway.sessions.close(
+            TENANT, session_pb2.CloseSessionRequest(session_id=fork, purge=True)
+        )
+        with pytest.raises(SessionClosed, match="or the fork that this request id made"):
+            await w.gateway.sessions.fork(TENANT, request)
 
 
 @simulated
