@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
-from sessile.v1 import replica_pb2, session_pb2
+from sessile.v1 import replica_pb2, session_pb2, types_pb2
 
 from gateway.app.migration import MoveOptions
 from gateway.core.errors import NotFound, SessileError
@@ -29,6 +30,8 @@ BURST = 8
 """Sessions that are opened at once."""
 MAX_KILLED = 2
 """Replicas that one turn may kill in a row before it is given up, as scripts are told."""
+SAY_S = 3.0
+"""How long a fault waits for a turn of its own."""
 RESTART_S = 0.3
 """Until a process that refused to start is started again."""
 OPERATOR_S = 8.0
@@ -41,6 +44,8 @@ class Storm:
     def __init__(self, world: World, agents: list[Agent], schedule: Sequence[Fault]) -> None:
         self.log: list[str] = []
         self.schedule = schedule
+        self._losing = anyio.Lock()
+        """Held from before the store is as it will be again, until it is."""
         self._world = world
         self._agents = agents
 
@@ -209,18 +214,114 @@ class Storm:
 
     async def lose_writes(self, draw: random.Random) -> None:
         """The store fails over and forgets what it has just acknowledged."""
-        now = anyio.current_time()
-        if any(not a.session_id or now - a.opened_at < 2 * MAX_LOSS_S for a in self._agents):
-            return  # clients would have to open their sessions again
-        before = self._world.server.snapshot()
-        await self._pause(draw, 0.02, MAX_LOSS_S)
-        self._note("writes are lost")
-        self._world.server.restore(before)
+        async with self._losing:
+            if self._any_is_new():
+                return
+            before = self._world.server.snapshot()
+            await self._pause(draw, 0.02, MAX_LOSS_S)
+            self._note("writes are lost")
+            self._world.server.restore(before)
 
     async def lose_writes_and_owner(self, draw: random.Random) -> None:
         """The same, and a replica that could have repaired what it wrote dies too."""
         await self.lose_writes(draw)
         await self.kill_replica(draw)
+
+    async def lose_a_move(self, draw: random.Random) -> None:
+        """The store forgets that a session was moved and ran a turn where it went; another client
+        has the old owner run a turn; while it does, somebody asks the new owner again, which goes
+        back to what it wrote itself (P2)."""
+        mover, other = draw.sample(sorted(self._world.gateways), 2)
+        async with self._losing:
+            agent = await self._short_lived(draw)
+            await self._say(agent, other, "t0", 8)
+            if self._any_is_new():
+                return
+            session = await self._world.store.get_session(agent.session_id)
+            owner = None if session is None else session.owner
+            here = "" if owner is None else owner.replica.replica_id
+            target = draw.choice([name for name in sorted(self._world.replicas) if name != here])
+            before = self._world.server.snapshot()
+            await self._migrate(agent, target, mover)
+            await self._say(agent, mover, "t1", 2)
+            self._note(f"the move of {agent.session_id} is lost")
+            self._world.server.restore(before)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._say, agent, other, "t2", 60)
+            await self._pause(draw, 0.1, 0.3)
+            await self._say(agent, mover, "t3", 2)
+
+    async def lose_a_turn(self, draw: random.Random) -> None:
+        """The store forgets a turn, whose replica dies; a proxy repeats its request, and other
+        tokens of the same number take their place: the client that has the first must be told
+        (P1)."""
+        gateway = self._gateway(draw)
+        async with self._losing:
+            agent = await self._short_lived(draw)
+            await self._say(agent, gateway, "t0", 8)
+            if self._any_is_new():
+                return
+            before = self._world.server.snapshot()
+            first = await self._say(agent, gateway, "t1", 8)
+            session = await self._world.store.get_session(agent.session_id)
+            owner = None if session is None else session.owner
+            victim = self._world.replicas.get("" if owner is None else owner.replica.replica_id)
+            if first is None or victim is None or len(self._world.live_replicas()) < 2:
+                return
+            self._note(f"a turn of {agent.session_id} is lost, kill {victim.name}")
+            self._world.server.restore(before)
+            self._world.kill(victim)
+        again = await self._say(agent, gateway, "t1", 8)
+        if again is not None and again.end != first.end:
+            last = await self._say(agent, gateway, "t2", 2, knows=first.end)
+            agent.expect(last is None, f"P1: who knew of other tokens was told {last}")
+        await self._replace(victim)
+
+    async def _short_lived(self, draw: random.Random) -> Agent:
+        """A session of which the fault alone knows what is to become."""
+        name, own = f"l{draw.getrandbits(24)}", random.Random(draw.random())
+        agent = Agent(self._world, name, own, lossy=True, brief=True)
+        self._agents.append(agent)
+        await agent.open()
+        await anyio.sleep(2 * MAX_LOSS_S)
+        return agent
+
+    async def _say(
+        self,
+        agent: Agent,
+        gateway: str,
+        turn_id: str,
+        tokens: int,
+        knows: types_pb2.Position | None = None,
+    ) -> types_pb2.TurnFinished | None:
+        """One turn of so many tokens; None if it did not come to its end."""
+        request = types_pb2.RunTurnRequest(
+            session_id=agent.session_id,
+            turn_id=turn_id,
+            messages=[types_pb2.Message(role=types_pb2.Message.ROLE_USER, content=turn_id)],
+            params=types_pb2.SamplingParams(max_tokens=tokens, temperature=1, ignore_eos=True),
+        )
+        if knows is not None:
+            request.precondition.head.CopyFrom(knows)
+            request.precondition.turn_index = 2
+
+        async def handler(app: Any, call: Call) -> None:
+            await app.turns.run(agent.tenant, request, SAY_S, call.put)
+
+        try:
+            async with aclosing(self._world.network.stream(gateway, handler, SAY_S)) as stream:
+                async for message in stream:
+                    for event in types_pb2.TurnStream.FromString(message).events:
+                        if event.HasField("finished"):
+                            return event.finished
+        except SessileError as error:
+            self._note(f"{turn_id} of {agent.session_id}: {error}")
+        return None
+
+    def _any_is_new(self) -> bool:
+        """Clients would have to open their sessions again, if the store lost its last writes."""
+        now = anyio.current_time()
+        return any(not a.session_id or now - a.opened_at < 2 * MAX_LOSS_S for a in self._agents)
 
     async def reset_streams(self, draw: random.Random) -> None:
         """Connections break while both of their ends live."""
@@ -343,9 +444,9 @@ class Storm:
         self._world.server.on_turn.remove(kill)
         for victim in killed:
             await self._replace(victim)
-        agent.expect(
-            len(killed) <= MAX_KILLED, f"P10: one turn killed {len(killed)} replicas, in a row"
-        )
+        counted = LOSSY.isdisjoint(fault.kind for fault in self.schedule)
+        few = len(killed) <= MAX_KILLED or not counted  # what was lost may have been the count
+        agent.expect(few, f"P10: one turn killed {len(killed)} replicas, in a row")
 
     async def _revive(self, killed: list[SimReplica]) -> None:
         """Starts again what a turn has killed, for as long as it does."""
@@ -506,8 +607,10 @@ FAULTS: dict[str, Callable[[Storm, random.Random], Coroutine[Any, Any, None]]] =
     "operate": Storm.operate,
     "lose_writes": Storm.lose_writes,
     "lose_writes_and_owner": Storm.lose_writes_and_owner,
+    "lose_a_move": Storm.lose_a_move,
+    "lose_a_turn": Storm.lose_a_turn,
 }
-LOSSY = frozenset({"lose_writes", "lose_writes_and_owner"})
+LOSSY = frozenset({"lose_writes", "lose_writes_and_owner", "lose_a_move", "lose_a_turn"})
 """Clients may be told of a loss then."""
 LOSSY_SHARE = 0.15
 """Of the histories."""

@@ -41,6 +41,7 @@ class Heartbeats:
         self._beats: dict[Ref, deque[float]] = {}
         self._readings: dict[Process, _Readings] = {}
         self._reset: set[Ref] = set()
+        self._went_back = False
 
     def beat(self, ref: Ref, count: int, now_s: float) -> None:
         """The store has taken a heartbeat, perhaps once more."""
@@ -55,6 +56,10 @@ class Heartbeats:
             known = self._readings[gateway] = _Readings(now_s, now_s, made_s)
         known.last_s, known.made_s = now_s, made_s
 
+    def forget(self) -> None:
+        """The store has lost writes, and counters went back: nothing is judged any more."""
+        self._went_back = True
+
     def was_reset(self, ref: Ref) -> None:
         """A connection of this process was reset: gateways may take it for dead."""
         self._reset.add(ref)
@@ -62,7 +67,7 @@ class Heartbeats:
     def judge_down(self, gateway: Process, ref: Ref) -> str | None:
         """A gateway takes this replica for down, because of its silence."""
         readings = self._readings.get(gateway)
-        if readings is None or _own_time(gateway):
+        if readings is None or _own_time(gateway) or self._went_back:
             return None
         beats = (at_s for at_s in self._beats.get(ref, ()) if at_s <= readings.made_s)
         last_beat = max(beats, default=0.0)
@@ -73,7 +78,7 @@ class Heartbeats:
 
     def judge_taking(self, gateway: Process | None, owner: Ref, now_s: float) -> str | None:
         """A session was taken from this owner in mid-turn."""
-        if gateway is None or _own_time(gateway):
+        if gateway is None or _own_time(gateway) or self._went_back:
             return None
         if owner in self._reset or not self._lives(owner):
             return None

@@ -89,9 +89,10 @@ def _of_ledger(before: Seen, now: Seen, call: ScriptCall) -> Iterator[str]:
 
 
 def _of_turns(before: Seen, now: Seen, call: ScriptCall) -> Iterator[str]:
+    reclaimed = call.script.name == "repair" and now.epoch[0] > before.epoch[0]
     for name, turn in before.turns.items():
         after = now.turns.get(name)
-        if turn.status in ENDED and after != turn:
+        if turn.status in ENDED and after != turn and not reclaimed:
             yield f"I3: {name!r} was {turn}, is {after}"
         committed = after is not None and after.status == b"COMMITTED" != turn.status
         if committed and call.script.name == "append" and now.ledger == before.ledger:

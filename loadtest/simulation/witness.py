@@ -140,6 +140,7 @@ class Witness:
         self._seen.clear()
         self._cut_off.clear()
         self._tombstones.clear()
+        self.heartbeats.forget()
         self._unfit_since.clear()
         self._read_at.clear()
         self._knows.clear()

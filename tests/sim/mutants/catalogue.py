@@ -89,8 +89,8 @@ MUTANTS = (
                 "    if resume_from.digest and count < 0:\n",
             ),
         ),
-        LOSSES_AND_MOVES,
-        60,
+        HistoryPlan(kinds=("lose_a_turn",)),
+        15,
     ),
     Mutant(
         "an epoch lost by the store is granted again",
@@ -115,8 +115,8 @@ MUTANTS = (
                 "",
             ),
         ),
-        LOSSES_AND_MOVES,
-        60,
+        HistoryPlan(kinds=("lose_a_move",)),
+        20,
     ),
     Mutant(
         "an append whose reply was lost is applied twice",
