@@ -85,7 +85,6 @@ class TurnHeard:
     text: str = ""
     finished: pb.TurnFinished | None = None
     error: SessileError | None = None
-    cancel_asked: bool = False
     moves: int = 0
     violations: list[str] = field(default_factory=list)
     _accepted: bool = False
@@ -195,6 +194,9 @@ class Agent:
         """Its turn kills whoever runs it."""
         self._draw = draw
         self._lossy = lossy
+        self.cancelled: set[str] = set()
+        """Turns that it asked to cancel: they end where the store has them, also if that has just
+        lost what their owner would have repaired."""
         self._prefix = ""
         self._asked = 0
         self._known_head: pb.Precondition | None = None
@@ -319,7 +321,6 @@ class Agent:
         until = anyio.current_time() + TURN_S + PATIENCE_S
         self.waits_for = turn_id
         if self.may(CANCEL_BEFORE_SHARE):
-            heard.cancel_asked = True
             await self._cancel(turn_id, repeatable=False)
         async with anyio.create_task_group() as helpers:
             if self._draw.random() < 0.15 and not self.poison:
@@ -412,7 +413,6 @@ class Agent:
                         heard.hear(event)
                         self._must_be_journalled(heard)
                         if kind == "waiting" and self.may(0.1):
-                            heard.cancel_asked = True
                             await self._cancel(heard.turn_id)
                     messages += 1
                     if messages == leave_after:
@@ -469,10 +469,10 @@ class Agent:
 
     async def _cancel_later(self, heard: TurnHeard) -> None:
         await anyio.sleep(self._draw.uniform(0.0, 0.8))
-        heard.cancel_asked = True
         await self._cancel(heard.turn_id)
 
     async def _cancel(self, turn_id: str, *, repeatable: bool = True) -> None:
+        self.cancelled.add(turn_id)
         request = session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=turn_id)
         await self.ask(
             lambda app: app.sessions.cancel_turn(self.tenant, request), repeatable=repeatable
@@ -509,7 +509,7 @@ class Agent:
             await self._try(heard, attach_only=False)
 
     def _conclude(self, heard: TurnHeard) -> None:
-        if isinstance(heard.error, TurnCancelled) and heard.cancel_asked:
+        if isinstance(heard.error, TurnCancelled) and heard.turn_id in self.cancelled:
             if self._lossy:
                 self.turns.remove(heard)  # it had begun, perhaps, and that was lost
                 self.others.clear()

@@ -16,7 +16,7 @@ OUTAGE_S = 1.0
 """Answers of the store further apart than this are an outage, as gateways are configured."""
 LEASE_S = 1.0
 """Half of the silence after which a replica counts as down."""
-REGULAR_S = 6.0
+REGULAR_S = 4.0
 """A replica that beat all the while is not stale for anybody, whatever happened before."""
 LONGEST_GAP_S = 0.9
 

@@ -23,7 +23,7 @@ LOSSES_AND_MOVES = HistoryPlan(
 )
 MOVES = HistoryPlan(kinds=("migrate", "drain"))
 BAD_PAGES = HistoryPlan(kinds=("corrupt_pages", "migrate", "drain"))
-SILENCES = HistoryPlan(kinds=("cut", "half_open"))
+SILENCES = HistoryPlan(storm_s=12.0, kinds=("half_open", "slow_engine"))
 SLOW = HistoryPlan(kinds=("slow_network",))
 CROWDED = HistoryPlan(
     replicas=2, agents=10, turns=3, kinds=("migrate", "slow_network"), capacity_pages=128
@@ -280,6 +280,7 @@ MUTANTS = (
             ),
         ),
         CALM,
+        60,
     ),
     Mutant(
         "a store that may evict is accepted",
@@ -299,6 +300,7 @@ MUTANTS = (
         "P10",
         (Edit("gateway/core/failover.py", "    if owner.stale:\n", "    if owner.state:\n"),),
         SILENCES,
+        60,
     ),
     Mutant(
         "a turn that kills its replicas never ends",
