@@ -204,9 +204,15 @@ def advance(move: Move, event: Event, limits: MigrationLimits) -> tuple[Move, Ac
 
 
 def _first_copy(move: Move) -> Action:
-    if move.head.length < move.page_size:
+    if not _lacks_pages(move, move.head):
         return Switch(move.head, move.active_turn_id) if not move.active_turn_id else HoldTurn()
     return Import(move.head)
+
+
+def _lacks_pages(move: Move, head: Position) -> bool:
+    """The target lacks pages that the source can have. A ledger's last token was sampled and not
+    computed since: a page that ends with it is whole nowhere."""
+    return head.length - 1 - move.verified_tokens >= move.page_size
 
 
 def _count(move: Move, event: Imported) -> Move:
@@ -223,7 +229,7 @@ def _after_import(
     move: Move, head: Position, turn_id: str | None, limits: MigrationLimits
 ) -> tuple[Move, Action]:
     asked = move.head
-    complete = asked.length - move.verified_tokens < move.page_size
+    complete = not _lacks_pages(move, asked)
     if not complete and move.rounds >= limits.max_rounds and not move.allow_recompute:
         return _abort(move, f"only {move.verified_tokens} of {asked.length} tokens arrived")
     if move.held:
@@ -237,9 +243,10 @@ def _after_import(
         if behind <= max(limits.hand_over_tokens, move.page_size) or last:
             return _to(grown, MigrationEvent.COPIED, HoldTurn())
         return _to(grown, MigrationEvent.COPIED, Import(head))
-    if behind >= move.page_size and not last:
+    lacking = _lacks_pages(move, head)
+    if lacking and not last:
         return _to(grown, MigrationEvent.COPIED, Import(head))
-    if behind >= move.page_size and not move.allow_recompute:
+    if lacking and not move.allow_recompute:
         return _abort(move, move.detail or f"the target is {behind} tokens behind")
     return _ready(grown)
 
@@ -251,7 +258,7 @@ def _after_head_moved(
     if move.rounds >= limits.max_rounds:
         return _abort(move, "the session never stood still")
     moved = replace(move, head=head, active_turn_id=turn_id, held=False, rounds=move.rounds + 1)
-    action: Action = Import(head) if head.length >= move.page_size else HoldTurn()
+    action: Action = Import(head) if head.length > move.page_size else HoldTurn()
     return _to(moved, MigrationEvent.BEHIND, action)
 
 

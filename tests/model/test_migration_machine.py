@@ -86,6 +86,12 @@ class Clock:
         return self.us
 
 
+def computed_pages(length: int) -> int:
+    """Tokens of the whole pages that a source can have: the last token of a ledger was sampled and
+    is computed with the next turn."""
+    return max(length - 1, 0) // PAGE * PAGE
+
+
 class MigrationMachine(RuleBasedStateMachine):
     """The source runs turns as long as it is not held; ``copied`` is what the target has."""
 
@@ -200,8 +206,8 @@ class MigrationMachine(RuleBasedStateMachine):
         match self.action:
             case Switch(head, active):
                 assert active is None or self.move.held
-                have = head.length - self.move.verified_tokens
-                assert have < PAGE or self.move.allow_recompute
+                have = self.move.verified_tokens
+                assert have >= computed_pages(head.length) or self.move.allow_recompute
             case Finish():
                 assert self.switched
             case Abort():
@@ -231,7 +237,7 @@ class MigrationMachine(RuleBasedStateMachine):
     def copy(self, length: int) -> Event:
         if self.copies == "not at all":
             return ImportFailed("the copy broke")
-        whole = length // PAGE * PAGE
+        whole = computed_pages(length)
         self.copied = max(self.copied, whole if self.copies == "well" else min(whole, PAGE))
         session = self.stored()
         if session.epoch != self.source.epoch:
@@ -261,8 +267,8 @@ class MigrationMachine(RuleBasedStateMachine):
                 assert session.head == before.head == position_of(self.tokens)
                 assert session.active_turn_id == before.active_turn_id == self.turn_id
                 assert self.turn_id is None or self.held, "a turn was moved while it ran"
-                missing = len(self.tokens) - self.copied
-                assert missing < PAGE or self.move.allow_recompute, "pages were left behind"
+                whole = computed_pages(len(self.tokens))
+                assert self.copied >= whole or self.move.allow_recompute, "pages were left behind"
                 self.switched, self.source.epoch = True, session.epoch
                 return Switched()
             case HeadMismatch():
@@ -360,7 +366,7 @@ def walk(seed: int) -> MigrationPhase:
 def test_moves_end_well_or_leave_things_as_they_were() -> None:
     ends = Counter(walk(seed) for seed in range(300))
     assert ends[MigrationPhase.DONE] > 50
-    assert ends[MigrationPhase.ABORTED] > 50
+    assert ends[MigrationPhase.ABORTED] > 40
 
 
 def test_a_session_that_never_stands_still_stays_where_it_is() -> None:

@@ -67,6 +67,16 @@ def test_an_idle_session_is_copied_verified_and_switched() -> None:
     assert (move.verified_tokens, move.bytes_copied, move.rounds) == (96, 960, 1)
 
 
+def test_a_session_that_ends_with_its_page_is_moved_without_that_page() -> None:
+    # The last token was sampled and not computed since: nobody has that page.
+    _, actions = play(planned(), Began(at(96), None), imported(80, 96), Switched())
+    assert actions == [Begin(), Import(at(96)), Switch(at(96), None), Finish(None)]
+    _, actions = play(planned(), Began(at(PAGE), None), Switched())
+    assert actions == [Begin(), Switch(at(PAGE), None), Finish(None)]
+    _, actions = play(planned(), Began(at(97), None), imported(80, 97))
+    assert actions[-1] == Import(at(97))
+
+
 def test_a_running_turn_is_copied_in_rounds_and_held_only_for_the_last() -> None:
     move, actions = play(
         planned(),
