@@ -104,7 +104,7 @@ async def _transfer(round_: Round) -> tuple[Reached, Reached]:
 
     async def move() -> None:
         result = await migrate(round_.agents[1].door, round_.focus, target)
-        round_.prove(f"the move: {str(result)[:160]!r}")
+        round_.prove(f"the move: {' '.join(str(result).split())}")
 
     round_.tasks.start_soon(move)
     await round_.reach(point)
@@ -196,7 +196,7 @@ async def gw_migration(round_: Round) -> Reached:
 
     async def move() -> None:
         result = await migrate(door, round_.focus, target)
-        round_.prove(f"the move: {str(result)[:160]!r}")
+        round_.prove(f"the move: {' '.join(str(result).split())}")
 
     round_.tasks.start_soon(move)
     await round_.reach(point)
