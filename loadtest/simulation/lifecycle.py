@@ -53,8 +53,7 @@ async def _work(agent: Agent, agents: list[Agent], turns: int) -> None:
         return
     # Its forks may be closed already, or go on without it.
     if agent.may(0.2):
-        # With the record of the request goes what makes a late repeat of it harmless.
-        await close(agent, purge=agent.may(0.5) and not agent.world.network.duplicates)
+        await close(agent, purge=agent.may(0.5))
 
 
 async def fork(parent: Agent, agents: list[Agent], name: str) -> None:
