@@ -365,8 +365,8 @@ def walk(seed: int) -> MigrationPhase:
 
 def test_moves_end_well_or_leave_things_as_they_were() -> None:
     ends = Counter(walk(seed) for seed in range(300))
-    assert ends[MigrationPhase.DONE] > 50
-    assert ends[MigrationPhase.ABORTED] > 40
+    assert ends[MigrationPhase.DONE] > 40
+    assert ends[MigrationPhase.ABORTED] > 50
 
 
 def test_a_session_that_never_stands_still_stays_where_it_is() -> None:
