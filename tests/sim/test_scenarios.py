@@ -8,15 +8,30 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from loadtest.simulation.scenario import parse, play, render
+from loadtest.simulation import coverage
+from loadtest.simulation.scenario import parse, play, player, render
+from loadtest.simulation.scenario.watch import Watch
+from loadtest.simulation.world import World
 
 pytestmark = pytest.mark.timeout(30)
 FOLDER = Path(__file__).parent / "scenarios"
 SCENARIOS = sorted(FOLDER.glob("*.txt"))
+RARE = {
+    "turn: RUNNING -RESUME-> RUNNING": "engine_is_slow",
+    "turn: INTERRUPTED -CANCEL-> CANCELLED": "cancel_between_owners",
+    "turn: INTERRUPTED -FAIL-> FAILED": "poison",
+    "replica: READY -EXPIRED-> DOWN": "heartbeats_read_seldom",
+    "replica: DOWN -DRAIN-> DOWN": "drained_and_dead",
+    "migration: SWITCHING -BEHIND-> COPYING": "switch_comes_late",
+    "migration: SWITCHING -FAIL-> ABORTED": "switch_comes_late",
+}
+"""Transition that the standard histories are not asked for -> the scenario that has it."""
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=[path.stem for path in SCENARIOS])
@@ -29,3 +44,24 @@ def test_a_scenario_goes_as_written(path: Path, caplog: pytest.LogCaptureFixture
         path.write_text(played)
     else:
         assert played == written
+
+
+def test_every_rare_transition_has_its_scenario() -> None:
+    assert RARE.keys() == coverage.RARE.keys()
+
+
+@pytest.mark.parametrize(("transition", "scenario"), RARE.items())
+def test_a_scenario_reaches_what_histories_seldom_do(
+    transition: str, scenario: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    seen: Counter[str] = Counter()
+
+    def watch(built: World) -> Watch:
+        counting = Watch(built)
+        counting.coverage = seen
+        return counting
+
+    with coverage.counted(seen), mock.patch.object(player, "Watch", watch):
+        play(parse((FOLDER / f"{scenario}.txt").read_text()))
+    assert seen[transition]
