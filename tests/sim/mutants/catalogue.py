@@ -905,6 +905,19 @@ MUTANTS = (
         MOVES,
     ),
     Mutant(
+        "a late repeat of its request makes a purged session anew",
+        "I9",
+        (
+            Edit(
+                f"{LUA}/purge.lua",
+                "call('HSET', KEYS[3], 'gone:' .. id, int(s.now + tonumber(ARGV[1])))",
+                "",
+            ),
+        ),
+        HistoryPlan(kinds=("duplicates",)),
+        120,
+    ),
+    Mutant(
         "a foreign session is served from the cache",
         "I10",
         (
