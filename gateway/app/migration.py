@@ -283,16 +283,22 @@ class _Carrier:
                 self._directory.remember(session)
                 return Switched()
             case HeadMismatch():
-                session_now = await self._store.get_session(self._session_id)
-                if session_now is None or session_now.epoch != self._epoch:
-                    return Failed("the session changed its owner meanwhile")
-                return HeadMoved(session_now.head, session_now.active_turn_id)
+                return await self._moved_on()
+            case Refused(SessionState.OPEN, turn_id) if turn_id != action.active_turn_id:
+                return await self._moved_on()
             case EpochLost():
                 return Failed("the session changed its owner meanwhile")
             case Refused():
                 return Failed("the move's lease ended, or the session is not open any more")
             case Missing():
                 return Failed("the session is gone")
+
+    async def _moved_on(self) -> Event:
+        """A turn began, grew or ended between the last look and the switch."""
+        session = await self._store.get_session(self._session_id)
+        if session is None or session.epoch != self._epoch:
+            return Failed("the session changed its owner meanwhile")
+        return HeadMoved(session.head, session.active_turn_id)
 
     async def _finish(self, action: Finish) -> None:
         """The target owns the session: tell the source, and have a held turn go on."""

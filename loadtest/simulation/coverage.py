@@ -64,8 +64,8 @@ RARE: Mapping[str, str] = {
     "turn: INTERRUPTED -FAIL-> FAILED": "the deadline passes in that moment, or it was poison",
     "replica: READY -EXPIRED-> DOWN": "two polls of a gateway are nearly an outage apart",
     "replica: DOWN -DRAIN-> DOWN": "an outage's amnesty for a dead replica that was to drain",
-    "migration: SWITCHING -BEHIND-> COPYING": "a turn begins and ends just before the switch",
-    "migration: SWITCHING -FAIL-> ABORTED": "just then a turn begins, or the session closes",
+    "migration: SWITCHING -BEHIND-> COPYING": "a turn begins or ends just before the switch",
+    "migration: SWITCHING -FAIL-> ABORTED": "just then the session closes, or the lease ends",
 }
 """Transition -> what it takes. The standard histories are not asked for them: each is reached by a
 golden scenario that ``tests/sim/test_scenarios.py`` names."""

@@ -13,8 +13,9 @@ from gateway.app.ports import ReplicaLost
 from gateway.config import GatewayConfig, Tables
 from gateway.core.errors import DeadlineExceeded, MigrationRefused, NotFound, Unavailable
 from gateway.core.machines import ReplicaState
+from statestore.ports import SwitchOutcome
 from tests.support.fake_replica import FakeReplica
-from tests.support.gateway_world import TENANT, World, simulated, world
+from tests.support.gateway_world import TENANT, Client, World, simulated, world
 
 FAILURES = {
     "import_session": Unavailable("no pages"),
@@ -88,6 +89,29 @@ async def test_a_moved_turn_goes_on_though_nobody_is_attached() -> None:
         client = await w.finish(w.turn(session_id, attach_only=True))
         assert client.finished.status == types_pb2.TURN_STATUS_COMMITTED
         await w.check_gapless(client, session_id)
+
+
+@simulated
+async def test_a_turn_that_begins_just_before_the_switch_moves_too() -> None:
+    async with world(a=60, b=60) as w:
+        session_id = await w.open()
+        await w.finish(w.turn(session_id, "t1"))
+        switch = w.store.switch_migration
+        clients: list[Client] = []
+
+        async def late(*args: Any) -> SwitchOutcome:
+            if not clients:
+                clients.append(w.turn(session_id, "t2"))
+                await anyio.sleep(0.3)
+            return await switch(*args)
+
+        w.store.switch_migration = late  # type: ignore[method-assign, assignment]
+        result = await move(w, session_id)
+        assert result.moved
+        assert result.running_turn
+        client = await w.finish(clients[0])
+        assert client.error is None
+        await w.check_gapless(client, session_id, "t2")
 
 
 @simulated
