@@ -332,7 +332,7 @@ MUTANTS = (
         (
             Edit(
                 "gateway/core/migration.py",
-                "    if move.head.length < move.page_size:\n",
+                "    if not _lacks_pages(move, move.head):\n",
                 "    if move.head.length < move.page_size or not move.active_turn_id:\n",
             ),
         ),
