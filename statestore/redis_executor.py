@@ -251,6 +251,11 @@ async def _run(
         replies = await pipeline.execute(raise_on_error=False)
     except _FAILURES as error:
         return [_failure(error)] * len(calls)
+    except RuntimeError as error:
+        # So says uvloop of a write to a connection that was reset a moment before.
+        if "handler is closed" not in str(error):
+            raise
+        return [_failure(error)] * len(calls)
     return [
         _failure(reply, call.script.name) if isinstance(reply, Exception) else reply
         for call, reply in zip(calls, replies, strict=True)

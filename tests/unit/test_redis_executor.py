@@ -72,6 +72,31 @@ async def test_a_server_that_is_silent_for_too_long_gave_no_answer() -> None:
         await executor.aclose()
 
 
+def test_a_write_to_a_connection_that_was_just_reset_is_no_answer(valkey_url: str) -> None:
+    """uvloop refuses it with a RuntimeError, which redis-py passes on as it is."""
+
+    async def reset_between_look_and_write() -> None:
+        client = _server_client(valkey_url)
+        executor = ServerExecutor(client)
+        assert await executor.execute([call("return 1")], 5) == [1]
+        connection = await client.connection_pool.get_connection()
+        send = connection.send_packed_command
+
+        async def send_late(*args: Any, **options: Any) -> None:
+            connection._writer.transport.abort()
+            await send(*args, **options)
+
+        connection.send_packed_command = send_late
+        await client.connection_pool.release(connection)
+        (result,) = await executor.execute([call("return 1")], 5)
+        assert isinstance(result, StoreUnavailable)
+        connection.send_packed_command = send
+        assert await executor.execute([call("return 1")], 5) == [1]
+        await executor.aclose()
+
+    anyio.run(reset_between_look_and_write, backend_options={"use_uvloop": True})
+
+
 async def test_a_refused_connection_is_no_answer() -> None:
     executor = ServerExecutor(_server_client(f"redis://127.0.0.1:{free_port()}"))
     results = await executor.execute([call("return 1"), call("return 2")], 5)
