@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -277,6 +278,7 @@ async def play(fleet: Fleet, cls: FaultClass, index: int, seed: str) -> Outcome:
                 finally:
                     mend(fleet)
                     watching.cancel()
+            outcome.tally.violations += died_by_themselves(fleet)
             await revive(fleet)
             await healthy(fleet, made[0].doors)
             await _next_turns(made)
@@ -356,6 +358,20 @@ def mend(fleet: Fleet) -> None:
     for node in fleet.nodes.values():
         if node.child is not None and node.child.stopped:
             node.child.wake()
+
+
+def died_by_themselves(fleet: Fleet) -> list[str]:
+    """Processes that have ended though nobody killed them: a fail-over hides that well."""
+    dead = [
+        node.child
+        for node in fleet.nodes.values()
+        if node.child is not None and node.child.process.poll() not in (None, -signal.SIGKILL)
+    ]
+    return [
+        f"{child.name} ended by itself with {child.process.returncode}: "
+        + child.log.read_text()[-1000:]
+        for child in dead
+    ]
 
 
 async def revive(fleet: Fleet) -> None:
