@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from redis import exceptions as errors
 from redis.asyncio import Redis
@@ -79,11 +80,12 @@ def test_a_write_to_a_connection_that_was_just_reset_is_no_answer(valkey_url: st
         client = _server_client(valkey_url)
         executor = ServerExecutor(client)
         assert await executor.execute([call("return 1")], 5) == [1]
-        connection = await client.connection_pool.get_connection()
+        connection: Any = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         send = connection.send_packed_command
 
         async def send_late(*args: Any, **options: Any) -> None:
             connection._writer.transport.abort()
+            await anyio.lowlevel.checkpoint()  # the loop closes the handle
             await send(*args, **options)
 
         connection.send_packed_command = send_late
