@@ -7,7 +7,7 @@ from collections.abc import Callable
 from gateway.core.migration import MigrationLimits
 from tests.faults import networks, processes, stores
 from tests.faults.fleet import SingleStore, Store
-from tests.faults.rounds import LONG_PROMPT, ROUND_S, FaultClass
+from tests.faults.rounds import LONG_PROMPT, LONGEST_GAP_S, FaultClass
 
 HOLD_S = MigrationLimits().hold_s
 """How long a replica holds a turn for a gateway that may be gone."""
@@ -39,7 +39,7 @@ def _of_processes() -> list[FaultClass]:
                         fault(phase),
                         opens_itself=phase_name == "open",
                         focus_prompt=LONG_PROMPT if long else 30,
-                        longest_gap_s=HOLD_S + 1.0 if (who, fault_name) == GONE else ROUND_S,
+                        longest_gap_s=HOLD_S + 1.0 if (who, fault_name) == GONE else LONGEST_GAP_S,
                     )
                 )
     return found
