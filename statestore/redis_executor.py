@@ -33,7 +33,8 @@ OLDEST_VERSION = 7
 # Conditions of a server that pass, or that an operator ends while callers repeat.
 _TRANSIENT = ("BUSY", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS", "MISCONF", "OOM")
 # TimeoutError of the standard library is an OSError.
-_FAILURES = (errors.RedisError, errors.RedisClusterException, OSError)
+_FAILURES = (errors.RedisError, errors.RedisClusterException, OSError, RuntimeError)
+"""What clients raise. RuntimeError: see :func:`_failure`."""
 
 
 class _Pipeline(Protocol):
@@ -251,11 +252,6 @@ async def _run(
         replies = await pipeline.execute(raise_on_error=False)
     except _FAILURES as error:
         return [_failure(error)] * len(calls)
-    except RuntimeError as error:
-        # So says uvloop of a write to a connection that was reset a moment before.
-        if "handler is closed" not in str(error):
-            raise
-        return [_failure(error)] * len(calls)
     return [
         _failure(reply, call.script.name) if isinstance(reply, Exception) else reply
         for call, reply in zip(calls, replies, strict=True)
@@ -267,10 +263,14 @@ def _no_answer(timeout_s: float) -> StoreUnavailable:
 
 
 def _failure(error: BaseException, script: str = "") -> StoreError:
-    """What a failure of the client or an error of the server means to the store's users."""
+    """What a failure of the client or an error of the server means to the store's users. Raises
+    what is neither."""
     if isinstance(error.__cause__, errors.AuthenticationError):
         error = error.__cause__  # the client says ConnectionError
     match error:
+        # So says uvloop of a write to a connection that was reset a moment before.
+        case RuntimeError() if "handler is closed" not in str(error):
+            raise error
         case errors.NoScriptError():
             return _ScriptUnknown("the store does not know a script")
         case errors.AuthenticationError() | errors.AuthorizationError():

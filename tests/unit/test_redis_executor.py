@@ -99,6 +99,13 @@ def test_a_write_to_a_connection_that_was_just_reset_is_no_answer(valkey_url: st
     anyio.run(reset_between_look_and_write, backend_options={"use_uvloop": True})
 
 
+def test_a_bug_is_not_taken_for_a_lost_connection() -> None:
+    closed = RuntimeError("unable to perform operation on <TCPTransport>; the handler is closed")
+    assert isinstance(_failure(closed), StoreUnavailable)
+    with pytest.raises(RuntimeError, match="cannot reuse"):
+        _failure(RuntimeError("cannot reuse already awaited coroutine"))
+
+
 async def test_a_refused_connection_is_no_answer() -> None:
     executor = ServerExecutor(_server_client(f"redis://127.0.0.1:{free_port()}"))
     results = await executor.execute([call("return 1"), call("return 2")], 5)
