@@ -31,7 +31,7 @@ from gateway.rpc.services import (
 from gateway.rpc.serving import Serving
 from statestore.embedded import embedded_server
 from statestore.ports import StoreMisconfigured
-from statestore.process import run_process
+from statestore.process import PRINTED, Announce, run_process
 from statestore.redis_executor import connect
 from statestore.redis_store import RedisStore
 from statestore.script_runner import RetryPolicy
@@ -119,9 +119,9 @@ async def serve(
             tasks.cancel_scope.cancel()
 
 
-def run(config: GatewayConfig) -> None:
+def run(config: GatewayConfig, announce: Announce = PRINTED) -> None:
     """Runs a gateway process until SIGTERM or SIGINT; a second signal ends it at once."""
-    run_process("sessile gateway", partial(serve, config))
+    run_process(partial(serve, config), announce)
 
 
 def _server(

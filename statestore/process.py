@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import signal
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import anyio
@@ -19,14 +21,19 @@ class Server(Protocol):
     async def __call__(self, *, stop: anyio.Event, task_status: TaskStatus[str]) -> None: ...
 
 
-def run_process(name: str, serve: Server) -> None:
-    """Runs a server until SIGTERM, SIGINT or its own end; a second signal ends it at once. Prints
-    "<name> on <address>" for whoever started it. Raises what ``serve`` raises, in groups."""
+Announce = Callable[[str], None]
+"""Tells whoever started the process the address at which it serves."""
+PRINTED: Announce = partial(print, flush=True)
+
+
+def run_process(serve: Server, announce: Announce = PRINTED) -> None:
+    """Runs a server until SIGTERM, SIGINT or its own end; a second signal ends it at once. Raises
+    what ``serve`` raises, in groups."""
     options = {"use_uvloop": importlib.util.find_spec("uvloop") is not None}
-    anyio.run(_run, name, serve, backend_options=options)
+    anyio.run(_run, serve, announce, backend_options=options)
 
 
-async def _run(name: str, serve: Server) -> None:
+async def _run(serve: Server, announce: Announce) -> None:
     stop = anyio.Event()
     async with anyio.create_task_group() as tasks:
 
@@ -44,5 +51,4 @@ async def _run(name: str, serve: Server) -> None:
             tasks.cancel_scope.cancel()
 
         tasks.start_soon(watch_signals, name="signals")
-        address = await tasks.start(serve_to_the_end)
-        print(f"{name} on {address}", flush=True)  # noqa: T201
+        announce(await tasks.start(serve_to_the_end))

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 from statestore.journal import RedisJournal
-from statestore.process import run_process
+from statestore.process import PRINTED, Announce, run_process
 from statestore.records import ReplicaRef
 from statestore.redis_executor import connect
 from workers.config import WorkerConfig, join_address, split_address
@@ -89,11 +89,11 @@ async def _shielded(store: RedisJournal) -> None:
         await store.aclose()
 
 
-def run(config: WorkerConfig) -> None:
+def run(config: WorkerConfig, announce: Announce = PRINTED) -> None:
     """Runs a worker process until SIGTERM, SIGINT or the end of a drain; a second signal ends it at
     once. Exits with 1 if the engine fails or another process takes the replica's id."""
     try:
-        run_process(f"sessile worker {config.replica.replica_id}", partial(serve, config))
+        run_process(partial(serve, config), announce)
     except* (EngineFailed, ReplicaReplaced) as group:
         for error in _leaves(group):
             log.critical("the worker must stop: %s", error)

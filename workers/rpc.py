@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 
 import anyio
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from grpc import aio
 from opentelemetry import context as otel_context
 from opentelemetry import propagate
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1 import replica_pb2_grpc
 
-from gateway.core.errors import InvalidRequest, SessileError
-from gateway.rpc.status import abort, error_from_rpc
+from gateway.core.errors import SessileError
+from gateway.rpc.status import abort, error_from_rpc, parsed
 from workers.config import join_address
 from workers.service import ReplicaApp
 
@@ -76,7 +76,7 @@ def _dispatch(app: ReplicaApp) -> Any:
         headers = dict(context.invocation_metadata() or ())
         otel_context.attach(propagate.extract(headers))
         try:
-            request = _parsed(pb.DispatchTurnRequest, data)
+            request = parsed(pb.DispatchTurnRequest, data)
             async with aclosing(app.dispatch_turn(request)) as stream:
                 async for message in stream:
                     yield message
@@ -89,19 +89,11 @@ def _dispatch(app: ReplicaApp) -> Any:
 def _unary(call: Callable[[Request], Awaitable[Message]], kind: type[Request]) -> Any:
     async def handler(data: bytes, context: Context) -> Message:
         try:
-            return await call(_parsed(kind, data))
+            return await call(parsed(kind, data))
         except SessileError as error:
             await abort(context, error)
 
     return grpc.unary_unary_rpc_method_handler(handler, None, _serialized)
-
-
-def _parsed(kind: type[Request], data: bytes) -> Request:
-    """Not left to gRPC, which would answer UNKNOWN."""
-    try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        raise InvalidRequest(f"the request is no {kind.DESCRIPTOR.name}") from error
 
 
 def _serialized(message: Message) -> bytes:

@@ -51,13 +51,7 @@ class Drains:
     ) -> AsyncGenerator[fleet_pb2.DrainReplicaResponse, None]:
         """Progress after each round; the last message has ``done``. Sessions still there at the
         time limit stay: they are taken over when the replica ends. Raises NotFound."""
-        replica = self._fleet.snapshot.named(replica_id)
-        if replica is None:
-            raise NotFound(
-                f"no replica is called {replica_id!r}",
-                reason="REPLICA_NOT_FOUND",
-                hint="List the replicas and name one of them.",
-            )
+        replica = self._fleet.named(replica_id)
         deadline = self._clock.now() + (timeout_s or self._config.times.default_drain_s)
         await self._announce(replica, shutdown)
         progress = _Progress()

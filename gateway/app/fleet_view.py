@@ -11,6 +11,7 @@ import anyio
 from gateway.app.ports import Clock
 from gateway.config import GatewayConfig
 from gateway.core import liveness
+from gateway.core.errors import NotFound
 from gateway.core.fleet import AssumedLoad, FleetSnapshot, Replica
 from gateway.core.liveness import Liveness
 from gateway.core.machines import ReplicaState
@@ -94,6 +95,17 @@ class FleetView:
         if self._snapshot is None:
             self._snapshot = self._build()
         return self._snapshot
+
+    def named(self, replica_id: str) -> Replica:
+        """The replica of this name, whichever its incarnation. Raises NotFound."""
+        replica = self.snapshot.named(replica_id)
+        if replica is None:
+            raise NotFound(
+                f"no replica is called {replica_id!r}",
+                reason="REPLICA_NOT_FOUND",
+                hint="List the replicas and name one of them.",
+            )
+        return replica
 
     async def changed(self) -> None:
         """Returns when a replica appears, goes or changes its state."""

@@ -20,7 +20,6 @@ from gateway.app.tracing import tracer
 from gateway.core.errors import (
     MigrationFailed,
     MigrationRefused,
-    NotFound,
     SessileError,
 )
 from gateway.core.fleet import FleetSnapshot, Replica
@@ -107,13 +106,7 @@ class Migrations:
             if isinstance(decision, NoCandidate):
                 raise MigrationRefused(f"no replica can take it: {decision}")
             return decision.replica
-        target = snapshot.named(target_id)
-        if target is None:
-            raise NotFound(
-                f"no replica is called {target_id!r}",
-                reason="REPLICA_NOT_FOUND",
-                hint="List the replicas and name one of them.",
-            )
+        target = self._services.fleet.named(target_id)
         why = unfit(target, request)
         if why is not None:
             raise MigrationRefused(f"{target.ref} cannot take it: {why}")

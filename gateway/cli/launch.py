@@ -38,7 +38,7 @@ POLL_INTERVAL_S = 0.02
 LOG_TAIL_CHARS = 2000
 ONE_TRY = RetryPolicy(max_attempts=1)
 """A gateway that does not answer is asked again in the next look, if it still runs."""
-_SERVING = re.compile(r"^sessile (?:gateway|worker \S+) on (\S+)$", re.MULTILINE)
+_SERVING = re.compile(r"^sessile \w+ \S+ on (\S+)$", re.MULTILINE)
 
 Kind = Literal["gateway", "worker"]
 

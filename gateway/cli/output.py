@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -94,9 +94,9 @@ def show(value: Any, table: Table, as_json: bool) -> None:
         console().print(table)
 
 
-def print_json(value: Any, out: TextIO | None = None) -> None:
+def print_json(value: Any) -> None:
     """One line of JSON. Dataclasses become objects, bytes hex."""
-    typer.echo(json.dumps(value, default=_plain, ensure_ascii=False), file=out)
+    typer.echo(json.dumps(value, default=_plain, ensure_ascii=False))
 
 
 def table_of(columns: Iterable[str], rows: Iterable[Sequence[object]], title: str = "") -> Table:

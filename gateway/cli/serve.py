@@ -5,7 +5,6 @@ What runs a process is imported when it is run: the other commands start faster 
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import logging
 import os
@@ -13,20 +12,17 @@ import re
 import secrets
 import signal
 import socket
-import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import anyio
 import typer
-from anyio.abc import TaskStatus
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from gateway.cli.output import DEFAULT_GATEWAY, JsonOption, console, print_json, reported_errors
 from statestore.ports import StoreError
-from statestore.process import Server, run_process
+from statestore.process import Announce
 
 if TYPE_CHECKING:
     from gateway.cli.launch import Child, Cluster
@@ -124,7 +120,7 @@ def gateway(
 ) -> None:
     """Run one gateway in this process."""
     from gateway.config import GatewayConfig
-    from gateway.main import run, serve
+    from gateway.main import run
 
     gateway_id = gateway_id or f"gateway-{_suffix()}"
     with reported_errors(StoreError):
@@ -137,10 +133,7 @@ def gateway(
             reflection=reflection,
         )
         _log_to_stderr(log_level)
-        if as_json:
-            _run_told_by_json("gateway", gateway_id, partial(serve, config))
-        else:
-            run(config)
+        run(config, _announcer("gateway", gateway_id, as_json))
 
 
 def worker(
@@ -168,7 +161,7 @@ def worker(
     from workers.config import ReplicaSettings, WorkerConfig
     from workers.engines.port import EngineFailed
     from workers.heartbeat import ReplicaReplaced
-    from workers.main import run, serve
+    from workers.main import run
     from workers.text.port import TemplateRefused
 
     # ValueError, ImportError, TemplateRefused: the engine's own options, the packages it needs, the
@@ -192,28 +185,23 @@ def worker(
             advertise_host=advertise_host,
         )
         _log_to_stderr(log_level)
-        if as_json:
-            _run_told_by_json("worker", settings.replica_id, partial(serve, config))
-        else:
-            run(config)
+        run(config, _announcer("worker", settings.replica_id, as_json))
 
 
 def _suffix() -> str:
     return secrets.token_hex(3)
 
 
-def _run_told_by_json(kind: str, name: str, server: Server) -> None:
-    """Runs a server process whose one line on standard output is JSON, as soon as it serves."""
-    out = sys.stdout
+def _announcer(kind: str, name: str, as_json: bool) -> Announce:
+    """Writes the one line on standard output by which a process says where it serves."""
 
-    async def serve(*, stop: anyio.Event, task_status: TaskStatus[str]) -> None:
-        async with anyio.create_task_group() as tasks:
-            address = await tasks.start(partial(server, stop=stop))
-            print_json({"kind": kind, "name": name, "address": address, "pid": os.getpid()}, out)
-            task_status.started(address)
+    def announce(address: str) -> None:
+        if as_json:
+            print_json({"kind": kind, "name": name, "address": address, "pid": os.getpid()})
+        else:
+            typer.echo(f"sessile {kind} {name} on {address}")
 
-    with contextlib.redirect_stdout(sys.stderr):
-        run_process(f"sessile {kind} {name}", serve)
+    return announce
 
 
 def parse_options(options: list[str] | None, model: str) -> tuple[tuple[str, str], ...]:

@@ -8,13 +8,13 @@ from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from grpc import aio
 
 from gateway.app.admission import Gate
-from gateway.core.errors import InternalError, InvalidRequest, SessileError, Unavailable
+from gateway.core.errors import InternalError, SessileError, Unavailable
 from gateway.rpc.auth import Authenticator
-from gateway.rpc.status import abort
+from gateway.rpc.status import abort, parsed
 from statestore.ports import StoreError, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Serving:
             try:
                 tenant = await self._tenant(context)
                 with self._calls.entered(tenant):
-                    return await call(tenant, _parsed(request, data))
+                    return await call(tenant, parsed(request, data))
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await _fail(context, error)
 
@@ -65,7 +65,7 @@ class Serving:
             try:
                 tenant = await self._tenant(context)
                 with self._watches.entered(tenant):
-                    async with aclosing(call(tenant, _parsed(request, data))) as answers:
+                    async with aclosing(call(tenant, parsed(request, data))) as answers:
                         async for answer in answers:
                             yield answer
             except Exception as error:  # noqa: BLE001 - every failure gets a status
@@ -81,7 +81,7 @@ class Serving:
         async def handler(data: bytes, context: Context) -> None:
             try:
                 tenant = await self._tenant(context)
-                message = _parsed(request, data)
+                message = parsed(request, data)
                 await call(tenant, message, context.time_remaining(), context.write)
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await _fail(context, error)
@@ -95,14 +95,6 @@ class Serving:
             if isinstance(value, str)
         }
         return await self._authenticator.tenant(metadata)
-
-
-def _parsed(kind: type[Message], data: bytes) -> Message:
-    """Not left to gRPC, which would answer UNKNOWN and log the caller's mistake as ours."""
-    try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        raise InvalidRequest(f"the request is no {kind.DESCRIPTOR.name}") from error
 
 
 async def _fail(context: Context, error: Exception) -> NoReturn:

@@ -17,6 +17,7 @@ import workers.main
 from gateway.cli.chat import _Interrupted
 from gateway.cli.main import app
 from gateway.core import errors
+from statestore.process import Announce
 from tests.support.fake_gateway import (
     Fail,
     FakeGateway,
@@ -207,7 +208,7 @@ def test_chat_reads_text_only(gateway: FakeGateway) -> None:
 def test_a_model_without_a_usable_template_is_one_line_not_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(config: WorkerConfig) -> None:
+    def refuse(config: WorkerConfig, announce: Announce) -> None:
         raise ExceptionGroup("tasks", [TemplateRefused("it has no chat template; add one")])
 
     monkeypatch.setattr(workers.main, "run", refuse)

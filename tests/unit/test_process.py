@@ -25,7 +25,7 @@ async def serve(*, stop, task_status):
     if sys.argv[1] == "never":
         await anyio.sleep_forever()
 
-run_process("a server", serve)
+run_process(serve)
 print("ended", flush=True)
 """
 
@@ -40,7 +40,7 @@ def test_a_server_runs_until_its_end_or_a_signal(
     command = [sys.executable, "-c", SCRIPT, ending]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "a server on here:1\n"
+        assert process.stdout.readline() == "here:1\n"
         for number in signals:
             process.send_signal(number)
             if number == signals[0]:
@@ -52,15 +52,15 @@ def test_a_server_runs_until_its_end_or_a_signal(
 @pytest.mark.parametrize("ending", ["early", "late"])
 def test_what_a_server_fails_with_is_raised(ending: str) -> None:
     script = SCRIPT.replace(
-        'run_process("a server", serve)',
+        "run_process(serve)",
         """
 try:
-    run_process("a server", serve)
+    run_process(serve)
 except* ValueError as group:
     print(*group.exceptions)
 """,
     )
     command = [sys.executable, "-c", script, ending]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    heard = ["no address"] if ending == "early" else ["a server on here:1", "no more"]
+    heard = ["no address"] if ending == "early" else ["here:1", "no more"]
     assert done.stdout.splitlines() == [*heard, "ended"]
