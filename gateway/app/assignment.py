@@ -113,7 +113,7 @@ class Assigner:
         before: during a fail-over every round trip is heard. None if that does not do: read it and
         :meth:`assign`. ``head_tokens``: of its ledger, as far as the caller has seen it."""
         owner = self._fleet.snapshot.get(lost.replica)
-        if known.owner != lost or known.is_fork or owner is None:
+        if known.owner != lost or known.request is None or owner is None:
             return None
         request = replace(
             known.request,

@@ -30,9 +30,9 @@ class KnownSession:
     session_id: str
     tenant: str
     owner: Owner | None
-    is_fork: bool
-    request: PlacementRequest
-    """What placement needs to know of it; without the turn to come and a fork's parent."""
+    request: PlacementRequest | None
+    """What placement needs to know of it, without the turn to come. None for a fork, whose parent
+    counts too."""
 
 
 class SessionDirectory:
@@ -72,8 +72,7 @@ class SessionDirectory:
             session.session_id,
             session.tenant,
             session.owner,
-            session.parent_id is not None,
-            placement_request(session),
+            placement_request(session) if session.parent_id is None else None,
         )
         self._known[session.session_id] = known
         self._known.move_to_end(session.session_id)
