@@ -58,7 +58,10 @@ TIGHT_WINDOW = 2
 MIXED_SHARE = 0.2
 """Of the histories: one replica's KV, or its tokenizer, is another than the others'."""
 MINIMISE_RUNS = 24
-CHECKER = re.compile(r"\b[IP]\d{1,2}:")
+CRASHED = "failed unexpectedly:"
+"""Says of a violation that it is no checker's, but a crash."""
+CHECKER = re.compile(r"\b([IP]\d{1,2}):")
+"""How a checker names itself in a violation."""
 SESSION = re.compile(r"ses_[a-z2-7.]+")
 MAX_TIMELINES = 2
 
@@ -113,9 +116,15 @@ class HistoryReport:
     """Of the sessions that the violations name."""
 
     @property
+    def named(self) -> list[tuple[str, str]]:
+        """(rule, violation) of everything a checker named; a crash is no checker's work."""
+        found = ((CHECKER.search(v), v) for v in self.violations if CRASHED not in v)
+        return [(match[1], violation) for match, violation in found if match]
+
+    @property
     def checkers(self) -> frozenset[str]:
         """Names of the rules that were broken."""
-        return frozenset(name for v in self.violations for name in CHECKER.findall(v)[:1])
+        return frozenset(name for name, _ in self.named)
 
     def explain(self) -> str:
         """For a failing test: the faults that it takes, and what happened to the session."""
@@ -224,16 +233,20 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
                     seed, plan, built, agents, storm, bounds, witness, found
                 )
             except Exception as error:  # noqa: BLE001 - told beside what was seen until then
-                found += ["the history broke off:", *traceback.format_exception(error)]
+                found.append(_crash("the history", error))
             found += [*witness.violations, *bounds.violations, *progress.violations]
             found += [*verdicts.violations, *built.violations]
             told = any(agent.losses and not agent.cancelled for agent in agents)
             if set(kinds) == {"lose_writes"} and told:
                 found.append("P1: a client was told of a loss though every owner lives")
             for failure in built.failures:
-                found += ["a process failed unexpectedly:", *traceback.format_exception(failure)]
+                found.append(_crash("a process", failure))
             built.failures.clear()
         return _report(seed, plan, built, agents, storm, kinds, found, stored)
+
+
+def _crash(what: str, error: BaseException) -> str:
+    return f"{what} {CRASHED} {''.join(traceback.format_exception(error))}"
 
 
 async def _live_and_judge(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ import workers
 from loadtest.simulation.history import HistoryPlan, simulate
 
 FIRST_SEED = 7000
-CHECKER = re.compile(r"\b([IP]\d{1,2}):")
-"""How a checker names itself in a violation."""
 
 
 def check_home(root: str) -> None:
@@ -31,22 +29,19 @@ def check_home(root: str) -> None:
             raise SystemExit(f"{package.__name__} is {package.__file__}, not in {home}")
 
 
-def hunt(plan: HistoryPlan, seeds: int) -> dict[str, object]:
-    """Runs histories until a named checker is violated; the fields of ``mutant.Hunt``."""
+def hunt(plan: HistoryPlan, seeds: int, rules: Sequence[str]) -> dict[str, object]:
+    """Runs histories until a checker of one of these rules (of any, if there are none) is violated;
+    the fields of ``mutant.Hunt``."""
     started, seen = time.monotonic(), ""
     checker, seed = "", FIRST_SEED
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        try:
-            violations = simulate(seed, plan).violations
-        except Exception as error:  # noqa: BLE001 - counted as what it is: no checker's work
-            seen = seen or f"seed {seed} crashed: {error!r}"
-            continue
-        named = [(match[1], v) for v in violations if (match := CHECKER.search(v))]
-        if named:
-            checker, seen = named[0]
+        report = simulate(seed, plan)
+        counts = [(rule, what) for rule, what in report.named if rule in rules or not rules]
+        if counts:
+            checker, seen = counts[0]
             break
-        if violations:
-            seen = seen or f"seed {seed}, without a name: {violations[0]}"
+        if report.violations:
+            seen = seen or f"seed {seed}, not counted: {report.violations[0]}"
     return {
         "checker": checker,
         "seed": seed,
@@ -59,7 +54,7 @@ def hunt(plan: HistoryPlan, seeds: int) -> dict[str, object]:
 def main(order: dict[str, Any]) -> dict[str, object]:
     check_home(order["root"])
     order["plan"]["kinds"] = tuple(order["plan"]["kinds"])
-    return hunt(HistoryPlan(**order["plan"]), order["seeds"])
+    return hunt(HistoryPlan(**order["plan"]), order["seeds"], order["rules"])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Deliberate bugs: what they are, and how one is applied to a copy of the code and hunted.
 
-A mutant is a small edit of the real code that breaks one rule. It is *caught* if a history of the
-simulation reports a violation that names the rule its checker stands for. A mutant that does not
-import is a broken mutant; a history that crashes, or whose violation has no name, catches nothing.
+A mutant is a small edit of the real code that breaks one rule. It is *caught* if in a history of
+the simulation a checker is violated that stands for this rule, or for one that the mutant names
+beside it. A mutant that does not import is a broken mutant; a crash, or a violation without a name,
+catches nothing.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Mutant:
     edits: tuple[Edit, ...]
     plan: HistoryPlan
     seeds: int = 15
+    also: tuple[str, ...] = ()
+    """Rules under whose names it shows, where its own has no checker that could tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ def hunt(mutant: Mutant) -> Hunt:
             shutil.copytree(ROOT / package, copy / package)
         for edit in mutant.edits:
             edit.apply(copy)
-        return _run(mutant.plan, mutant.seeds, copy)
+        return _run(mutant.plan, mutant.seeds, copy, (mutant.rule, *mutant.also))
 
 
 def unmutated(plan: HistoryPlan, seeds: int) -> Hunt:
@@ -87,8 +90,8 @@ def unmutated(plan: HistoryPlan, seeds: int) -> Hunt:
     return _run(plan, seeds, ROOT)
 
 
-def _run(plan: HistoryPlan, seeds: int, root: Path) -> Hunt:
-    order = {"root": str(root), "seeds": seeds, "plan": asdict(plan)}
+def _run(plan: HistoryPlan, seeds: int, root: Path, rules: tuple[str, ...] = ()) -> Hunt:
+    order = {"root": str(root), "seeds": seeds, "plan": asdict(plan), "rules": rules}
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(root), str(root / "sdk")]),

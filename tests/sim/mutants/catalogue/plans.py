@@ -1,0 +1,39 @@
+"""The histories in which mutants are hunted, and the files that several of them edit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loadtest.simulation.history import HistoryPlan
+
+ANY = HistoryPlan()
+CALM = HistoryPlan(kinds=("kill_gateway",))
+KILLS = HistoryPlan(kinds=("kill_replica",))
+ZOMBIES = HistoryPlan(kinds=("freeze_replica",))
+FLAKY = HistoryPlan(kinds=("flaky_store",))
+OUTAGES = HistoryPlan(kinds=("store_outage", "kill_replica"))
+LOSSES = HistoryPlan(kinds=("lose_writes",))
+LOSSES_AND_MOVES = HistoryPlan(
+    kinds=("lose_writes", "kill_replica", "freeze_replica", "migrate", "kill_gateway")
+)
+MOVES = HistoryPlan(kinds=("migrate", "drain"))
+BAD_PAGES = HistoryPlan(kinds=("corrupt_pages", "migrate", "drain"))
+SILENCES = HistoryPlan(storm_s=12.0, kinds=("half_open", "slow_engine"))
+SLOW = HistoryPlan(kinds=("slow_network",))
+CROWDED = HistoryPlan(
+    replicas=2, agents=10, turns=3, kinds=("migrate", "slow_network"), capacity_pages=128
+)
+CROWD = HistoryPlan(replicas=1, agents=4, kinds=("slow_network",))
+EVICTIONS = replace(CROWDED, kinds=("migrate", "slow_network", "evict"), storm_s=8.0)
+LATE_MOVES = HistoryPlan(kinds=("migrate", "late_switch"))
+OTHER_WEIGHTS = HistoryPlan(replicas=2, kinds=("kill_replica", "migrate"), mixed="weights")
+OTHER_TOKENS = HistoryPlan(kinds=("kill_replica",), mixed="tokens")
+UNDISTURBED = HistoryPlan(kinds=("kill_gateway",), schedule=())
+TIGHT = HistoryPlan(kinds=("kill_gateway",), schedule=(), tight=True)
+
+LUA = "statestore/lua"
+RUN, OPENING = "workers/turn/run.py", "workers/turn/opening.py"
+CURSOR, OUTPUT = "workers/turn/cursor.py", "workers/turn/output.py"
+CACHE = "workers/kv/prefix_cache.py"
+DIRECTORY, TURNS = "gateway/app/directory.py", "gateway/app/turns.py"
+PLACEMENT = "gateway/core/placement.py"
