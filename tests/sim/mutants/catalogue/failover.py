@@ -56,6 +56,7 @@ FAILOVER = (
             ),
         ),
         HistoryPlan(kinds=("drain", "kill_replica")),
+        also=("I4",),
     ),
     Mutant(
         "ownership is switched before anything is verified",
@@ -106,6 +107,7 @@ FAILOVER = (
             ),
         ),
         MOVES,
+        also=("I1",),
     ),
     Mutant(
         "a refused reservation keeps the pages that there were",
@@ -118,6 +120,7 @@ FAILOVER = (
             ),
         ),
         CROWDED,
+        also=("I7",),
     ),
     Mutant(
         "a pin is released twice",
@@ -130,6 +133,7 @@ FAILOVER = (
             ),
         ),
         MOVES,
+        also=("P13",),
     ),
     Mutant(
         "pages are used whatever their checksum",

@@ -197,6 +197,7 @@ INVARIANTS = (
             ),
         ),
         CALM,
+        also=("I3",),
     ),
     Mutant(
         "pages are named by their own tokens, not by those before",
@@ -221,6 +222,7 @@ INVARIANTS = (
         ),
         HistoryPlan(kinds=("migrate", "corrupt_pages")),
         60,
+        also=("I7",),
     ),
     Mutant(
         "a stale owner is looked for in the placement cache for ever",

@@ -90,6 +90,7 @@ STORE = (
         ),
         HistoryPlan(kinds=("lose_a_move",)),
         20,
+        also=("I1",),
     ),
     Mutant(
         "an append whose reply was lost is applied twice",
@@ -102,6 +103,7 @@ STORE = (
             ),
         ),
         FLAKY,
+        also=("P17",),
     ),
     Mutant(
         "the tombstone of a cancelled turn is forgotten",
@@ -138,6 +140,7 @@ STORE = (
         ),
         ZOMBIES,
         20,
+        also=("I7",),
     ),
     Mutant(
         "the store does not obey deadlines",
@@ -215,6 +218,7 @@ STORE = (
         ),
         HistoryPlan(kinds=("store_outage",)),
         30,
+        also=("I7",),
     ),
     Mutant(
         "a turn that waits for the store parks all others",
@@ -229,6 +233,7 @@ STORE = (
         ),
         CROWD,
         30,
+        also=("I7",),
     ),
     Mutant(
         "a fork reads on past its point",
@@ -241,6 +246,7 @@ STORE = (
             ),
         ),
         CALM,
+        also=("I7",),
     ),
     Mutant(
         "a purge takes what forks refer to",
@@ -254,6 +260,7 @@ STORE = (
         ),
         CALM,
         60,
+        also=("P2",),
     ),
     Mutant(
         "a store that may evict is accepted",

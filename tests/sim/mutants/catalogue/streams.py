@@ -37,6 +37,7 @@ STREAMS = (
         ),
         TIGHT,
         40,
+        also=("I7",),
     ),
     Mutant(
         "a slow client loses what it did not read in time",
@@ -49,12 +50,14 @@ STREAMS = (
             ),
         ),
         CALM,
+        also=("I2",),
     ),
     Mutant(
         "a relay that joins messages drops the first",
         "P16",
         (Edit("gateway/app/relay.py", 'b"".join(chunks))', 'b"".join(chunks[1:]))'),),
         CALM,
+        also=("I2",),
     ),
     Mutant(
         "text offsets begin anew when a stream is resumed",
@@ -70,6 +73,7 @@ STREAMS = (
             ),
         ),
         CALM,
+        also=("I2",),
     ),
     Mutant(
         "tokens of a stop string are left out of the ledger",
@@ -85,6 +89,7 @@ STREAMS = (
             ),
         ),
         CALM,
+        also=("P5",),
     ),
     Mutant(
         "input is rendered without closing the last turn",
@@ -97,6 +102,7 @@ STREAMS = (
             ),
         ),
         CALM,
+        also=("P4",),
     ),
     Mutant(
         "leading messages are named alike for every tenant",
@@ -123,6 +129,7 @@ STREAMS = (
             ),
         ),
         CALM,
+        also=("I3",),
     ),
     Mutant(
         "forks draw the same seeds as their parent",
