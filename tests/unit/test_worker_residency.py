@@ -16,6 +16,7 @@ from statestore.digest import RollingDigest
 from statestore.executor import ScriptCall
 from statestore.keys import session_key
 from statestore.ports import JournalPort, SessionWritten
+from statestore.records import Session
 from tests.support.replica_world import (
     SESSION,
     TENANT,
@@ -27,7 +28,7 @@ from tests.support.replica_world import (
     world,
 )
 from workers import service
-from workers.residency import ResidentSession
+from workers.residency import Residency, ResidentSession
 from workers.service import RECONCILE_S
 
 SOON = 1.0
@@ -293,13 +294,19 @@ async def test_a_copy_that_is_let_go_of_while_it_is_read_on_is_there_afterwards(
         assert residency.get(SESSION) is behind
 
 
+async def let_go(w: World) -> tuple[RunningReplica, Residency, Session, bytes]:
+    """The owner of a session that it holds nothing of any more."""
+    replica = await owned(w)
+    residency = replica.app._ports.residency
+    session, salt = await w.session(), await w.store.tenant_salt(TENANT)
+    residency.release(SESSION, drop_kv=True)
+    return replica, residency, session, salt
+
+
 @in_virtual_time
 async def test_an_import_replaces_nothing_of_a_turn_that_began_meanwhile() -> None:
     async with world() as w:
-        replica = await owned(w)
-        residency = replica.app._ports.residency
-        session, salt = await w.session(), await w.store.tenant_salt(TENANT)
-        residency.release(SESSION, drop_kv=True)
+        replica, residency, session, salt = await let_go(w)
         second = await w.request(replica, "More", "t2")
 
         class Overtaken:
@@ -319,10 +326,7 @@ async def test_an_import_replaces_nothing_of_a_turn_that_began_meanwhile() -> No
 @in_virtual_time
 async def test_a_turn_goes_on_with_what_an_import_read_meanwhile() -> None:
     async with world() as w:
-        replica = await owned(w)
-        residency = replica.app._ports.residency
-        session, salt = await w.session(), await w.store.tenant_salt(TENANT)
-        residency.release(SESSION, drop_kv=True)
+        _, residency, session, salt = await let_go(w)
         imported: list[ResidentSession] = []
 
         class Overtaken:
