@@ -15,6 +15,7 @@ import gateway.main
 import workers.main
 from gateway.cli.main import app
 from gateway.config import GatewayConfig
+from statestore.process import Announce
 from workers.config import WorkerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +37,12 @@ def compose() -> dict[str, Any]:
 def configured(command: str, monkeypatch: pytest.MonkeyPatch) -> GatewayConfig | WorkerConfig:
     """What the process that a ``sessile`` command line names would run with."""
     given: list[GatewayConfig | WorkerConfig] = []
-    monkeypatch.setattr(gateway.main, "run", given.append)
-    monkeypatch.setattr(workers.main, "run", given.append)
+
+    def run(config: GatewayConfig | WorkerConfig, announce: Announce) -> None:
+        given.append(config)
+
+    monkeypatch.setattr(gateway.main, "run", run)
+    monkeypatch.setattr(workers.main, "run", run)
     result = CliRunner().invoke(app, shlex.split(command))
     assert result.exit_code == 0, result.output
     return given[0]
