@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
 import anyio
@@ -221,8 +221,13 @@ class StoreWeather:
 
     @property
     def fair(self) -> bool:
-        lossy = self.down or self.restarting or self.request_lost or self.reply_lost
-        return not (lossy or self.evicting or self.switch_late_s)
+        """Nothing at all is wrong."""
+        return self == StoreWeather(restarts=self.restarts)
+
+    def clear_up(self) -> None:
+        """Ends everything that is wrong."""
+        for name, value in asdict(StoreWeather(restarts=self.restarts)).items():
+            setattr(self, name, value)
 
 
 @dataclass
