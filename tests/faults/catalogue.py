@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from gateway.core.migration import MigrationLimits
 from tests.faults import networks, processes, stores
-from tests.faults.fleet import SingleStore, Store
 from tests.faults.rounds import LONG_PROMPT, LONGEST_GAP_S, FaultClass
+from tests.faults.servers import ClusterStore, SentinelStore, SingleStore, Store
 
 HOLD_S = MigrationLimits().hold_s
 """How long a replica holds a turn for a gateway that may be gone."""
@@ -19,8 +19,8 @@ STORES: dict[str, Callable[[], Store]] = {
     "everysec": lambda: SingleStore("everysec"),
     "always": lambda: SingleStore("always"),
     CLOCKS: lambda: SingleStore("everysec"),
-    "sentinel": stores.SentinelStore,
-    "cluster": stores.ClusterStore,
+    "sentinel": SentinelStore,
+    "cluster": ClusterStore,
 }
 
 

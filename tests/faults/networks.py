@@ -9,9 +9,11 @@ import anyio
 
 from statestore import keys
 from tests.faults.agents import Door, Heard
+from tests.faults.breakpoints import Way
 from tests.faults.fleet import CLOCK_MARK, Node
-from tests.faults.proxy import Connection, Link, Way
-from tests.faults.rounds import Round, Scenario, Unproven, until
+from tests.faults.proof import Unproven, until
+from tests.faults.proxy import Connection, Link
+from tests.faults.rounds import Round, Scenario
 from tests.faults.stores import heard_tokens
 
 DELAY_S = 0.15

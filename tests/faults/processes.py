@@ -10,16 +10,15 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
+from tests.faults.breakpoints import Breakpoint, Way
 from tests.faults.fleet import Node
-from tests.faults.proxy import Breakpoint, Way
+from tests.faults.proof import Unproven, until
 from tests.faults.rounds import (
     LONG_PROMPT,
     Reached,
     Round,
     Scenario,
-    Unproven,
     migrate,
-    until,
 )
 
 Phase = Callable[[Round], Awaitable[Reached]]

@@ -11,107 +11,25 @@ acknowledged, without a hook in the product.
 from __future__ import annotations
 
 import asyncio
-import enum
-import hashlib
 import logging
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import anyio
 from anyio.abc import TaskGroup
 
-from statestore.scripts import load_script, script_names
+from tests.faults.breakpoints import Breakpoint, Sighting, Verdict, Way
+from tests.faults.resp import Exchange, Scanner
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 16
 MEMORY = 4000
 """Sightings that a link remembers."""
-RAW_COMMANDS = (b"PSYNC", b"SYNC", b"SUBSCRIBE", b"PSUBSCRIBE", b"MONITOR")
-"""After one of these a connection does not answer one reply per command any more."""
-_SCRIPTS = {load_script(name).sha.encode(): name for name in script_names()}
-
-
-class Way(enum.Enum):
-    """Direction of traffic: towards the server, or back."""
-
-    UP = "up"
-    DOWN = "down"
-
-
-class Verdict(enum.Enum):
-    """What becomes of what a breakpoint holds."""
-
-    PASS = "pass"
-    """It goes on, even if its sender is gone: late data."""
-    DROP = "drop"
-    """It is lost, and the connection with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sighting:
-    """Something that passes a link. ``script``: name of the Lua script (empty: another command).
-    ``outcome``: a reply's first word. ``offset``: for breakpoints on bytes, how many passed."""
-
-    link: str
-    way: Way
-    at: float
-    script: str = ""
-    command: bytes = b""
-    session_id: str = ""
-    args: tuple[bytes, ...] = ()
-    outcome: str = ""
-    offset: int = -1
-
-    @property
-    def commits(self) -> bool:
-        """An append that also ends its turn."""
-        return self.script == "append" and len(self.args) > 8 and self.args[8] != b""
-
-    def __str__(self) -> str:
-        what = self.script or self.command.decode(errors="replace") or f"byte {self.offset}"
-        commit = " that commits" if self.commits else ""
-        answer = f" answered {self.outcome!r}" if self.way is Way.DOWN and self.outcome else ""
-        return f"{self.link}: {what}{commit} {self.session_id}{answer}".rstrip()
-
-
-class Breakpoint:
-    """Fires once. ``at_byte`` makes the links split their bytes there, so that ``when`` may ask for
-    ``offset``."""
-
-    def __init__(
-        self,
-        way: Way,
-        when: Callable[[Sighting], bool],
-        *,
-        hold: bool = True,
-        at_byte: int | None = None,
-    ) -> None:
-        self.way = way
-        self.when = when
-        self.holds = hold
-        self.at_byte = at_byte
-        self.hit = anyio.Event()
-        self.sighting: Sighting | None = None
-        self._decided = anyio.Event()
-        self._verdict = Verdict.PASS
-
-    def decide(self, verdict: Verdict) -> None:
-        """Lets go of what is held. Idempotent; the first verdict counts."""
-        if not self._decided.is_set():
-            self._verdict = verdict
-            self._decided.set()
-
-    async def fire(self, sighting: Sighting) -> Verdict:
-        self.sighting = sighting
-        self.hit.set()
-        if self.holds:
-            await self._decided.wait()
-        return self._verdict
 
 
 class _Broken(Exception):
@@ -125,12 +43,8 @@ class Connection:
     client: socket.socket
     server: socket.socket
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    asked: deque[Sighting] = field(default_factory=deque)
-    """Commands whose replies have not passed yet."""
-    raw: bool = False
+    exchange: Exchange = field(default_factory=Exchange)
     swallowed: bool = False
-    replicates: bool = False
-    """A replica follows the server over it."""
     moved: dict[Way, int] = field(default_factory=lambda: {Way.UP: 0, Way.DOWN: 0})
     received: dict[Way, int] = field(default_factory=lambda: {Way.UP: 0, Way.DOWN: 0})
 
@@ -252,7 +166,7 @@ class Link:
         source, sink = connection.client, connection.server
         if way is Way.DOWN:
             source, sink = sink, source
-        scanner = _Scanner(self, connection, way)
+        scanner = Scanner(self.name, way, connection.exchange, parses=self._resp, marks=self.marks)
         while True:
             try:
                 data = await loop.sock_recv(source, CHUNK_BYTES)
@@ -290,7 +204,7 @@ class Link:
         if not data:
             return
         loop = asyncio.get_running_loop()
-        in_hole = connection.replicates or not self._hole_replication_only
+        in_hole = connection.exchange.replicates or not self._hole_replication_only
         if self._hole is not None and way in self._hole_ways and in_hole:
             connection.swallowed = True
             await self._hole.wait()
@@ -314,165 +228,6 @@ class Link:
             for point in self._breakpoints
             if point.way is way and point.at_byte is not None
         )
-
-    @property
-    def parses(self) -> bool:
-        return self._resp
-
-
-class _Scanner:
-    """Cuts one direction of a connection into units, with what is known of each."""
-
-    def __init__(self, link: Link, connection: Connection, way: Way) -> None:
-        self._link = link
-        self._connection = connection
-        self._way = way
-        self._buffer = bytearray()
-        self._offset = 0
-
-    def feed(self, data: bytes) -> Iterator[tuple[bytes, Sighting | None]]:
-        if self._link.parses and not self._connection.raw:
-            self._buffer += data
-            yield from self._commands() if self._way is Way.UP else self._replies()
-            if self._connection.raw and self._buffer:
-                data, self._buffer = bytes(self._buffer), bytearray()
-                yield data, None
-            return
-        yield from self._bytes(data)
-
-    def _bytes(self, data: bytes) -> Iterator[tuple[bytes, Sighting | None]]:
-        sighting: Sighting | None = None
-        for mark in self._link.marks(self._way):
-            before = mark - self._offset
-            if 0 <= before < len(data):
-                if before:
-                    yield data[:before], sighting
-                self._offset += before
-                data = data[before:]
-                sighting = self._sighting(offset=mark)
-        self._offset += len(data)
-        yield data, sighting
-
-    def _commands(self) -> Iterator[tuple[bytes, Sighting]]:
-        while (parsed := _parse_command(self._buffer)) is not None:
-            end, words = parsed
-            unit = bytes(self._buffer[:end])
-            del self._buffer[:end]
-            sighting = self._read_command(words)
-            self._connection.asked.append(sighting)
-            yield unit, sighting
-            if words and words[0].upper() in RAW_COMMANDS:
-                self._connection.raw = True
-                self._connection.replicates = words[0].upper() in (b"PSYNC", b"SYNC")
-                return
-
-    def _read_command(self, words: list[bytes]) -> Sighting:
-        name = words[0].upper() if words else b""
-        if name not in (b"EVALSHA", b"EVAL") or len(words) < 3:
-            return self._sighting(command=name, args=tuple(words[1:]))
-        sha = words[1] if name == b"EVALSHA" else hashlib.sha1(words[1]).hexdigest().encode()
-        keys = int(words[2])
-        session_id = ""
-        for key in words[3 : 3 + keys]:
-            _, found, rest = key.partition(b":s:")
-            session_id = session_id or (rest.decode() if found else "")
-        return self._sighting(
-            script=_SCRIPTS.get(sha, "?"), session_id=session_id, args=tuple(words[3 + keys :])
-        )
-
-    def _replies(self) -> Iterator[tuple[bytes, Sighting | None]]:
-        while not self._connection.raw:
-            parsed = _skip_reply(self._buffer, 0)
-            if parsed is None:
-                return
-            end, first = parsed
-            unit = bytes(self._buffer[:end])
-            del self._buffer[:end]
-            if not self._connection.asked:
-                yield unit, None
-                continue
-            asked = self._connection.asked.popleft()
-            yield (
-                unit,
-                self._sighting(
-                    script=asked.script,
-                    command=asked.command,
-                    session_id=asked.session_id,
-                    args=asked.args,
-                    outcome=first.decode(errors="replace"),
-                ),
-            )
-
-    def _sighting(
-        self,
-        *,
-        script: str = "",
-        command: bytes = b"",
-        session_id: str = "",
-        args: tuple[bytes, ...] = (),
-        outcome: str = "",
-        offset: int = -1,
-    ) -> Sighting:
-        return Sighting(
-            self._link.name,
-            self._way,
-            anyio.current_time(),
-            script,
-            command,
-            session_id,
-            args,
-            outcome,
-            offset,
-        )
-
-
-def _line(buffer: bytearray, at: int) -> tuple[int, bytes] | None:
-    end = buffer.find(b"\r\n", at)
-    return None if end < 0 else (end + 2, bytes(buffer[at:end]))
-
-
-def _parse_command(buffer: bytearray) -> tuple[int, list[bytes]] | None:
-    """(end, words) of the first whole command (RESP array of bulk strings, or an inline one)."""
-    head = _line(buffer, 0)
-    if head is None:
-        return None
-    at, line = head
-    if not line.startswith(b"*"):
-        return at, line.split()
-    words: list[bytes] = []
-    for _ in range(int(line[1:])):
-        size = _line(buffer, at)
-        if size is None:
-            return None
-        at, line = size
-        end = at + int(line[1:])
-        if len(buffer) < end + 2:
-            return None
-        words.append(bytes(buffer[at:end]))
-        at = end + 2
-    return at, words
-
-
-def _skip_reply(buffer: bytearray, at: int) -> tuple[int, bytes] | None:
-    """(end, first word) of the whole reply at ``at``."""
-    head = _line(buffer, at)
-    if head is None:
-        return None
-    at, line = head
-    kind, rest = line[:1], line[1:]
-    if kind in (b"$", b"=") and rest != b"-1":
-        end = at + int(rest)
-        return (end + 2, bytes(buffer[at:end][:80])) if len(buffer) >= end + 2 else None
-    if kind in (b"*", b"%", b"~", b">") and rest != b"-1":
-        first = b""
-        for index in range(int(rest) * (2 if kind == b"%" else 1)):
-            item = _skip_reply(buffer, at)
-            if item is None:
-                return None
-            at, word = item
-            first = word if index == 0 else first
-        return at, first
-    return at, rest if kind in (b"+", b"-", b":") else b""
 
 
 def _reset(end: socket.socket) -> None:

@@ -11,19 +11,19 @@ import logging
 import random
 import signal
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
-from redis.exceptions import RedisError
 from sessile.v1 import fleet_pb2
 
 from statestore import keys
 from tests.faults.agents import Agent, Door, Heard, quietly
-from tests.faults.fleet import Child, Fleet, Node
-from tests.faults.proxy import Breakpoint, Sighting, Verdict, Way
+from tests.faults.breakpoints import Breakpoint, Sighting, Verdict, Way
+from tests.faults.children import Child
+from tests.faults.fleet import Fleet, Node
+from tests.faults.proof import Unproven, until
 from tests.faults.verdict import Tally, Watch, judge, replicas
 
 log = logging.getLogger(__name__)
@@ -40,10 +40,6 @@ open until a keepalive ends it."""
 LONG_PROMPT = 6000
 AGENTS = 3
 """Sessions of a round."""
-
-
-class Unproven(Exception):
-    """The phase was not reached, or cannot be shown to have been."""
 
 
 @dataclass
@@ -414,14 +410,3 @@ async def migrate(door: Door, agent: Agent, target: Node, timeout_s: float = 4.0
         timeout_ms=int(timeout_s * 1000),
     )
     return await quietly(door.fleet.MigrateSession(request, timeout=timeout_s + 2.0))
-
-
-async def until(condition: Callable[[], Awaitable[bool]], what: str, limit_s: float = 30.0) -> None:
-    """Polls for something that has no event; Unproven if it does not come."""
-    with anyio.move_on_after(limit_s):
-        while True:
-            with suppress(OSError, RedisError):
-                if await condition():
-                    return
-            await anyio.sleep(0.01)
-    raise Unproven(f"{what}: not within {limit_s} s")

@@ -24,8 +24,10 @@ from rich.table import Table
 from statestore import keys
 from tests.faults.agents import Agent
 from tests.faults.catalogue import CLASSES
-from tests.faults.fleet import Fleet, SingleStore, fleet, rss_bytes
+from tests.faults.children import rss_bytes
+from tests.faults.fleet import Fleet, fleet
 from tests.faults.rounds import AGENTS, FaultClass, Outcome, play
+from tests.faults.servers import SingleStore
 from tests.faults.verdict import judge, nothing_left
 
 STEADY = ("-stop", "client-", "gateway-worker-", "worker-redis-")

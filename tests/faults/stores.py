@@ -5,162 +5,24 @@ from __future__ import annotations
 import os
 import resource
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import anyio
-from redis.asyncio import RedisCluster
 from redis.exceptions import RedisError
 
 from statestore import keys
 from tests.faults.agents import Heard
-from tests.faults.fleet import RedisServer, SingleStore, Store, client_of, free_port
-from tests.faults.proxy import Breakpoint, Proxy, Verdict, Way
-from tests.faults.rounds import Round, Unproven, until
-
-DOWN_AFTER_MS = 500
-
-
-class SentinelStore(Store):
-    """A primary, a replica and a Sentinel. Servers are known by addresses of proxies, so that the
-    replica can be kept behind."""
-
-    async def start(self, proxy: Proxy, directory: Path) -> None:
-        self.proxy = proxy
-        self.servers = []
-        for index, name in enumerate(("a", "b")):
-            server = RedisServer(f"store-{name}", directory / name)
-            address = f"127.0.3.{1 + index}", server.port
-            proxy.add(f"store:{name}", address, ("127.0.0.1", server.port), resp=True)
-            server.options = ("--appendonly", "no", "--repl-diskless-sync-delay", "0",
-                              "--replica-announce-ip", address[0])  # fmt: skip
-            self.servers.append(server)
-        self.primary, self.replica = self.servers
-        await self.primary.start()
-        await self.replica.start(*self._follow(self.primary))
-        self._sentinel = RedisServer("sentinel", directory / "sentinel")
-        self._sentinel.directory.mkdir()
-        config = self._sentinel.directory / "sentinel.conf"
-        host, port = self._address(self.primary)
-        config.write_text(
-            f"sentinel monitor main {host} {port} 1\n"
-            f"sentinel down-after-milliseconds main {DOWN_AFTER_MS}\n"
-            "sentinel failover-timeout main 3000\n"
-        )
-        self._sentinel.config = (str(config), "--sentinel")
-        await self._sentinel.start()
-        self.servers.append(self._sentinel)
-        self.url_for_checks = f"redis+sentinel://127.0.0.1:{self._sentinel.port}/main"
-        self.raw = client_of(self.primary.port, retries=20)
-        await self.in_sync()
-
-    def url(self, proxy: Proxy, process: str) -> str:
-        return self.url_for_checks
-
-    def _address(self, server: RedisServer) -> tuple[str, int]:
-        return self.proxy.links[f"store:{server.name[-1]}"].address
-
-    def _follow(self, primary: RedisServer) -> list[str]:
-        host, port = self._address(primary)
-        return ["--replicaof", f"{host} {port}"]
-
-    async def in_sync(self) -> None:
-        """Until the replica has everything and Sentinel knows it."""
-        primary, replica = client_of(self.primary.port), client_of(self.replica.port)
-        sentinel = client_of(self._sentinel.port)
-        try:
-
-            async def same() -> bool:
-                ours = await primary.info("replication")
-                theirs = await replica.info("replication")
-                known = await sentinel.execute_command("SENTINEL", "REPLICAS", "main")
-                return bool(
-                    theirs.get("master_link_status") == "up"
-                    and ours["connected_slaves"] == 1
-                    and ours["master_repl_offset"] == theirs["slave_repl_offset"]
-                    and any(_flag(entry) == b"slave" for entry in known)
-                )
-
-            await until(same, "the replica does not catch up")
-        finally:
-            for client in (primary, replica, sentinel):
-                await client.aclose()
-
-    async def promoted(self) -> bool:
-        """Sentinel has made the replica the primary, and says so to everybody."""
-        sentinel = client_of(self._sentinel.port)
-        try:
-            host, port = await sentinel.execute_command(
-                "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main"
-            )
-        finally:
-            await sentinel.aclose()
-        return (host.decode(), int(port)) == tuple(self._address(self.replica))
-
-    async def swap(self) -> None:
-        """The old primary is gone and the replica was promoted: they change roles."""
-        self.primary, self.replica = self.replica, self.primary
-        await self.raw.aclose()
-        self.raw = client_of(self.primary.port, retries=20)
-        await self.replica.start(*self._follow(self.primary))
-
-
-def _flag(entry: Any) -> bytes:
-    fields = dict(zip(entry[::2], entry[1::2], strict=False)) if isinstance(entry, list) else entry
-    flags = fields.get(b"flags", fields.get("flags", b""))
-    return flags if isinstance(flags, bytes) else str(flags).encode()
-
-
-class ClusterStore(Store):
-    """Three primaries; clients reach them directly."""
-
-    async def start(self, proxy: Proxy, directory: Path) -> None:
-        self.servers = []
-        for index in range(3):
-            server = RedisServer(f"node-{index}", directory / f"node{index}")
-            server.options = ("--cluster-enabled", "yes", "--cluster-announce-ip", "127.0.0.1",
-                              "--cluster-port", str(free_port()),
-                              "--cluster-node-timeout", "5000")  # fmt: skip
-            await server.start()
-            self.servers.append(server)
-        self.nodes = [client_of(server.port) for server in self.servers]
-        share = -(-16384 // len(self.nodes))
-        first = self.servers[0]
-        for index, node in enumerate(self.nodes):
-            last = min((index + 1) * share, 16384) - 1
-            await node.execute_command("CLUSTER", "SET-CONFIG-EPOCH", index + 1)
-            await node.execute_command("CLUSTER", "ADDSLOTSRANGE", index * share, last)
-            if index:
-                bus = first.options[first.options.index("--cluster-port") + 1]
-                await node.execute_command("CLUSTER", "MEET", "127.0.0.1", first.port, bus)
-
-        async def formed() -> bool:
-            states = [await node.execute_command("CLUSTER", "INFO") for node in self.nodes]
-            return all(
-                b"cluster_state:ok" in _raw(state) and b"cluster_known_nodes:3" in _raw(state)
-                for state in states
-            )
-
-        await until(formed, "the cluster does not form")
-        self.url_for_checks = "redis+cluster://" + ",".join(
-            f"127.0.0.1:{server.port}" for server in self.servers
-        )
-        self.raw = RedisCluster(host="127.0.0.1", port=first.port)
-
-    def url(self, proxy: Proxy, process: str) -> str:
-        return self.url_for_checks
-
-    async def aclose(self) -> None:
-        for node in self.nodes:
-            await node.aclose()
-        await super().aclose()
-
-
-def _raw(reply: Any) -> bytes:
-    if isinstance(reply, dict):
-        return b"\n".join(f"{name}:{value}".encode() for name, value in reply.items())
-    return reply if isinstance(reply, bytes) else str(reply).encode()
-
+from tests.faults.breakpoints import Breakpoint, Verdict, Way
+from tests.faults.proof import Unproven, until
+from tests.faults.rounds import Round
+from tests.faults.servers import (
+    ClusterStore,
+    RedisServer,
+    SentinelStore,
+    SingleStore,
+    client_of,
+    reply_bytes,
+)
 
 # -- one server --------------------------------------------------------------------------------
 
@@ -344,7 +206,9 @@ async def slot_move(round_: Round) -> None:
     turn = await heard_tokens(round_, 10, tokens=200)
     name = keys.session_key(round_.focus.session_id)
     slot = int(await store.nodes[0].execute_command("CLUSTER", "KEYSLOT", name))
-    ids = [_raw(await node.execute_command("CLUSTER", "MYID")).decode() for node in store.nodes]
+    ids = [
+        reply_bytes(await node.execute_command("CLUSTER", "MYID")).decode() for node in store.nodes
+    ]
     source = await _node_of_slot(store, slot)
     target = round_.draw.choice([i for i in range(3) if i != source])
     before = await _redirections(store)

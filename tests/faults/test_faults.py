@@ -8,9 +8,10 @@ from contextlib import suppress
 import anyio
 import pytest
 
+from tests.faults.breakpoints import Breakpoint, Verdict, Way
 from tests.faults.catalogue import CLASSES, STORES
 from tests.faults.fleet import Fleet, fleet
-from tests.faults.proxy import Breakpoint, Proxy, Verdict, Way
+from tests.faults.proxy import Proxy
 from tests.faults.rounds import play
 
 CHEAP = (
