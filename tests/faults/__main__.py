@@ -37,6 +37,7 @@ async def run_classes(
                 await _play_on(running, waiting, seed, outcomes, console)
                 if not outcomes[-1].fleet_lost:
                     left += [f"{store}: {what}" for what in await _what_is_left(running)]
+            left += [f"{store}: {what}" for what in running.complaints()]
     return outcomes, left
 
 

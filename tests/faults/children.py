@@ -16,7 +16,10 @@ START_TIMEOUT_S = 60.0
 
 
 class Child:
-    """One process. It ends with this one, whatever happens."""
+    """One process. It ends with this one, whatever happens.
+
+    It knows with which exit codes the tests have let it end: any other end, a SIGKILL by the kernel
+    among them, is one of its own."""
 
     def __init__(
         self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None
@@ -24,6 +27,10 @@ class Child:
         self.name = name
         self.log = log
         self.stopped = False
+        self.complaints: list[str] = []
+        """What was wrong with how it ended."""
+        self._excused: set[int] = set()
+        self._judged = False
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 dies_with_parent(command, signal.SIGKILL),
@@ -56,7 +63,23 @@ class Child:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self.signal(signal.SIGKILL)
+        if self.running:
+            self.may_end_with(-signal.SIGKILL)
+            self.signal(signal.SIGKILL)
+
+    def may_end_with(self, code: int) -> None:
+        """The test has brought it to end so."""
+        self._excused.add(code)
+
+    def judge_its_end(self) -> None:
+        """Complains, once, if it has ended though no test brought it to."""
+        code = self.process.poll()
+        if code is None or self._judged:
+            return
+        self._judged = True
+        if code not in self._excused:
+            said = self.log.read_text(errors="replace")[-1000:]
+            self.complaints.append(f"{self.name} ended by itself with {code}: {said}")
 
     def stop(self) -> None:
         """SIGSTOP."""
@@ -79,14 +102,19 @@ class Child:
         return int(self.process.returncode)
 
     async def terminate(self) -> int:
-        """SIGTERM, and SIGKILL if that does not help; its exit code."""
+        """SIGTERM, and with a complaint SIGKILL if that does not help; its exit code."""
+        self.judge_its_end()
+        self.may_end_with(0)
         self.wake()
         self.signal(signal.SIGTERM)
         try:
-            return await self.ended()
-        except TimeoutError:
+            code = await self.ended()
+        except TimeoutError as error:
+            self.complaints.append(f"after SIGTERM {error}")
             self.kill()
-            return await self.ended()
+            code = await self.ended()
+        self.judge_its_end()
+        return code
 
 
 def rss_bytes(pid: int) -> int:

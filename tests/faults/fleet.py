@@ -88,6 +88,22 @@ class Fleet:
     def gateways(self) -> list[Node]:
         return [node for node in self.nodes.values() if node.role == "gateway"]
 
+    def children(self) -> list[Child]:
+        """Every process so far, those of the store among them."""
+        found = [*self.ended, *(n.child for n in self.nodes.values() if n.child is not None)]
+        for server in self.store.servers:
+            found += server.started
+        return found
+
+    def complaints(self) -> list[str]:
+        """How processes ended that no test had ended, or ended not as they should; each once."""
+        found: list[str] = []
+        for child in self.children():
+            child.judge_its_end()
+            found += child.complaints
+            child.complaints.clear()
+        return found
+
     def add_gateway(self, name: str) -> Node:
         port = free_port()
         listen = f"127.0.0.1:{port}"
@@ -170,6 +186,7 @@ class Fleet:
             for node in ends:
                 tasks.start_soon(node.process.terminate)
         for child in self.ended:
+            child.judge_its_end()
             if child.running:
                 child.wake()
                 child.kill()

@@ -12,12 +12,14 @@ from tests.faults.agents import Door, Heard
 from tests.faults.breakpoints import Way
 from tests.faults.fleet import CLOCK_MARK, Node
 from tests.faults.proof import Unproven, until
-from tests.faults.proxy import Connection, Link
+from tests.faults.proxy import PART_S, Connection, Link
 from tests.faults.rounds import Round, Scenario
 from tests.faults.stores import heard_tokens
 
 DELAY_S = 0.15
 BYTES_PER_S = 1500.0
+HELD_SHARE = 0.25
+"""Of the time a throttle must have held a connection back."""
 LONG_S = 2.5
 """How long a path stays broken at most (half-open ones: longer than a lease)."""
 CLOCK_JUMPS_S = (3600, -3600, 5, -5, 86_400 * 400)
@@ -33,7 +35,7 @@ def on_path(path: str, fault: str) -> Scenario:
             raise Unproven(f"nobody is connected over {link.name}")
         started = anyio.current_time()
         before = dict(link.passed)
-        broken = set(link.connections)
+        broken = {c: {way: c.carried(way) for way in Way} for c in link.connections}
         match fault:
             case "delay":
                 link.delay_s = DELAY_S
@@ -53,7 +55,10 @@ def on_path(path: str, fault: str) -> Scenario:
         passed = {way: link.passed[way] - before[way] for way in Way}
         felt_s = anyio.current_time() - started
         proof = f"after {felt_s:.2f} s: {passed[Way.UP]} bytes up, {passed[Way.DOWN]} down"
-        _check_felt(link, fault, broken, passed, felt_s)
+        if fault == "throttle":
+            proof += f", {_check_throttled(link, broken, felt_s):.0%} of the time at the limit"
+        else:
+            _check_met(link, fault, set(broken), passed)
         link.heal()
         round_.prove(f"{proof}; healed")
         await round_.focus_done.wait()
@@ -61,21 +66,31 @@ def on_path(path: str, fault: str) -> Scenario:
     return scenario
 
 
-def _check_felt(
-    link: Link, fault: str, broken: set[Connection], passed: dict[Way, int], felt_s: float
-) -> None:
+def _check_met(link: Link, fault: str, broken: set[Connection], passed: dict[Way, int]) -> None:
     """The log alone must show that traffic met the fault."""
     met = {
         "delay": bool(sum(passed.values())),
-        # Each connection has the rate for itself. A little more: what was on its way when it was
-        # set.
-        "throttle": 0 < max(passed.values()) < len(broken) * (2 * BYTES_PER_S * felt_s + 4096),
         "cut": link.resets > 0 and not broken & set(link.connections),
         "half-open": any(connection.swallowed for connection in link.connections)
         or not broken & set(link.connections),
     }[fault]
     if not met:
         raise Unproven(f"{link.name}: no traffic met the {fault}")
+
+
+def _check_throttled(link: Link, before: dict[Connection, dict[Way, int]], felt_s: float) -> float:
+    """No connection carried more than the rate that each has for itself, and one was held back by
+    it for a good part of the time; the largest such part."""
+    held = 0.0
+    for connection in {*before, *link.connections}:
+        for way in Way:
+            carried = connection.carried(way) - before.get(connection, {}).get(way, 0)
+            if carried > BYTES_PER_S * (felt_s + PART_S):
+                raise Unproven(f"{link.name}: {carried} bytes passed in {felt_s:.2f} s")
+            held = max(held, carried / BYTES_PER_S / felt_s)
+    if held < HELD_SHARE:
+        raise Unproven(f"{link.name}: the throttle held nothing back for long ({held:.0%})")
+    return held
 
 
 async def _link_of(round_: Round, path: str) -> Link:

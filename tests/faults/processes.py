@@ -254,6 +254,7 @@ def frozen(phase: Phase) -> Scenario:
         if reached.late:
             await _refused(round_, reached)
         if namesake:
+            old.may_end_with(1)
             code = await old.ended()
             round_.prove(f"the replaced process ended with {code}")
             if code != 1:

@@ -28,6 +28,8 @@ from tests.faults.resp import Exchange, Scanner
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 16
+PART_S = 0.02
+"""A throttled connection passes as much at once as it may pass in this time."""
 MEMORY = 4000
 """Sightings that a link remembers."""
 
@@ -46,7 +48,13 @@ class Connection:
     exchange: Exchange = field(default_factory=Exchange)
     swallowed: bool = False
     moved: dict[Way, int] = field(default_factory=lambda: {Way.UP: 0, Way.DOWN: 0})
+    sending: dict[Way, int] = field(default_factory=lambda: {Way.UP: 0, Way.DOWN: 0})
+    """Handed to the system and not counted as moved yet."""
     received: dict[Way, int] = field(default_factory=lambda: {Way.UP: 0, Way.DOWN: 0})
+
+    def carried(self, way: Way) -> int:
+        """Bytes that a rule which is set now cannot hold back any more."""
+        return self.moved[way] + self.sending[way]
 
 
 class Link:
@@ -214,9 +222,11 @@ class Link:
         while data:
             part = data
             if self.bytes_per_s:
-                part = data[: max(1, int(self.bytes_per_s / 50))]
+                part = data[: max(1, int(self.bytes_per_s * PART_S))]
                 await anyio.sleep(len(part) / self.bytes_per_s)
+            connection.sending[way] = len(part)
             await loop.sock_sendall(sink, part)
+            connection.sending[way] = 0
             connection.moved[way] += len(part)
             self.passed[way] += len(part)
             data = data[len(part) :]

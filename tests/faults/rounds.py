@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import random
-import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -277,7 +276,8 @@ async def play(fleet: Fleet, cls: FaultClass, index: int, seed: str) -> Outcome:
                 finally:
                     mend(fleet)
                     watching.cancel()
-            outcome.tally.violations += died_by_themselves(fleet)
+            # A fail-over hides well that a process has ended by itself.
+            outcome.tally.violations += fleet.complaints()
             await revive(fleet)
             await healthy(fleet, made[0].doors)
             await _next_turns(made)
@@ -296,6 +296,7 @@ async def play(fleet: Fleet, cls: FaultClass, index: int, seed: str) -> Outcome:
                 if agent.losses and agent.name not in round_.may_be_told
             ]
         await _conclude(fleet, made, outcome)
+        outcome.tally.violations += fleet.complaints()
     if outcome.tally.worst_gap_s > cls.longest_gap_s:
         outcome.tally.violations.append(
             f"I7: a client waited {outcome.tally.worst_gap_s:.2f} s for its next token"
@@ -357,20 +358,6 @@ def mend(fleet: Fleet) -> None:
     for node in fleet.nodes.values():
         if node.child is not None and node.child.stopped:
             node.child.wake()
-
-
-def died_by_themselves(fleet: Fleet) -> list[str]:
-    """Processes that have ended though nobody killed them: a fail-over hides that well."""
-    dead = [
-        node.child
-        for node in fleet.nodes.values()
-        if node.child is not None and node.child.process.poll() not in (None, -signal.SIGKILL)
-    ]
-    return [
-        f"{child.name} ended by itself with {child.process.returncode}: "
-        + child.log.read_text()[-1000:]
-        for child in dead
-    ]
 
 
 async def revive(fleet: Fleet) -> None:

@@ -55,7 +55,8 @@ class RedisServer:
     config: tuple[str, ...] = ()
     """A configuration file and what follows it; a Sentinel's."""
     port: int = field(default_factory=free_port)
-    child: Child | None = None
+    started: list[Child] = field(default_factory=list)
+    """Its processes so far; the last one is the present one."""
 
     async def start(self, *extra: str) -> None:
         self.directory.mkdir(exist_ok=True)
@@ -64,7 +65,7 @@ class RedisServer:
         if not self.config:
             command += ["--save", ""]
         command += ["--logfile", str(self.directory / "redis.log")]
-        self.child = Child(self.name, command, self.directory / "stderr.log")
+        self.started.append(Child(self.name, command, self.directory / "stderr.log"))
         await self.answers()
 
     async def answers(self) -> None:
@@ -83,8 +84,7 @@ class RedisServer:
 
     @property
     def process(self) -> Child:
-        assert self.child is not None
-        return self.child
+        return self.started[-1]
 
     def aof(self) -> Path:
         """The file that is appended to now."""
@@ -123,10 +123,11 @@ class Store(ABC):
         if self._raw is not None:
             await self._raw.aclose()
         for server in self.servers:
-            if server.child is not None:
-                server.child.wake()
-                server.child.kill()
-                await server.child.ended()
+            if server.started:
+                server.process.judge_its_end()
+                server.process.wake()
+                server.process.kill()
+                await server.process.ended()
 
 
 class SingleStore(Store):

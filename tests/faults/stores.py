@@ -115,6 +115,7 @@ async def disk_full(round_: Round) -> None:
     pid = server.process.pid
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     if "always" in server.options:
+        server.process.may_end_with(1)
         code = await server.process.ended()
         round_.prove(f"the server cannot write past {size} bytes and exited with {code}")
         await anyio.sleep(round_.draw.uniform(0.1, 2.0))
