@@ -15,6 +15,7 @@
 ``sessile.sync`` has the same for code without an event loop, ``sessile.v1`` the generated stubs.
 """
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -26,7 +27,9 @@ else:
 
     def __getattr__(name: str) -> object:
         """Loads the client at its first use: servers need the stubs in ``sessile.v1`` only."""
-        if name.startswith("_") and name != "__all__":
+        # A module of this package is imported by whoever names it, and may be the first of all.
+        is_module = find_spec(f"{__name__}.{name}") is not None
+        if is_module or (name.startswith("_") and name != "__all__"):
             raise AttributeError(f"module 'sessile' has no attribute {name!r}")
         from sessile import _exports
 

@@ -29,6 +29,20 @@ def test_every_public_name_is_there() -> None:
         sessile.nonsense  # type: ignore[attr-defined]  # noqa: B018
 
 
+def test_any_module_of_the_package_may_be_imported_first() -> None:
+    code = """
+import pkgutil, sys, sessile
+for module in pkgutil.iter_modules(sessile.__path__):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sessile"]:
+        del sys.modules[name]
+    __import__("sessile." + module.name)
+    print(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert {"transport", "turn", "sync", "v1"} <= set(done.stdout.split())
+
+
 RENAMED = {"aclose": "close"}
 
 
