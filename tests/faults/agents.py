@@ -47,6 +47,9 @@ class Heard(TurnHeard):
     arrivals: list[tuple[float, int, int]] = field(default_factory=list)
     """(time, position, tokens) of each Tokens event."""
     streams: int = 0
+    excused: bool = False
+    """Its client was told since that the store lost what it knows: the ledger need not have this
+    any more. What was wrong with its streams stays wrong."""
     replicas: list[str] = field(default_factory=list)
     on_token: Callable[[Heard], None] | None = None
 
@@ -76,6 +79,7 @@ class Door:
 
     def __init__(self, name: str, endpoint: str) -> None:
         self.name = name
+        self.endpoint = endpoint
         self.channel = aio.insecure_channel(endpoint, options=OPTIONS)
         self.sessions: Any = session_pb2_grpc.SessionServiceStub(self.channel)
         self.fleet: Any = fleet_pb2_grpc.FleetServiceStub(self.channel)
@@ -83,6 +87,10 @@ class Door:
 
 class Agent:
     """One session's client. It stays with a gateway until that fails it."""
+
+    notices_silence_s = 0.0
+    """How long it may take to notice that a gateway fell silent, beyond what every class of faults
+    allows for."""
 
     def __init__(
         self, name: str, endpoints: dict[str, str], draw: random.Random, *, lossy: bool = False
@@ -231,11 +239,11 @@ class Agent:
             if heard.finished.status != pb.TURN_STATUS_COMMITTED:
                 heard.violations.append(f"it ended {heard.finished.status}: {heard.finished.error}")
         elif self.lossy and isinstance(heard.error, LOSS):
-            # Told of a loss: nothing that it heard before needs to be in the ledger any more.
             self.losses += 1
             if isinstance(heard.error, TurnInProgress):
                 await self.cancel(heard.error.metadata["turn_id"])
-            self.turns.clear()
+            for turn in self.turns:
+                turn.excused = True
             self._known = None
         else:
             error = heard.error

@@ -39,6 +39,7 @@ def _of_processes() -> list[FaultClass]:
                         fault(phase),
                         opens_itself=phase_name == "open",
                         focus_prompt=LONG_PROMPT if long else 30,
+                        silences_gateways=(who, fault_name) == ("gateway", "stop"),
                         longest_gap_s=HOLD_S + 1.0 if (who, fault_name) == GONE else LONGEST_GAP_S,
                     )
                 )
@@ -47,7 +48,11 @@ def _of_processes() -> list[FaultClass]:
 
 def _of_networks() -> list[FaultClass]:
     return [
-        FaultClass(f"{path}-{fault}", networks.on_path(path, fault))
+        FaultClass(
+            f"{path}-{fault}",
+            networks.on_path(path, fault),
+            silences_gateways=(path, fault) == ("client-gateway", "half-open"),
+        )
         for path in ("client-gateway", "gateway-worker", "worker-redis")
         for fault in ("delay", "cut", "half-open", "throttle")
     ]
@@ -56,8 +61,8 @@ def _of_networks() -> list[FaultClass]:
 CLASSES: list[FaultClass] = [
     *_of_processes(),
     *_of_networks(),
-    FaultClass("client-slow", networks.slow_client),
-    FaultClass("client-vanished", networks.vanished_client),
+    FaultClass("client-slow", networks.slow_client, plain_focus=True),
+    FaultClass("client-vanished", networks.vanished_client, plain_focus=True),
     FaultClass("worker-clock-jump", networks.clock_jump, CLOCKS),
     FaultClass("redis-restart-everysec", stores.restart),
     FaultClass("redis-disk-full-everysec", stores.disk_full),

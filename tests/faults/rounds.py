@@ -23,6 +23,7 @@ from tests.faults.breakpoints import Breakpoint, Sighting, Verdict, Way
 from tests.faults.children import Child
 from tests.faults.fleet import Fleet, Node
 from tests.faults.proof import Unproven, until
+from tests.faults.sdk_agents import SdkAgent
 from tests.faults.verdict import Tally, Watch, judge, replicas
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ LONGEST_GAP_S = 10.0
 open until a keepalive ends it."""
 LONG_PROMPT = 6000
 AGENTS = 3
-"""Sessions of a round."""
+"""Sessions of a round; the client of one of them is the SDK."""
 
 
 @dataclass
@@ -234,6 +235,10 @@ class FaultClass:
     """Characters of the focus session's first prompt."""
     longest_gap_s: float = LONGEST_GAP_S
     """No client waits longer for its next token."""
+    silences_gateways: bool = False
+    """Clients have to notice by themselves that their gateway does not speak any more."""
+    plain_focus: bool = False
+    """The scenario meddles with the focus agent's connections."""
 
 
 async def play(fleet: Fleet, cls: FaultClass, index: int, seed: str) -> Outcome:
@@ -243,8 +248,9 @@ async def play(fleet: Fleet, cls: FaultClass, index: int, seed: str) -> Outcome:
     endpoints = {
         node.name: fleet.proxy.links[f"client:{node.name}"].endpoint for node in fleet.gateways
     }
+    by_sdk = {AGENTS - 1} if index % 3 != 1 or cls.plain_focus else {0}
     made = [
-        Agent(
+        (SdkAgent if i in by_sdk else Agent)(
             f"{cls.name}-{index}-{draw.randrange(1 << 32):08x}-{i}",
             endpoints,
             draw,
@@ -297,10 +303,13 @@ async def play(fleet: Fleet, cls: FaultClass, index: int, seed: str) -> Outcome:
             ]
         await _conclude(fleet, made, outcome)
         outcome.tally.violations += fleet.complaints()
-    if outcome.tally.worst_gap_s > cls.longest_gap_s:
-        outcome.tally.violations.append(
-            f"I7: a client waited {outcome.tally.worst_gap_s:.2f} s for its next token"
-        )
+    for agent in made:
+        limit_s = cls.longest_gap_s + agent.notices_silence_s * cls.silences_gateways
+        waited_s = max((heard.worst_gap_s for heard in agent.turns), default=0.0)
+        if waited_s > limit_s:
+            outcome.tally.violations.append(
+                f"{agent.name}: I7: waited {waited_s:.2f} s for its next token, not {limit_s:.2f}"
+            )
     outcome.losses = sum(agent.losses for agent in made)
     outcome.seconds = anyio.current_time() - started
     return outcome

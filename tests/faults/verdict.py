@@ -65,12 +65,13 @@ async def _judge_session(fleet: Fleet, agent: Agent, tally: Tally) -> list[str]:
     for heard in agent.turns:
         complaints = [*heard.violations]
         turn = by_id.get(heard.turn_id)
-        if turn is not None:
+        if turn is not None and not heard.excused:
             complaints += checks.check_heard(heard, turn, ledger, salt)
-        elif heard.start is not None:
+        elif heard.start is not None and not heard.excused:
             complaints.append("I7: it was accepted and is not in the ledger")
         found += [f"{heard.turn_id}: {complaint}" for complaint in complaints]
-        await _count(fleet, agent, heard, tally)
+        if not heard.excused:
+            await _count(fleet, agent, heard, tally)
     return found
 
 
