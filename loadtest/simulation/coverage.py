@@ -39,6 +39,7 @@ class Row(enum.StrEnum):
     STORE_RESTARTS = "the store restarts while turns run: they go on"
     STORE_FAILS_OVER = "the store loses writes: their owner repairs the ledger"
     STORE_AND_OWNER = "the store loses writes and their owner is gone: the client is told"
+    STORE_LOSES_A_MOVE = "the store loses a move: whoever knows of what went with it is told"
     TRANSFER_BREAKS = "a transfer of KV breaks or brings wrong bytes: not used"
     DRAIN_MOVES_IDLE = "a replica drains: an idle session is moved with its KV"
     DRAIN_HANDS_OVER = "a replica drains: a running turn is handed over"

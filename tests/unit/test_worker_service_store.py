@@ -308,6 +308,30 @@ async def test_a_client_that_knows_more_than_the_ledger_gets_data_loss_from_a_ne
 
 
 @in_virtual_time
+async def test_who_heard_of_a_turn_that_is_lost_as_a_whole_does_not_begin_it_anew() -> None:
+    """Also after another turn, which ends past the place that the client has."""
+    async with world() as w:
+        first, second = await w.start("r1"), await w.start("r2")
+        await w.open()
+        await w.give(first)
+        kept = w.executor.snapshot()
+        heard = await listen(first, await w.request(first), until=lambda h: len(h.tokens) > 4)
+        await first.kill()
+        w.executor.restore(kept)
+        await w.give(second)
+        request = await w.request(second)
+        request.turn.resume_from.CopyFrom(heard.end)
+        for _ in range(2):
+            before = await w.session()
+            with pytest.raises(errors.DataLoss):
+                await listen(second, request)
+            after = await w.session()
+            assert (after.head, after.active_turn_id) == (before.head, None)
+            params = {"max_tokens": 60, "ignore_eos": True}
+            await listen(second, await w.request(second, "Other", "t2", params=params))
+
+
+@in_virtual_time
 async def test_a_client_that_saw_the_end_of_a_turn_is_told_that_the_end_is_lost() -> None:
     async with world() as w:
         first, second = await w.start("r1"), await w.start("r2")

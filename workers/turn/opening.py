@@ -224,6 +224,7 @@ class TurnOpening:
         tokens = await self._render(session, resident)
         state = resident.digest.copy()
         state.update(tokens)
+        self._check_nothing_heard(state.position())
         preamble = preamble_of(session.preamble)
         spec = resolve(
             self._turn,
@@ -270,6 +271,19 @@ class TurnOpening:
                 raise TurnCancelled(f"turn {spec.turn_id} was cancelled before it began")
             case _:
                 raise refusal(session.session_id, outcome)
+
+    def _check_nothing_heard(self, start: Position) -> None:
+        """Raises DataLoss for a client that has output of the turn that is to begin at ``start``:
+        the store has lost the turn (P1)."""
+        heard = self._turn.resume_from
+        if heard.length and (heard.length, heard.digest or start.digest) != (
+            start.length,
+            start.digest,
+        ):
+            raise DataLoss(
+                f"the client has output of turn {self._turn.turn_id} up to {heard.length}, the "
+                "ledger does not have the turn"
+            )
 
     async def _render(self, session: Session, resident: ResidentSession) -> list[int]:
         """The turn's input tokens. Raises InvalidRequest for what the template cannot render."""
