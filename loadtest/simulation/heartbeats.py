@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loadtest.simulation.loop import Process
-from loadtest.simulation.rules import Ref
+from loadtest.simulation.stored import Ref
 
 BEATS_KEPT = 32
 OUTAGE_S = 1.0
@@ -19,16 +19,21 @@ LEASE_S = 1.0
 REGULAR_S = 4.0
 """A replica that beat all the while is not stale for anybody, whatever happened before."""
 LONGEST_GAP_S = 0.9
+ACTS_S = 4.0
+"""A gateway that hears of a reset connection, or judges by a clock that was wrong, acts on it
+within this time, unless the store does not answer it."""
 
 
 @dataclass(slots=True)
 class _Readings:
     """Of one gateway: since when the store answered it without an outage, when it got the last
-    answer, and when that was made."""
+    answer, and when that was made; how its clock goes, and since when."""
 
     since_s: float
     last_s: float
     made_s: float
+    clock: tuple[float, float]
+    clock_since_s: float
 
 
 class Heartbeats:
@@ -40,34 +45,47 @@ class Heartbeats:
         self._counts: dict[Ref, int] = {}
         self._beats: dict[Ref, deque[float]] = {}
         self._readings: dict[Process, _Readings] = {}
-        self._reset: set[Ref] = set()
-        self._went_back = False
+        self._reset_s: dict[Ref, float] = {}
+        self._astray: dict[str, None] = {}
+        """Sessions that the store gave back to an earlier owner when it lost writes."""
 
     def beat(self, ref: Ref, count: int, now_s: float) -> None:
-        """The store has taken a heartbeat, perhaps once more."""
+        """The store has taken a heartbeat, perhaps once more. One that does not go past those
+        before tells nobody anything: a repeat, or the count after a loss of writes."""
         if count > self._counts.get(ref, 0):
             self._counts[ref] = count
             self._beats.setdefault(ref, deque(maxlen=BEATS_KEPT)).append(now_s)
 
     def read(self, gateway: Process, made_s: float, now_s: float) -> None:
         """A gateway got the answer to its question for the fleet."""
-        known = self._readings.get(gateway)
-        if known is None or now_s - known.last_s > OUTAGE_S:
-            known = self._readings[gateway] = _Readings(now_s, now_s, made_s)
+        known, clock = self._readings.get(gateway), _clock(gateway)
+        if known is None:
+            since_s = 0.0 if clock == TRUE_CLOCK else now_s
+            known = _Readings(now_s, now_s, made_s, clock, since_s)
+            self._readings[gateway] = known
+        elif now_s - known.last_s > OUTAGE_S:
+            known.since_s = now_s
+        if clock != known.clock:
+            known.clock, known.clock_since_s = clock, now_s
         known.last_s, known.made_s = now_s, made_s
 
-    def forget(self) -> None:
-        """The store has lost writes, and counters went back: nothing is judged any more."""
-        self._went_back = True
+    def went_astray(self, session_id: str) -> None:
+        """The store has lost that the session was given to its present owner. Until it is given to
+        somebody again, gateways may find that the stored one does not own it."""
+        self._astray[session_id] = None
 
-    def was_reset(self, ref: Ref) -> None:
+    def has_owner(self, session_id: str) -> None:
+        """The session has a new epoch."""
+        self._astray.pop(session_id, None)
+
+    def was_reset(self, ref: Ref, now_s: float) -> None:
         """A connection of this process was reset: gateways may take it for dead."""
-        self._reset.add(ref)
+        self._reset_s[ref] = now_s
 
-    def judge_down(self, gateway: Process, ref: Ref) -> str | None:
+    def judge_down(self, gateway: Process, ref: Ref, now_s: float) -> str | None:
         """A gateway takes this replica for down, because of its silence."""
         readings = self._readings.get(gateway)
-        if readings is None or _own_time(gateway) or self._went_back:
+        if readings is None or not _judges_rightly(gateway, readings, now_s):
             return None
         beats = (at_s for at_s in self._beats.get(ref, ()) if at_s <= readings.made_s)
         last_beat = max(beats, default=0.0)
@@ -76,23 +94,48 @@ class Heartbeats:
             return None
         return f"P9: {gateway.name} has {_name(ref)} for down after {silent_s:.2f} s of silence"
 
-    def judge_taking(self, gateway: Process | None, owner: Ref, now_s: float) -> str | None:
+    def judge_taking(
+        self, gateway: Process | None, session_id: str, owner: Ref, now_s: float
+    ) -> str | None:
         """A session was taken from this owner in mid-turn."""
-        if gateway is None or _own_time(gateway) or self._went_back:
+        readings = None if gateway is None else self._readings.get(gateway)
+        if gateway is None or readings is None or session_id in self._astray:
             return None
-        if owner in self._reset or not self._lives(owner):
+        if not _judges_rightly(gateway, readings, now_s):
             return None
-        since_s = now_s - REGULAR_S
-        beats = [at_s for at_s in self._beats.get(owner, ()) if at_s >= since_s]
-        times = [since_s, *beats, now_s]
-        if any(later - one > LONGEST_GAP_S for one, later in itertools.pairwise(times)):
+        if self._may_be_acted_on(self._reset_s.get(owner), readings, now_s):
+            return None
+        if not self.beats_regularly(owner, now_s):
             return None
         return f"P10: {gateway.name} took it from {_name(owner)}, which beats"
 
+    def beats_regularly(self, ref: Ref, now_s: float) -> bool:
+        """Whether its process lives, and the store took its heartbeats without a gap for so long
+        that nobody who reads them may doubt it."""
+        since_s = now_s - REGULAR_S
+        beats = [at_s for at_s in self._beats.get(ref, ()) if at_s >= since_s]
+        gaps = itertools.pairwise([since_s, *beats, now_s])
+        return self._lives(ref) and all(later - one <= LONGEST_GAP_S for one, later in gaps)
 
-def _own_time(process: Process) -> bool:
-    """Its clock is, or was, another than the true one."""
-    return process.rate != 1.0 or process.ahead_s != 0.0
+    def _may_be_acted_on(self, happened_s: float | None, readings: _Readings, now_s: float) -> bool:
+        return happened_s is not None and now_s - max(happened_s, readings.since_s) < ACTS_S
+
+
+TRUE_CLOCK = 1.0, 0.0
+
+
+def _clock(process: Process) -> tuple[float, float]:
+    return process.rate, process.ahead_s
+
+
+def _judges_rightly(gateway: Process, readings: _Readings, now_s: float) -> bool:
+    """Its clock goes at the true one's rate, and has gone so long enough for what it measured
+    before to play no part any more. How far ahead it is does not matter."""
+    steady = _clock(gateway) == readings.clock and gateway.rate == 1.0
+    return steady and (
+        readings.clock_since_s == 0.0
+        or now_s - max(readings.clock_since_s, readings.since_s) >= ACTS_S
+    )
 
 
 def _name(ref: Ref) -> str:

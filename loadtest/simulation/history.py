@@ -203,7 +203,7 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
             built.whose,
             built.lives,
         )
-        StreamWatch(built, witness, lossy=lossy).attach()
+        StreamWatch(built, witness).attach()
         roomy = plan.capacity_pages >= ENGINE.capacity_pages
         MoveWatch(built, witness).attach("evict" not in kinds and roomy and not tight)
         with counted(built.coverage), judged_placements(built.violations.append):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from loadtest.simulation.engine import page_of
-from loadtest.simulation.loop import Process, current_process
-from loadtest.simulation.rules import Ref
+from loadtest.simulation.loop import Process, current_process, true_time
+from loadtest.simulation.stored import Ref
 from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World
 from statestore import keys
@@ -39,7 +39,7 @@ class MoveWatch:
     def _reset(self, process: Process) -> None:
         ref = self._world.whose(process)
         if ref is not None:
-            self._witness.heartbeats.was_reset(ref)
+            self._witness.heartbeats.was_reset(ref, true_time())
 
     def _moved(self, session_id: str, owner: Ref, ledger: bytes) -> None:
         """A move that may not recompute leaves the target with every whole page before the last

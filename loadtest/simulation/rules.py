@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from gateway.core.machines import SessionPhase
+from loadtest.simulation.repairs import of_repair
+from loadtest.simulation.stored import Seen, as_bytes
 from statestore.executor import ScriptCall
 
-Ref = tuple[bytes, bytes]
-"""Replica id and incarnation, as stored."""
-
-ENDED = frozenset({b"COMMITTED", b"CANCELLED", b"FAILED"})
 OBEYS_DEADLINES = {
     "append": (b"appended",),
     "resume": (b"resumed",),
@@ -24,52 +21,18 @@ OBEYS_DEADLINES = {
 asked for."""
 
 
-@dataclass(slots=True)
-class SeenTurn:
-    """A turn as stored."""
-
-    status: bytes
-    end: bytes
-    """Length of the ledger where it ended; empty while it is active."""
-    attempt: bytes
-    deadline_ms: int
-
-
-@dataclass(slots=True)
-class Seen:
-    """A session as stored."""
-
-    state: bytes = b""
-    ledger: bytes = b""
-    head: tuple[bytes, bytes] = (b"", b"")
-    epoch: tuple[int, bytes] = (0, b"")
-    owner: Ref = (b"", b"")
-    fingerprint: bytes = b""
-    turns: dict[bytes, SeenTurn] = field(default_factory=dict)
-
-    @property
-    def running(self) -> list[bytes]:
-        return [name for name, turn in self.turns.items() if turn.status not in ENDED]
-
-    @property
-    def active(self) -> bool:
-        return bool(self.running)
-
-    @property
-    def phase(self) -> SessionPhase:
-        if self.state != b"OPEN":
-            return SessionPhase(self.state.decode())
-        return SessionPhase.PLACED if self.owner[0] else SessionPhase.UNPLACED
-
-
-def illegal(before: Seen, now: Seen, call: ScriptCall, outcome: bytes, store_ms: int) -> list[str]:
-    """What the script did that it must not, at this time of the store's clock."""
+def illegal(
+    before: Seen, now: Seen, call: ScriptCall, outcome: bytes, store_ms: int, *, lossy: bool
+) -> list[str]:
+    """What the script did that it must not, at this time of the store's clock. ``lossy``: the store
+    has lost writes before."""
     moved = call.script.name in ("take", "switch_migration")
     if moved and before.epoch == now.epoch:
         outcome = b"repeated"
+    kept = call.script.name != "repair"
     return [
         *_of_ledger(before, now, call),
-        *_of_turns(before, now, call),
+        *(_of_turns(before, now, call) if kept else of_repair(before, now, call, lossy=lossy)),
         *_of_deadlines(before, now, call, outcome, store_ms),
         *_of_switch(before, call, outcome, store_ms),
     ]
@@ -78,7 +41,7 @@ def illegal(before: Seen, now: Seen, call: ScriptCall, outcome: bytes, store_ms:
 def _of_ledger(before: Seen, now: Seen, call: ScriptCall) -> Iterator[str]:
     if not now.ledger.startswith(before.ledger) and call.script.name != "repair":
         yield "I1: the ledger was rewritten"
-    if len(now.ledger) != len(before.ledger) and call.args[:2] != now.epoch:
+    if now.ledger != before.ledger and call.args[:2] != now.epoch:
         yield f"I1: written under {call.args[:2]}, not {now.epoch}"
     if now.epoch != before.epoch and now.epoch[0] <= before.epoch[0]:
         yield f"I1: epoch {now.epoch} after {before.epoch}"
@@ -89,11 +52,12 @@ def _of_ledger(before: Seen, now: Seen, call: ScriptCall) -> Iterator[str]:
 
 
 def _of_turns(before: Seen, now: Seen, call: ScriptCall) -> Iterator[str]:
-    reclaimed = call.script.name == "repair" and now.epoch[0] > before.epoch[0]
     for name, turn in before.turns.items():
         after = now.turns.get(name)
-        if turn.status in ENDED and after != turn and not reclaimed:
+        if turn.ended and after != turn:
             yield f"I3: {name!r} was {turn}, is {after}"
+        elif after is None:
+            yield f"I7: {name!r} was {turn}, and was dropped"
         committed = after is not None and after.status == b"COMMITTED" != turn.status
         if committed and call.script.name == "append" and now.ledger == before.ledger:
             yield f"P5: {name!r} was committed after its last tokens, not with them"
@@ -114,14 +78,10 @@ def _of_deadlines(
 def _of_switch(before: Seen, call: ScriptCall, outcome: bytes, store_ms: int) -> Iterator[str]:
     if call.script.name != "switch_migration" or outcome != b"written":
         return
-    verified = tuple(_bytes(part) for part in call.args[3:5])
+    verified = tuple(as_bytes(part) for part in call.args[3:5])
     if verified != before.head:
         yield f"P12: {verified[0]!r} tokens were verified, the ledger has {before.head[0]!r}"
     active = [n for n in before.running if before.turns[n].deadline_ms > store_ms]
-    asked = _bytes(call.args[5])
+    asked = as_bytes(call.args[5])
     if active != ([asked] if asked else []):
         yield f"P12: switched with {asked!r} running, not {active}"
-
-
-def _bytes(argument: bytes | str | int) -> bytes:
-    return argument if isinstance(argument, bytes) else str(argument).encode()

@@ -1,26 +1,24 @@
 """Watches what replicas send: only tokens that the ledger has at that moment (I2), whoever owns the
-session by then (I4: a fenced run emits nothing of its own)."""
+session by then (I4: a fenced run emits nothing of its own). Where the store has lost what it had,
+see :mod:`loadtest.simulation.lives`."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1.types_pb2 import TurnStream, TurnTokens
 
+from loadtest.simulation.loop import current_process
 from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World
-from statestore import keys
 from statestore.digest import pack_tokens
 
 
 class StreamWatch:
-    """``lossy``: what was in the ledger may have been lost from it."""
+    """Complains to the world."""
 
-    def __init__(self, world: World, witness: Witness, *, lossy: bool) -> None:
+    def __init__(self, world: World, witness: Witness) -> None:
         self._world = world
         self._witness = witness
-        self._lossy = lossy
 
     def attach(self) -> None:
         """From now on every dispatch is watched."""
@@ -34,34 +32,25 @@ class StreamWatch:
         )
 
     def _sent(self, request: pb.DispatchTurnRequest, message: TurnStream) -> None:
-        if self._lossy:
-            return
         for event in message.events:
             if event.HasField("tokens"):
-                self._judge(request, event.tokens)
+                wrong = self._judge(request, event.tokens)
+                if wrong is not None:
+                    self._world.violations.append(f"{request.turn.session_id}: {wrong}")
 
-    def _judge(self, request: pb.DispatchTurnRequest, tokens: TurnTokens) -> None:
-        session_id = request.turn.session_id
-        record = self._world.server.peek(keys.session_key(session_id))
-        ledger = self._world.server.peek(keys.ledger_key(session_id))
-        if not isinstance(record, dict) or not isinstance(ledger, bytes) or b"epoch" not in record:
-            return  # it was purged
-        end = tokens.position + len(tokens.token_ids)
-        cut_off_at = self._witness.cut_off_at(session_id, request.epoch.number)
+    def _judge(self, request: pb.DispatchTurnRequest, tokens: TurnTokens) -> str | None:
+        session_id, epoch = request.turn.session_id, request.epoch.number
+        lives = self._witness.lives(session_id, current_process(), epoch)
+        if not lives:
+            return None  # it was purged
+        end, packed = tokens.position + len(tokens.token_ids), pack_tokens(tokens.token_ids)
+        held = [life for life in lives if life.holds(tokens.position, packed)]
+        cuts = [life.cut_off_at(epoch) for life in held]
         runs = self._witness.runs(session_id, request.turn.turn_id)
-        if runs and cut_off_at is not None and end > cut_off_at:
-            self._world.violations.append(
-                f"{session_id}: I4: a run that was fenced at {cut_off_at} emits up to {end}"
-            )
-        first = 4 * (tokens.position - int(record[b"own_base"]))
-        if first < 0 or _holds(ledger, first, tokens.token_ids):
-            return
-        fenced = int(record[b"epoch"]) != request.epoch.number
+        if runs and held and all(cut is not None and end > cut for cut in cuts):
+            return f"I4: a run that was fenced at {cuts[0]} emits up to {end}"
+        if held:
+            return None
+        fenced = lives[0].cut_off_at(epoch) is not None
         what = "I4: a fenced run emits" if fenced else "I2: tokens are sent"
-        self._world.violations.append(
-            f"{session_id}: {what} what the ledger does not have at {tokens.position}"
-        )
-
-
-def _holds(ledger: bytes, first: int, tokens: Sequence[int]) -> bool:
-    return ledger[first : first + 4 * len(tokens)] == pack_tokens(tokens)
+        return f"{what} what the ledger does not have at {tokens.position}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.core.machines import ReplicaState
-from loadtest.simulation.loop import Process
+from loadtest.simulation.loop import Process, true_time
 from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World
 from statestore.records import ReplicaRef
@@ -32,6 +32,6 @@ class Verdicts:
         named = ref.replica_id.encode(), b"%d" % ref.incarnation
         if self._witness.is_unfit(named):
             return  # it said good-bye, or was replaced
-        wrong = self._witness.heartbeats.judge_down(gateway, named)
+        wrong = self._witness.heartbeats.judge_down(gateway, named, true_time())
         if wrong is not None:
             self.violations.append(wrong)

@@ -28,13 +28,14 @@ from dataclasses import dataclass
 from gateway.core.machines import SESSION, SessionEvent, SessionPhase, TurnEvent, TurnPhase
 from loadtest.simulation.coverage import Row, transition
 from loadtest.simulation.heartbeats import Heartbeats
+from loadtest.simulation.ledgers import Ledgers, Stored
+from loadtest.simulation.lives import Life, Lives
 from loadtest.simulation.loop import Process, current_process
-from loadtest.simulation.rules import ENDED, Ref, Seen, SeenTurn, illegal
+from loadtest.simulation.rules import illegal
+from loadtest.simulation.stored import ENDED, Ref, Seen, as_bytes, seen
 from loadtest.simulation.timeline import Timeline
 from statestore import keys
 from statestore.executor import Reply, ScriptCall
-
-Stored = bytes | dict[bytes, bytes] | object | None
 
 TARGET_ARGS = {"place": 2, "take": 2, "begin_migration": 3}
 """Scripts that choose a replica -> where its id is among their arguments."""
@@ -90,13 +91,17 @@ class Witness:
         self._start_us = start_us
         self._whose = whose
         self._seen: dict[str, Seen] = {}
-        self._granted: dict[tuple[str, int], bytes] = {}
-        """Session and number of each epoch there ever was -> its nonce."""
-        self._cut_off: dict[str, list[tuple[int, int]]] = {}
-        """Session -> its epochs' numbers, and the ledger's length where each began."""
+        self._ledgers = Ledgers(peek)
+        self._lossy = False
+        """The store has lost writes."""
+        self._granted: dict[tuple[str, int], tuple[bytes, Ref]] = {}
+        """Session and number of each epoch there ever was -> its nonce, and to whom it went."""
+        self._lives = Lives()
         self._tombstones: dict[tuple[str, bytes], int] = {}
         """Session and turn that was cancelled before it began -> until when, store's ms."""
         self._unfit_since: dict[Ref, float] = {}
+        self._gone: set[Ref] = set()
+        """Who ever was gone or replaced: whatever the store loses, none of them comes back."""
         self._read_at: dict[Process, float] = {}
         """Process -> when the last reading of the fleet that it got was made."""
         self._knows: dict[Process, float] = {}
@@ -117,16 +122,18 @@ class Witness:
 
     def answered(self, process: Process, calls: Sequence[ScriptCall], applied_s: float) -> None:
         """A process gets its answers."""
+        self._lives.answered(process, calls, self._now_s())
         if any(call.script.name == "fleet" for call in calls):
             self._read_at[process] = applied_s
             self.heartbeats.read(process, applied_s, self._now_s())
 
     def __call__(self, call: ScriptCall, reply: Reply) -> None:
         script = call.script.name
+        self._lives.replied(call, _outcome(reply))
         if script in ("mark_replica", "register"):
             self._look_at_fleet()
         elif script == "heartbeat" and _outcome(reply) == b"done":
-            ref = (_bytes(call.args[0]), _bytes(call.args[1]))
+            ref = (as_bytes(call.args[0]), as_bytes(call.args[1]))
             self.heartbeats.beat(ref, int(call.args[2]), self._now_s())
         if script.startswith("read_"):
             return
@@ -137,11 +144,19 @@ class Witness:
 
     def forget(self) -> None:
         """The server has just lost writes: what follows is judged against what it has then."""
-        self._seen.clear()
-        self._cut_off.clear()
+        self._lossy = True
+        for session_id, before in [*self._seen.items()]:
+            now = self._read(session_id, ())
+            if now is None:
+                del self._seen[session_id]
+            else:
+                self._seen[session_id] = now
+            self._lives.lost(session_id, before, now, self._now_s())
+            if now is not None and now.epoch != before.epoch:
+                self.heartbeats.went_astray(session_id)
         self._tombstones.clear()
-        self.heartbeats.forget()
         self._unfit_since.clear()
+        self._look_at_fleet()
         self._read_at.clear()
         self._knows.clear()
         self._informed.clear()
@@ -151,8 +166,8 @@ class Witness:
     # -- replicas -----------------------------------------------------------------------------
 
     def is_unfit(self, ref: Ref) -> bool:
-        """The store has it as draining, gone or replaced."""
-        return ref in self._unfit_since
+        """The store has it as draining, or had it as gone or replaced."""
+        return ref in self._unfit_since or ref in self._gone
 
     def _look_at_fleet(self) -> None:
         fleet = self._peek(keys.FLEET)
@@ -166,13 +181,16 @@ class Witness:
                     del self._unfit_since[ref]
             if _unfit(fleet, ref[0]):
                 self._unfit_since.setdefault(ref, self._now_s())
+            if fleet.get(b"gone:" + ref[0]) == b"1":
+                self._gone.add(ref)
             previous = fleet.get(b"replaced:" + ref[0])
             if previous is not None:
                 self._unfit_since.setdefault((ref[0], previous), self._now_s())
+                self._gone.add((ref[0], previous))
 
     def _chosen(self, call: ScriptCall) -> list[str]:
         at = TARGET_ARGS[call.script.name]
-        ref = (_bytes(call.args[at]), _bytes(call.args[at + 1]))
+        ref = (as_bytes(call.args[at]), as_bytes(call.args[at + 1]))
         read_s, since = self._informed.get(call, 0.0), self._unfit_since.get(ref)
         if not ref[0] or since is None or since >= read_s:
             return []
@@ -183,28 +201,23 @@ class Witness:
 
     def _look(self, session_id: str, call: ScriptCall, outcome: bytes) -> None:
         script = call.script.name
-        record = self._peek(keys.session_key(session_id))
-        if not isinstance(record, dict) or b"epoch" not in record:
+        before = self._seen.get(session_id)
+        known = () if before is None or script == "repair" else before.turns
+        now = self._read(session_id, known)
+        if now is None:
             self._seen.pop(session_id, None)  # purged (but for what forks need), or never opened
             return
-        ledger = self._peek(keys.ledger_key(session_id)) or b""
-        assert isinstance(ledger, bytes)
-        before = self._seen.get(session_id)
-        now = self._seen[session_id] = Seen(
-            record[b"state"],
-            ledger,
-            (record[b"length"], record[b"digest"]),
-            (int(record[b"epoch"]), record[b"nonce"]),
-            (record.get(b"owner", b""), record.get(b"owner_inc", b"")),
-            record.get(b"fingerprint", b""),
-            _turns(record, {} if before is None else before.turns),
-        )
+        self._seen[session_id] = now
+        record = self._record(session_id)
         active = [record[b"active"]] if record.get(b"active") else []
         wrong = [] if now.running == active else [f"I3: {now.running} run, {active} is active"]
         if before is not None:
-            wrong += illegal(before, now, call, outcome, self._store_ms())
+            time_ms = self._store_ms()
+            wrong += illegal(before, now, call, outcome, time_ms, lossy=self._lossy)
             self._count(before, now, call, outcome)
             self._note_ends(session_id, before, now)
+        if before is None or (before.head, before.ledger) != (now.head, now.ledger):
+            wrong += self._ledgers.judge(session_id, record)
         if script in TARGET_ARGS and outcome == b"written":
             wrong += self._chosen(call)
         wrong += self._of_epoch(session_id, before, now, call)
@@ -213,6 +226,15 @@ class Witness:
         self.violations += [f"{session_id}: after {script}: {what}" for what in wrong]
         if self._timeline is not None:
             self._tell(session_id, script, outcome, record)
+
+    def _record(self, session_id: str) -> dict[bytes, bytes]:
+        record = self._peek(keys.session_key(session_id))
+        return record if isinstance(record, dict) else {}
+
+    def _read(self, session_id: str, known: Iterable[bytes]) -> Seen | None:
+        record, ledger = self._record(session_id), self._peek(keys.ledger_key(session_id)) or b""
+        assert isinstance(ledger, bytes)
+        return seen(record, ledger, known) if b"epoch" in record else None
 
     def _note_ends(self, session_id: str, before: Seen, now: Seen) -> None:
         for name, turn in now.turns.items():
@@ -232,23 +254,34 @@ class Witness:
         number, nonce = now.epoch
         if before is not None and before.epoch == now.epoch:
             return []
-        self._cut_off.setdefault(session_id, []).append((number, int(now.head[0])))
-        if self._granted.setdefault((session_id, number), nonce) != nonce:
+        repaired = call.script.name == "repair"
+        if repaired and (session_id, number) not in self._granted:
+            return [f"P2: {now.owner} repaired under epoch {number}, which nobody was granted"]
+        granted = self._granted.setdefault((session_id, number), (nonce, now.owner))
+        if granted[0] != nonce:
             return [f"P2: epoch {number} was granted before"]
+        if now.owner[0] and granted[1] != now.owner:
+            return [f"P2: epoch {number} of {granted[1]} is now that of {now.owner}"]
+        self._lives.began(session_id, before, now, call, self._now_s())
         if before is None:
             return []
-        process = current_process()
         if call.script.name == "take" and before.active and before.owner not in self._unfit_since:
-            wrong = self.heartbeats.judge_taking(process, before.owner, self._now_s())
+            wrong = self.heartbeats.judge_taking(
+                current_process(), session_id, before.owner, self._now_s()
+            )
+            self.heartbeats.has_owner(session_id)
             return [] if wrong is None else [wrong]
+        self.heartbeats.has_owner(session_id)
         if call.script.name == "switch_migration" and before.owner not in self._unfit_since:
             self.moved(session_id, now.owner, now.ledger)
         return []
 
-    def cut_off_at(self, session_id: str, epoch: int) -> int | None:
-        """Where in the ledger a run under this epoch's number was fenced; None: it was not."""
-        later = [at for number, at in self._cut_off.get(session_id, ()) if number > epoch]
-        return later[0] if later else None
+    def lives(self, session_id: str, process: Process | None, epoch: int) -> list[Life]:
+        """What a run of this process may take for the ledger of a session: as it is, and as it
+        was before losses that the process cannot have heard of."""
+        seen = self._seen.get(session_id)
+        now = [] if seen is None else [self._lives.now(session_id, seen)]
+        return [*now, *self._lives.former(session_id, process, epoch)]
 
     def owner(self, session_id: str) -> Ref:
         """Who has the session, as far as the store says."""
@@ -289,9 +322,9 @@ class Witness:
     ) -> list[str]:
         if call.script.name == "cancel" and outcome == b"unknown" and now.state != b"CLOSED":
             until_ms = self._store_ms() + int(call.args[1])
-            self._tombstones[session_id, _bytes(call.args[0])] = until_ms
+            self._tombstones[session_id, as_bytes(call.args[0])] = until_ms
         if call.script.name == "begin" and outcome == b"begun":
-            turn = _bytes(call.args[4])
+            turn = as_bytes(call.args[4])
             new = before is not None and turn not in before.turns
             if new and self._tombstones.get((session_id, turn), 0) > self._store_ms():
                 return [f"P4: {turn!r} began, though it was cancelled before"]
@@ -353,10 +386,6 @@ def _outcome(reply: Reply) -> bytes:
     return first if isinstance(first, bytes) else b""
 
 
-def _bytes(argument: bytes | str | int) -> bytes:
-    return argument if isinstance(argument, bytes) else str(argument).encode()
-
-
 def _unfit(fleet: dict[bytes, bytes], name: bytes) -> bool:
     return b"1" in (fleet.get(b"draining:" + name), fleet.get(b"gone:" + name))
 
@@ -375,24 +404,3 @@ def _session_event(call: ScriptCall, now: Seen) -> SessionEvent | None:
         case "close":
             return SessionEvent.CLOSE
     return None
-
-
-def _turns(record: dict[bytes, bytes], known: Iterable[bytes]) -> dict[bytes, SeenTurn]:
-    names = [*known]
-    active = record.get(b"active")
-    if not names or (active and active not in names):
-        # Turns come to be as the active one; that is when to look at all of them again.
-        names = [name[2:-7] for name in record if name[:2] == b"t:" and name[-7:] == b":status"]
-    return {name: turn for name in names if (turn := _turn(record, b"t:" + name + b":"))}
-
-
-def _turn(record: dict[bytes, bytes], prefix: bytes) -> SeenTurn | None:
-    status = record.get(prefix + b"status")
-    if status is None:
-        return None
-    return SeenTurn(
-        status,
-        record.get(prefix + b"end_len", b""),
-        record.get(prefix + b"attempt", b""),
-        int(record.get(prefix + b"deadline", b"0")),
-    )

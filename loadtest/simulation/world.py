@@ -24,7 +24,7 @@ from loadtest.simulation.engine import WatchedEngine
 from loadtest.simulation.loop import Process, VirtualClock, current_process, outside, true_time
 from loadtest.simulation.network import STORE, KvPort, Listener, Network, SimReplicaClients
 from loadtest.simulation.redis import Fault, LuaExecutor, Value
-from loadtest.simulation.rules import Ref
+from loadtest.simulation.stored import Ref
 from loadtest.simulation.timeline import Timeline
 from loadtest.simulation.witness import Witness
 from statestore import keys
