@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gateway.core.migration import MigrationLimits
-from tests.faults import networks, processes, stores
+from tests.faults import networks, overlaps, processes, stores
 from tests.faults.rounds import LONG_PROMPT, LONGEST_GAP_S, FaultClass
 from tests.faults.servers import ClusterStore, SentinelStore, SingleStore, Store
 
@@ -72,4 +72,16 @@ CLASSES: list[FaultClass] = [
     FaultClass("redis-disk-full-always", stores.disk_full, "always"),
     FaultClass("redis-sentinel-promotion", stores.promotion, "sentinel", lossy=True),
     FaultClass("redis-cluster-slot-move", stores.slot_move, "cluster"),
+    FaultClass("both-redis-restart-worker-kill", overlaps.redis_restart_and_worker_kill),
+    FaultClass("both-redis-memory-limit-worker-kill", overlaps.memory_limit_and_worker_kill),
+    FaultClass("both-worker-kill-next-worker-kill", overlaps.worker_kill_twice),
+    FaultClass("both-worker-stop-gateway-kill", overlaps.worker_stop_and_gateway_kill),
+    FaultClass("both-worker-redis-cut-gateway-kill", overlaps.redis_cut_and_gateway_kill),
+    FaultClass(
+        "both-kv-export-stop-redis-promotion",
+        overlaps.promotion_and_export_stop,
+        "sentinel",
+        lossy=True,
+        focus_prompt=LONG_PROMPT,
+    ),
 ]

@@ -47,7 +47,7 @@ async def prefill(round_: Round) -> Reached:
     sighting = await round_.reach(point)
     if round_.appends(sighting.link, turn):
         raise Unproven("the prefill was over already")
-    return Reached(_node_of(round_, sighting.link))
+    return Reached(node_of(round_, sighting.link))
 
 
 async def decode(round_: Round) -> Reached:
@@ -55,7 +55,7 @@ async def decode(round_: Round) -> Reached:
     point = Breakpoint(Way.DOWN, round_.is_append(False, nth=10), hold=False)
     round_.proxy.arm(round_.links("redis", round_.fleet.workers), point)
     round_.start_focus()
-    return Reached(_node_of(round_, (await round_.reach(point)).link))
+    return Reached(node_of(round_, (await round_.reach(point)).link))
 
 
 async def group_commit(round_: Round) -> Reached:
@@ -75,19 +75,19 @@ async def _journalling(round_: Round, *, commit: bool) -> Reached:
     round_.proxy.arm(round_.links("redis", round_.fleet.workers), point)
     round_.start_focus(tokens=30)
     sighting = await round_.reach(point)
-    return Reached(_node_of(round_, sighting.link), point, late=variant == 2, drop=variant == 0)
+    return Reached(node_of(round_, sighting.link), point, late=variant == 2, drop=variant == 0)
 
 
 async def kv_export(round_: Round) -> Reached:
-    return (await _transfer(round_))[0]
+    return (await transfer(round_))[0]
 
 
 async def kv_import(round_: Round) -> Reached:
-    source, target = await _transfer(round_)
+    source, target = await transfer(round_)
     return Reached(target.victim, source.point)
 
 
-async def _transfer(round_: Round) -> tuple[Reached, Reached]:
+async def transfer(round_: Round) -> tuple[Reached, Reached]:
     """(source, target) with a page half across; in every other round the session's turn runs."""
     source = await round_.owner(round_.focus)
     target = round_.draw.choice([n for n in round_.fleet.workers if n is not source])
@@ -122,7 +122,7 @@ async def _transfer(round_: Round) -> tuple[Reached, Reached]:
 
 async def gw_open(round_: Round) -> Reached:
     """A session is being opened, or given its first owner: before and after it is written."""
-    gateway = _focus_gateway(round_)
+    gateway = focus_gateway(round_)
     script, way = [
         ("open", Way.UP), ("open", Way.DOWN), ("place", Way.UP), ("place", Way.DOWN),
     ][round_.index % 4]  # fmt: skip
@@ -141,7 +141,7 @@ async def gw_open(round_: Round) -> Reached:
 
 async def gw_relay(round_: Round) -> Reached:
     """The gateway is passing a turn's tokens on."""
-    gateway = _focus_gateway(round_)
+    gateway = focus_gateway(round_)
     some = anyio.Event()
     turn = round_.start_focus(
         tokens=100, on_token=lambda heard: some.set() if len(heard.tokens) > 10 else None
@@ -156,7 +156,7 @@ async def gw_relay(round_: Round) -> Reached:
 
 async def gw_failover(round_: Round) -> Reached:
     """The gateway is taking a session whose owner was killed: before and after it is written."""
-    gateway = _focus_gateway(round_)
+    gateway = focus_gateway(round_)
     way = Way.UP if round_.index % 2 else Way.DOWN
     session_id = round_.focus.session_id
     point = Breakpoint(way, lambda s: s.script == "take" and s.session_id == session_id)
@@ -219,11 +219,11 @@ def killed(phase: Phase) -> Scenario:
         if at_once:
             await round_.restart(victim)
         if reached.late:
-            await _overtaken(round_, before, victim)
+            await overtaken(round_, before, victim)
         reached.let_go()
         if reached.late:
             await _refused(round_, reached)
-        await _focus_ends(round_)
+        await focus_ends(round_)
         if not at_once:
             await round_.restart(victim)
 
@@ -247,7 +247,7 @@ def frozen(phase: Phase) -> Scenario:
         if namesake:
             round_.fleet.move(victim)
             await round_.restart(victim)
-        await _overtaken(round_, before, victim)
+        await overtaken(round_, before, victim)
         old.wake()
         round_.prove(f"{victim.name} woken (SIGCONT)")
         reached.let_go()
@@ -259,7 +259,7 @@ def frozen(phase: Phase) -> Scenario:
             round_.prove(f"the replaced process ended with {code}")
             if code != 1:
                 raise Unproven(f"a replaced worker ended with {code}, not 1")
-        await _focus_ends(round_)
+        await focus_ends(round_)
 
     return scenario
 
@@ -270,7 +270,7 @@ async def _ownership_if_any(round_: Round) -> tuple[bytes, bytes, bytes]:
     return await round_.ownership(round_.focus)
 
 
-async def _overtaken(round_: Round, before: tuple[bytes, bytes, bytes], victim: Node) -> None:
+async def overtaken(round_: Round, before: tuple[bytes, bytes, bytes], victim: Node) -> None:
     """Until the world has gone on without the victim: for the owner of the session another owner,
     for others the end of the turn. An idle session goes on with a turn."""
     if round_.focus_turn is None and round_.focus.session_id:
@@ -278,7 +278,7 @@ async def _overtaken(round_: Round, before: tuple[bytes, bytes, bytes], victim: 
     if before[1] == victim.name.encode():
         await round_.replaced(before)
     else:
-        await _focus_ends(round_)
+        await focus_ends(round_)
         round_.prove("the turn has ended without it")
 
 
@@ -306,7 +306,8 @@ async def _refused(round_: Round, reached: Reached) -> None:
         round_.focus.violations.append(f"I1: a late {sent.script} was answered {outcomes[0]!r}")
 
 
-async def _focus_ends(round_: Round) -> None:
+async def focus_ends(round_: Round) -> None:
+    """Until the focus session's turn has ended; one is started if there was none."""
     with anyio.fail_after(75.0):
         while round_.focus_turn is None:  # it is being opened, or was only to be moved
             if round_.focus.session_id:
@@ -316,11 +317,13 @@ async def _focus_ends(round_: Round) -> None:
         await round_.focus_done.wait()
 
 
-def _node_of(round_: Round, link: str) -> Node:
+def node_of(round_: Round, link: str) -> Node:
+    """Whose link this is."""
     return round_.fleet.named(link.partition(":")[2])
 
 
-def _focus_gateway(round_: Round) -> Node:
+def focus_gateway(round_: Round) -> Node:
+    """The gateway that the focus agent uses."""
     return round_.fleet.named(round_.focus.door.name)
 
 

@@ -77,6 +77,8 @@ class Link:
         self.passed = {Way.UP: 0, Way.DOWN: 0}
         """Bytes that went through."""
         self.resets = 0
+        self.refused = 0
+        """Connections that were not made, by order of the link or because its server is gone."""
         self._resp = resp
         self._breakpoints: list[Breakpoint] = []
         self._refusing = False
@@ -136,6 +138,7 @@ class Link:
                 client, _ = await loop.sock_accept(self._listener)
                 client.setblocking(False)
                 if self._refusing:
+                    self.refused += 1
                     _reset(client)
                     continue
                 tasks.start_soon(self._serve_connection, client, name=f"proxy {self.name}")
@@ -152,7 +155,11 @@ class Link:
         connection = Connection(client, server)
         orderly = False
         try:
-            await asyncio.get_running_loop().sock_connect(server, self.target)
+            try:
+                await asyncio.get_running_loop().sock_connect(server, self.target)
+            except OSError:
+                self.refused += 1
+                raise
             self.connections.add(connection)
             with connection.scope:
                 async with anyio.create_task_group() as pumps:

@@ -160,13 +160,17 @@ class Round:
         """Kills the focus session's owner: what the store has lost of the sessions that it owned
         cannot be repaired."""
         owner = await self.owner(self.focus)
-        for agent in self.agents:
-            if (await self.ownership(agent))[1] == owner.name.encode():
-                self.may_be_told.add(agent.name)
+        await self.may_lose_what_it_owns(owner)
         owner.process.kill()
         await owner.process.ended()
         self.prove(f"{owner.name}, which holds them, killed")
         return owner
+
+    async def may_lose_what_it_owns(self, owner: Node) -> None:
+        """This worker will not write again in time what the store loses of its sessions."""
+        for agent in self.agents:
+            if agent.session_id and (await self.ownership(agent))[1] == owner.name.encode():
+                self.may_be_told.add(agent.name)
 
     # -- phases -------------------------------------------------------------------------------
 

@@ -88,8 +88,9 @@ class Soak:
     async def _faults(self, until: float) -> None:
         draw = random.Random(self._seed)
         steady = [c for c in CLASSES if any(part in c.name for part in STEADY)]
-        # A worker is killed to have a fail-over.
+        # A worker is killed to have a fail-over, and wherever two faults overlap.
         steady = [c for c in steady if c.store == "everysec" and "failover" not in c.name]
+        steady = [c for c in steady if not c.name.startswith("both-")]
         index = 0
         while anyio.current_time() < until:
             chosen: FaultClass = draw.choice(steady)

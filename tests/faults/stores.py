@@ -54,7 +54,7 @@ async def hear_more(turn: Heard, count: int) -> None:
 async def restart(round_: Round) -> None:
     """SIGKILL with an append in flight (before or after it was applied), or between appends; the
     server comes back with its file."""
-    server = _single(round_).server
+    server = single(round_).server
     variant = round_.index % 4
     point = None
     if variant < 3:
@@ -66,7 +66,7 @@ async def restart(round_: Round) -> None:
         await round_.reach(point)
     else:
         await heard_tokens(round_, 10)
-    await _kill(round_, server)
+    await kill_server(round_, server)
     if point is not None:
         point.decide(Verdict.DROP)
     await anyio.sleep(round_.draw.choice([0.0, 0.3, 1.5, 3.0]))
@@ -79,7 +79,7 @@ async def power_cut(round_: Round) -> None:
     """With appendfsync everysec a power cut loses what was acknowledged within the last second:
     the server is killed, and the end of its file is cut off, in mid-record if it falls so. In every
     third round the worker that could repair it dies too."""
-    server = _single(round_).server
+    server = single(round_).server
     turn = await heard_tokens(round_, 10)
     kept = server.aof().stat().st_size
     before = len(turn.tokens)
@@ -87,7 +87,7 @@ async def power_cut(round_: Round) -> None:
     heard = len(turn.tokens)
     unrepaired = round_.index % 3 == 2
     owner = await round_.kill_owner() if unrepaired else None
-    await _kill(round_, server)
+    await kill_server(round_, server)
     size = server.aof().stat().st_size
     os.truncate(server.aof(), kept)
     if heard <= before or size <= kept or turn.ended:
@@ -99,7 +99,8 @@ async def power_cut(round_: Round) -> None:
     await round_.focus_done.wait()
 
 
-async def _kill(round_: Round, server: RedisServer) -> None:
+async def kill_server(round_: Round, server: RedisServer) -> None:
+    """SIGKILL."""
     server.process.kill()
     await server.process.ended()
     round_.prove(f"{server.name} killed (SIGKILL), it was {server.process.pid}")
@@ -109,7 +110,7 @@ async def disk_full(round_: Round) -> None:
     """No byte more can be written to the append-only file (a limit of the process on file sizes:
     the server sees EFBIG where a full disk gives ENOSPC). With everysec it refuses writes until
     there is room; with always it exits."""
-    server = _single(round_).server
+    server = single(round_).server
     await heard_tokens(round_, 10)
     size = server.aof().stat().st_size
     pid = server.process.pid
@@ -121,7 +122,7 @@ async def disk_full(round_: Round) -> None:
         await anyio.sleep(round_.draw.uniform(0.1, 2.0))
         await server.start()
     else:
-        await _refuses(round_, "MISCONF")
+        await refuses(round_, "MISCONF")
         await anyio.sleep(round_.draw.uniform(0.1, 2.0))
         infinity = resource.RLIM_INFINITY
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (infinity, infinity))
@@ -134,7 +135,7 @@ async def memory_full(round_: Round) -> None:
     await heard_tokens(round_, 10)
     await round_.fleet.raw.config_set("maxmemory", 1 << 20)
     try:
-        await _refuses(round_, "OOM")
+        await refuses(round_, "OOM")
         await anyio.sleep(round_.draw.uniform(0.1, 2.0))
     finally:
         await round_.fleet.raw.config_set("maxmemory", 0)
@@ -142,7 +143,7 @@ async def memory_full(round_: Round) -> None:
     await round_.focus_done.wait()
 
 
-async def _refuses(round_: Round, error: str) -> None:
+async def refuses(round_: Round, error: str) -> None:
     """Until the server has refused writes with this error."""
     raw = round_.fleet.raw
     before = _count(await raw.info("errorstats"), error)
@@ -160,7 +161,8 @@ def _count(info: dict[str, Any], error: str) -> int:
     return int(entry["count"] if isinstance(entry, dict) else str(entry).partition("=")[2])
 
 
-def _single(round_: Round) -> SingleStore:
+def single(round_: Round) -> SingleStore:
+    """The store, which is one server."""
     store = round_.fleet.store
     assert isinstance(store, SingleStore)
     return store
@@ -186,7 +188,7 @@ async def promotion(round_: Round) -> None:
         if had <= 0 or turn.ended:
             raise Unproven("the replica was not behind")
         owner = await round_.kill_owner() if round_.index % 3 == 2 else None
-        await _kill(round_, store.primary)
+        await kill_server(round_, store.primary)
         round_.prove(f"its replica has {had // 4} tokens of the session less")
         await until(store.promoted, "Sentinel promoted nobody")
     finally:
