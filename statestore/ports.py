@@ -163,7 +163,8 @@ class Appended:
 @dataclass(frozen=True, slots=True)
 class TurnEnded:
     """The turn has ended (cancel, deadline, close, poison, or an earlier commit) and the tokens
-    of this write were not taken. ``turn.output_end`` is the ledger's end for the turn."""
+    of this write were not taken, except those of a repair up to ``turn.output_end``, which is the
+    ledger's end for the turn."""
 
     turn: Turn
 
@@ -222,7 +223,10 @@ class Repair:
     stored epoch is lower than ``epoch`` or the same grant. Keeps the first ``keep`` tokens, drops
     the rest, appends ``tokens``; the session's head becomes ``head``. ``turns`` are written where
     missing or behind, in index order; ``active_turn_id`` becomes the running turn (or none).
-    Ended turns stay ended. CLOSED and missing sessions are never re-created.
+    Ended turns stay ended. One that a cancel or its deadline ended short of tokens that the store
+    had lost gets these back and ends after them, if nothing was built on its end since (no turn, no
+    fork); if it is the active one here, the outcome is TurnEnded with that end. CLOSED and missing
+    sessions are never re-created.
     """
 
     session_id: str

@@ -25,25 +25,46 @@ if number == stored and s.length == ARGV[11] and s.digest == ARGV[12]
     and s.active == ARGV[13] and s.turn_index == tonumber(ARGV[14]) then
   return {'appended'}
 end
+local ending = call('HMGET', KEYS[1], turn_field(ARGV[13], 'status'),
+  turn_field(ARGV[13], 'end_len'), turn_field(ARGV[13], 'end_digest'))
+if ending[1] and ended(ending[1]) and ending[2] == ARGV[11] and ending[3] == ARGV[12] then
+  return {'ended', turn(s, ARGV[13])}
+end
 if s.epoch ~= ARGV[5] or s.nonce ~= ARGV[6] or s.length ~= ARGV[7] or s.digest ~= ARGV[8] then
   return mismatch(s)
 end
 
--- Turns that ended stay as they ended: a given turn that says otherwise ends the repair.
+local keep, length = tonumber(ARGV[9]), tonumber(s.length)
+local far = call('HMGET', KEYS[3], 'tokens:' .. ARGV[15], 'turns:' .. ARGV[15])
+local forked_tokens, forked_turns = tonumber(far[1] or '0'), tonumber(far[2] or '0')
+
+-- Whether the server ended a turn (a cancel, its deadline) after it had lost the end of its output,
+-- and nothing was built on that end since: no turn, and no fork.
+local function cut_short(t, stored)
+  return (stored.reason == 'cancelled' or stored.reason == 'deadline') and (stored.usage or '') == ''
+    and (not ended(t.status) or (t.status == stored.status and t.reason == stored.reason))
+    and t.index == stored.index and t.start_len == stored.start_len
+    and tonumber(t.index) == s.turn_index - 1 and s.active == ''
+    and tonumber(t.index) >= forked_turns
+    and keep == length and tonumber(t.end_len) > length
+end
+
+-- Turns that ended stay as they ended: a given turn that says otherwise ends the repair. Only one
+-- that was cut short gets its tokens back, and ends where they do.
+local longer
 for _, t in ipairs(given) do
-  local v = call('HMGET', KEYS[1], turn_field(t.id, 'status'), turn_field(t.id, 'end_len'),
-    turn_field(t.id, 'end_digest'))
-  t.stored = v[1]
-  if v[1] and ended(v[1]) and (t.status ~= v[1] or t.end_len ~= v[2] or t.end_digest ~= v[3]) then
-    return {'ended', turn(s, t.id)}
+  local stored, values = {}, turn_values(KEYS[1], t.id)
+  for i, name in ipairs(TURN_FIELDS) do stored[name] = values[i] end
+  t.has_ended = stored.status and ended(stored.status)
+  if t.has_ended and (t.status ~= stored.status or t.end_len ~= stored.end_len
+      or t.end_digest ~= stored.end_digest) then
+    if not cut_short(t, stored) then return {'ended', turn(s, t.id)} end
+    longer = t
   end
 end
 
 -- Neither the tokens of an ancestor nor tokens and turns that a fork refers to can be replaced.
-local keep, length = tonumber(ARGV[9]), tonumber(s.length)
 local diverged = {'fenced', s.epoch, s.nonce, s.owner, s.owner_inc, 1}
-local far = call('HMGET', KEYS[3], 'tokens:' .. ARGV[15], 'turns:' .. ARGV[15])
-local forked_tokens, forked_turns = tonumber(far[1] or '0'), tonumber(far[2] or '0')
 local past = tonumber(ARGV[14]) + (ARGV[13] ~= '' and 1 or 0)
 if keep < s.own_base or keep > length or past < forked_turns
     or (keep < length and keep < forked_tokens) then
@@ -76,23 +97,31 @@ while forget(past) do past = past + 1 end
 
 local deadline = '0'
 for _, t in ipairs(given) do
-  if not (t.stored and ended(t.stored)) then
+  if not t.has_ended then
     write_turn(KEYS[1], t.id, t.index, t.values)
     call('HSET', KEYS[1], turn_field(t.id, 'call'), '', turn_field(t.id, 'attempt_from'),
       t.start_len, turn_field(t.id, 'stalled'), '0', turn_field(t.id, 'planned'), '')
   end
 end
-if ARGV[13] ~= '' then
-  deadline = call('HGET', KEYS[1], turn_field(ARGV[13], 'deadline'))
-  put(s, turn_field(ARGV[13], 'status'), 'RUNNING')
+local active, turn_index = ARGV[13], ARGV[14]
+if longer then
+  put(s, turn_field(longer.id, 'end_len'), longer.end_len)
+  put(s, turn_field(longer.id, 'end_digest'), longer.end_digest)
+end
+if longer and longer.id == active then
+  active, turn_index = '', int(s.turn_index)
+elseif active ~= '' then
+  deadline = call('HGET', KEYS[1], turn_field(active, 'deadline'))
+  put(s, turn_field(active, 'status'), 'RUNNING')
 end
 s.epoch, s.nonce = ARGV[1], ARGV[2]
 put(s, 'epoch', ARGV[1])
 put(s, 'nonce', ARGV[2])
 set_owner(s, ARGV[3], ARGV[4])
 set_head(s, ARGV[11], ARGV[12])
-put(s, 'active', ARGV[13])
+put(s, 'active', active)
 put(s, 'deadline', deadline)
-put(s, 'turn_index', ARGV[14])
+put(s, 'turn_index', turn_index)
 save(s)
+if longer and longer.id == ARGV[13] then return {'ended', turn(s, longer.id)} end
 return {'appended'}

@@ -222,6 +222,145 @@ async def test_a_turn_that_ended_stays_ended(backend: Backend, store: RedisStore
     assert (session.head, session.active_turn_id) == (stored_head, None)
 
 
+async def cut_short(backend: Backend, owner: Owner) -> tuple[Turn, Position]:
+    """A running turn whose last tokens the store has lost: the turn, and where the store has it."""
+    turn = await owner.begun()
+    await owner.write(4)
+    stored_head, saved = owner.head, await backend.save()
+    await owner.write(5, 6)
+    await backend.roll_back(saved)
+    return replace(turn, output_end=owner.head), stored_head
+
+
+async def test_a_turn_cancelled_short_of_tokens_that_were_lost_gets_them_back(
+    backend: Backend, store: RedisStore
+) -> None:
+    owner = await Owner.of(store)
+    turn, stored_head = await cut_short(backend, owner)
+    cancelled = await store.cancel_turn("ses_f", "t1")
+    assert isinstance(cancelled, TurnEnded)
+    assert cancelled.turn.output_end == stored_head
+    repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[turn], active="t1")
+    for _ in range(2):
+        assert await store.repair(repair) == TurnEnded(
+            replace(cancelled.turn, output_end=owner.head)
+        )
+    await check(store, owner)
+    assert await known_turns(store) == [replace(cancelled.turn, output_end=owner.head)]
+    session = await session_of(store, "ses_f")
+    assert (session.active_turn_id, session.turn_index) == (None, 1)
+    await owner.run_turn("t2", [7])
+    await check(store, owner)
+
+
+@ANSWERING
+async def test_a_turn_that_ran_into_its_deadline_short_of_lost_tokens_gets_them_back(
+    backend: Backend,
+) -> None:
+    store = store_on(backend, StoreLimits(index_grace_ms=1))
+    owner = await Owner.of(store)
+    outcome = await owner.begin(timeout_ms=1)
+    assert isinstance(outcome, TurnBegun)
+    stored_head = owner.head
+    owner.tokens += [4, 5]
+    while not (await store.sweep(10)).turns_expired:
+        pass
+    (ended,) = await known_turns(store)
+    turn = replace(outcome.turn, output_end=owner.head)
+    repair = owner.repair(stored_head, owner.epoch, keep=3, turns=[turn], active="t1")
+    assert await store.repair(repair) == TurnEnded(replace(ended, output_end=owner.head))
+    await check(store, owner)
+
+
+async def test_the_newest_owner_lengthens_a_cancelled_turn_though_its_grant_was_lost(
+    backend: Backend, store: RedisStore
+) -> None:
+    first = await Owner.of(store)
+    turn = await first.begun()
+    saved = await backend.save()
+    second = await taken(store, first)
+    await store.resume_turn("ses_f", second.epoch, "t1")
+    await second.write(4)
+    await backend.roll_back(saved)
+    assert isinstance(await store.cancel_turn("ses_f", "t1"), TurnEnded)
+    held = replace(turn, output_end=second.head)
+    repair = second.repair(first.head, first.epoch, keep=3, turns=[held], active="t1")
+    outcome = await store.repair(repair)
+    assert isinstance(outcome, TurnEnded)
+    assert outcome.turn.output_end == second.head
+    await check(store, second)
+
+
+async def test_an_owner_that_heard_of_the_cancel_lengthens_it_as_well(
+    backend: Backend, store: RedisStore
+) -> None:
+    owner = await Owner.of(store)
+    _, stored_head = await cut_short(backend, owner)
+    cancelled = await store.cancel_turn("ses_f", "t1")
+    assert isinstance(cancelled, TurnEnded)
+    longer = replace(cancelled.turn, output_end=owner.head)
+    repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[longer], turn_index=1)
+    for _ in range(2):
+        assert await store.repair(repair) == Appended(owner.head)
+    await check(store, owner)
+    assert await known_turns(store) == [longer]
+
+
+async def test_a_cancelled_turn_with_other_tokens_is_not_lengthened(
+    backend: Backend, store: RedisStore
+) -> None:
+    owner = await Owner.of(store)
+    turn, stored_head = await cut_short(backend, owner)
+    cancelled = await store.cancel_turn("ses_f", "t1")
+    repair = owner.repair(stored_head, owner.epoch, keep=3, turns=[turn], active="t1")
+    assert await store.repair(repair) == cancelled
+    assert (await session_of(store, "ses_f")).head == stored_head
+
+
+async def test_what_began_after_a_cancelled_turn_is_not_overwritten(
+    backend: Backend, store: RedisStore
+) -> None:
+    owner = await Owner.of(store)
+    turn, stored_head = await cut_short(backend, owner)
+    cancelled = await store.cancel_turn("ses_f", "t1")
+    later = Owner(store, "ses_f", owner.ref, owner.epoch)
+    later.tokens = owner.tokens[: stored_head.length]
+    await later.begun("t2", ())
+    repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[turn], active="t1")
+    assert await store.repair(repair) == cancelled
+    await later.write(commit=STOP)
+    assert await store.repair(repair) == cancelled
+    await check(store, later)
+
+
+async def test_a_fork_keeps_the_end_that_a_cancelled_turn_had(
+    backend: Backend, store: RedisStore
+) -> None:
+    owner = await Owner.of(store)
+    turn, stored_head = await cut_short(backend, owner)
+    cancelled = await store.cancel_turn("ses_f", "t1")
+    assert isinstance(await store.fork("ses_f", "ses_f.c", None, ()), SessionWritten)
+    repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[turn], active="t1")
+    assert await store.repair(repair) == cancelled
+    child = await session_of(store, "ses_f.c")
+    assert child.head == stored_head
+    assert isinstance(cancelled, TurnEnded)
+    assert await store.get_turns(child, 0, 9) == (cancelled.turn,)
+
+
+async def test_a_turn_that_was_committed_is_not_lengthened(
+    backend: Backend, store: RedisStore
+) -> None:
+    owner = await Owner.of(store)
+    turn, stored_head = await cut_short(backend, owner)
+    shorter = Owner(store, "ses_f", owner.ref, owner.epoch)
+    shorter.tokens, shorter.turn_id = owner.tokens[: stored_head.length], "t1"
+    assert await shorter.write(commit=STOP) == Appended(stored_head)
+    repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[turn], active="t1")
+    assert isinstance(await store.repair(repair), TurnEnded)
+    await check(store, shorter)
+
+
 async def test_a_suspended_session_is_not_repaired(store: RedisStore) -> None:
     owner = await Owner.of(store)
     await store.suspend("ses_f")

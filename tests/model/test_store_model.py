@@ -44,6 +44,7 @@ T = TypeVar("T")
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=3)
 RARELY = st.sampled_from([False, False, False, True])
 NUMBERS = st.integers(0, 15)
+MAX_SESSIONS = 4
 LIMITS = StoreLimits(max_segments=2, max_attempts_without_progress=2)
 
 
@@ -152,7 +153,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.place(self.sessions[-1])
 
     @rule(data=st.data())
-    @precondition(lambda self: len(self.sessions) < 4)
+    @precondition(lambda self: len(self.sessions) < MAX_SESSIONS)
     def fork(self, data: st.DataObject) -> None:
         parent = self.pick(data)
         at = data.draw(st.none() | st.integers(0, len(parent.boundaries)))
@@ -328,6 +329,38 @@ class StoreMachine(RuleBasedStateMachine):
         for session in self.sessions:
             self.check(session)
 
+    @rule(data=st.data(), tokens=TOKENS.filter(len), fork=RARELY, soon=st.booleans())
+    def lose_the_end_of_a_turn_and_cancel_it(
+        self, data: st.DataObject, tokens: list[int], fork: bool, soon: bool
+    ) -> None:
+        session = self.pick(data, lambda it: it.owned and it.active is not None)
+        self.save()
+        if session.active is None or not session.owned:
+            return
+        head = position_of([*session.tokens, *tokens])
+        append = Append(
+            session.session_id,
+            session.epoch,
+            session.active.turn_id,
+            position_of(session.tokens),
+            tokens,
+            head,
+        )
+        assert self.run(self.store.append_many([append])) == [Appended(head)]
+        session.tokens = session.tokens + tokens
+        session.active.status = TurnStatus.RUNNING
+        self.lose_writes()
+        (stored,) = (it for it in self.sessions if it.session_id == session.session_id)
+        assert stored.active is not None
+        outcome = self.run(self.store.cancel_turn(stored.session_id, stored.active.turn_id))
+        assert isinstance(outcome, TurnEnded)
+        stored.end(TurnStatus.CANCELLED)
+        self.check(stored)
+        if fork and len(self.sessions) < MAX_SESSIONS:
+            self.fork(data)
+        if soon:
+            self.repair(data, late=False)
+
     @rule(data=st.data(), tokens=TOKENS, number=NUMBERS, commit=st.booleans())
     def lose_what_was_just_written(
         self, data: st.DataObject, tokens: list[int], number: int, commit: bool
@@ -387,9 +420,20 @@ class StoreMachine(RuleBasedStateMachine):
             assert isinstance(outcome, Fenced)
         elif there:
             assert isinstance(outcome, Appended)
+        elif active and self.ended_at(session, active) == model.tokens:
+            assert isinstance(outcome, TurnEnded)
         elif late:
             assert isinstance(outcome, HeadMismatch)
         elif isinstance(outcome, Appended):
+            self.repaired(session, model)
+        elif (
+            self.is_cut_short(session, model)
+            and isinstance(outcome, TurnEnded)
+            and (outcome.turn.output_end == position_of(model.tokens) or not self.forked(session))
+        ):
+            assert outcome.turn.output_end == position_of(model.tokens)
+            assert outcome.turn.status is TurnStatus.CANCELLED
+            model.end(TurnStatus.CANCELLED)
             self.repaired(session, model)
         else:
             # Somebody refers to what the store went on with, or a turn has ended otherwise.
@@ -405,6 +449,31 @@ class StoreMachine(RuleBasedStateMachine):
             )
         for each in self.sessions:
             self.check(each)
+
+    @staticmethod
+    def ended_at(session: SessionModel, turn_id: str) -> list[int] | None:
+        """The ledger up to the end of a turn of the session's own, if it has ended."""
+        for turn in session.own_turns:
+            if turn.turn_id == turn_id and turn.status.ended:
+                return session.tokens[: turn.end]
+        return None
+
+    @staticmethod
+    def is_cut_short(session: SessionModel, model: SessionModel) -> bool:
+        """Whether all that the store lost is the end of a turn that was cancelled since."""
+        if not session.own_turns or len(session.turns) != len(model.turns):
+            return False
+        stored, ours = session.turns[-1], model.turns[-1]
+        return (
+            (stored.turn_id, stored.start) == (ours.turn_id, ours.start)
+            and stored.status is TurnStatus.CANCELLED
+            and session.tokens == model.tokens[: len(session.tokens)]
+        )
+
+    def forked(self, session: SessionModel) -> bool:
+        """Whether a fork may refer to the session's last turn."""
+        made = [*self.sessions, *self.purged]
+        return any(it.parent_id == session.session_id for it in made)
 
     @staticmethod
     def repaired(session: SessionModel, model: SessionModel) -> None:

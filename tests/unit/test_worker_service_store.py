@@ -11,11 +11,23 @@ from sessile.v1 import types_pb2
 from gateway.core import errors
 from loadtest.simulation.redis import Fault
 from statestore.executor import ScriptCall
-from tests.support.replica_world import SESSION, Heard, in_virtual_time, listen, message, world
+from statestore.ports import TurnBegun
+from statestore.records import TurnSpec
+from tests.support.replica_world import (
+    SESSION,
+    Heard,
+    RunningReplica,
+    World,
+    in_virtual_time,
+    listen,
+    message,
+    world,
+)
 from workers.config import TurnLimits
 from workers.engines.port import Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.model import expected_output
+from workers.text.bytes_codec import BytesCodec
 from workers.turn.ending import Broken
 
 
@@ -154,6 +166,158 @@ async def test_the_owner_puts_back_what_the_store_lost_in_mid_turn() -> None:
         ledger = await w.ledger()
         start = heard.accepted.output_start.length
         assert heard.tokens == ledger[start:] == expected(ledger, start, 20)
+
+
+async def cut_short(w: World, replica: RunningReplica, heard: Heard) -> None:
+    """A turn whose last tokens the store loses, and that is cancelled before anybody writes."""
+    kept = w.executor.snapshot()
+    cancelled = False
+
+    async def fail_over() -> None:
+        nonlocal kept, cancelled
+        if 3 <= len(heard.tokens) < 5:
+            kept = w.executor.snapshot()
+        elif len(heard.tokens) > 10 and not cancelled:
+            cancelled = True
+            w.executor.restore(kept)
+            await w.store.cancel_turn(SESSION, "t1")
+            run = replica.app._runs.get(SESSION)
+            assert run is not None
+            run.look()
+
+    await listen(replica, await w.request(replica), heard, between=fail_over)
+    assert cancelled
+
+
+@in_virtual_time
+async def test_a_turn_cancelled_before_its_lost_tokens_are_back_ends_where_its_client_is() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        heard = Heard()
+        await cut_short(w, replica, heard)
+        assert len(heard.tokens) > 10
+        assert heard.finished.status == types_pb2.TURN_STATUS_CANCELLED
+        assert heard.finished.end == heard.end
+        assert heard.finished.usage.output_tokens == len(heard.tokens)
+        assert heard.tokens == (await w.ledger())[heard.accepted.output_start.length :]
+        assert (await w.turn()).status == "CANCELLED"
+        known = types_pb2.Precondition(head=heard.finished.end, turn_index=1)
+        await listen(replica, await w.request(replica, "More", "t2", precondition=known))
+
+
+@in_virtual_time
+async def test_a_turn_that_began_after_a_shorter_end_is_not_overwritten() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        owned = await w.give(replica)
+        heard = Heard()
+        kept = w.executor.snapshot()
+
+        async def fail_over() -> None:
+            nonlocal kept
+            if 3 <= len(heard.tokens) < 5:
+                kept = w.executor.snapshot()
+            elif len(heard.tokens) > 10:
+                w.executor.restore(kept)
+                await w.store.cancel_turn(SESSION, "t1")
+                short = (await w.session()).head
+                outcome = await w.store.begin_turn(
+                    SESSION,
+                    owned.epoch,
+                    short,
+                    TurnSpec("other", b"", b"", 60_000),
+                    [],
+                    short,
+                    token_fingerprint=BytesCodec().token_fingerprint,
+                )
+                assert isinstance(outcome, TurnBegun)
+
+        with pytest.raises(errors.Unavailable, match="attach again"):
+            await listen(replica, await w.request(replica), heard, between=fail_over)
+        request = await w.request(replica)
+        request.turn.resume_from.CopyFrom(heard.end)
+        with pytest.raises(errors.DataLoss):
+            await listen(replica, request)
+        assert (await w.session()).active_turn_id == "other"
+
+
+@in_virtual_time
+async def test_what_the_store_loses_of_a_cancelled_turn_is_put_back_for_who_reads_it_again() -> (
+    None
+):
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        heard = Heard()
+        kept = w.executor.snapshot()
+
+        async def cancel() -> None:
+            nonlocal kept
+            if 3 <= len(heard.tokens) < 5:
+                kept = w.executor.snapshot()
+            elif len(heard.tokens) > 10:
+                await w.store.cancel_turn(SESSION, "t1")
+
+        request = await w.request(replica)
+        await listen(replica, request, heard, between=cancel)
+        assert heard.finished.status == types_pb2.TURN_STATUS_CANCELLED
+        w.executor.restore(kept)
+        await w.store.cancel_turn(SESSION, "t1")
+        request.turn.resume_from.CopyFrom(heard.end)
+        again = await listen(replica, request)
+        assert again.finished.end == heard.finished.end
+        assert (await w.session()).head.length == heard.finished.end.length
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_what_the_store_loses_of_a_turn_that_broke_off_is_put_back_by_its_owner(
+    cancelled: bool,
+) -> None:
+    @in_virtual_time
+    async def turn() -> None:
+        async with world() as w:
+            replica = await w.start()
+            await w.open()
+            await w.give(replica)
+            heard = Heard()
+            kept = w.executor.snapshot()
+
+            async def remember() -> None:
+                nonlocal kept
+                if 3 <= len(heard.tokens) < 5:
+                    kept = w.executor.snapshot()
+
+            request = await w.request(replica)
+            await listen(
+                replica, request, heard, between=remember, until=lambda h: len(h.tokens) > 9
+            )
+            run = replica.app._runs.get(SESSION)
+            assert run is not None
+            run.leave(Broken(errors.Unavailable("the engine makes no progress")))
+            await anyio.sleep(0.1)
+            w.executor.restore(kept)
+            if cancelled:
+                await w.store.cancel_turn(SESSION, "t1")
+            request.turn.resume_from.CopyFrom(heard.end)
+            rest = await listen(replica, request)
+            tokens = heard.tokens + rest.tokens
+            start = heard.accepted.output_start.length
+            assert (
+                tokens
+                == (await w.ledger())[start:]
+                == expected(await w.ledger(), start, len(tokens))
+            )
+            assert (len(tokens) < 20) == cancelled
+            ended = (
+                types_pb2.TURN_STATUS_CANCELLED if cancelled else types_pb2.TURN_STATUS_COMMITTED
+            )
+            assert rest.finished.status == ended
+
+    turn()
 
 
 @in_virtual_time

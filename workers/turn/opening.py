@@ -30,7 +30,7 @@ from workers.residency import ResidentSession
 from workers.text.port import BadMessages, LastTurn
 from workers.turn.output import TurnOutput
 from workers.turn.ports import TurnPorts, read_context, refusal
-from workers.turn.repair import repair
+from workers.turn.repair import broken_off, is_behind, repair
 from workers.turn.request import (
     DEFAULT_TIMEOUT_MS,
     TurnPlan,
@@ -173,13 +173,14 @@ class TurnOpening:
             raise refusal(session.session_id, store.Refused(session.state))
         resident = self._ports.residency.get(session.session_id)
         ours = resident is not None and resident.epoch == self._epoch
-        if ours and resident is not None and self._behind(session, resident):
+        if ours and resident is not None and is_behind(session, context.turn, resident):
+            held = broken_off(session, context.turn, resident)
             outcome = await repair(
-                self._ports.store, resident, self._ports.ref, self._epoch, None, give_up_at
+                self._ports.store, resident, self._ports.ref, self._epoch, held, give_up_at
             )
             if isinstance(outcome, store.Fenced | store.Refused | store.Missing):
                 raise refusal(session.session_id, outcome)
-            if isinstance(outcome, store.TurnEnded):
+            if isinstance(outcome, store.TurnEnded) and outcome.turn.output_end != resident.head:
                 # The store went on from what it had: what this replica holds is another history.
                 raise NotOwner(
                     f"session {session.session_id}: turn {outcome.turn.spec.turn_id} ended "
@@ -193,17 +194,6 @@ class TurnOpening:
         if needed and needed != self._ports.codec.token_fingerprint:
             raise NotOwner(f"session {session.session_id} needs another tokenizer or template")
         return context
-
-    @staticmethod
-    def _behind(session: Session, resident: ResidentSession) -> bool:
-        return session.epoch <= resident.epoch and (
-            session.turn_index < resident.turn_index
-            or (
-                session.turn_index == resident.turn_index
-                and session.active_turn_id is None
-                and session.head.length < len(resident.tokens)
-            )
-        )
 
     # -- a new turn -----------------------------------------------------------------------------
 

@@ -12,12 +12,36 @@ from functools import partial
 
 from gateway.core.errors import DataLoss, Unavailable
 from statestore.ports import Fenced, HeadMismatch, JournalPort, Repair, RepairOutcome
-from statestore.records import Epoch, ReplicaRef, Session, Turn
+from statestore.records import Epoch, ReplicaRef, Session, Turn, TurnStatus
 from workers.journal import until_answered
 from workers.residency import ResidentSession
 
 MAX_TRIES = 4
 """Times a repair starts over because the store changed between look and write."""
+
+
+def is_behind(session: Session, turn: Turn | None, resident: ResidentSession) -> bool:
+    """Whether the store has less of the session than this replica wrote under its epoch. Can tell
+    between turns, and in ``turn`` if its run broke off here."""
+    if session.epoch > resident.epoch:
+        return False
+    if session.turn_index < resident.turn_index:
+        return True
+    idle = session.turn_index == resident.turn_index and session.active_turn_id is None
+    shorter = session.head.length < len(resident.tokens)
+    return shorter and (idle or broken_off(session, turn, resident) is not None)
+
+
+def broken_off(session: Session, turn: Turn | None, resident: ResidentSession) -> Turn | None:
+    """The session's last turn as far as this replica had it when its run broke off, if ``turn`` is
+    that. The store may have ended it since."""
+    if turn is None or turn.index != resident.turn_index:
+        return None
+    after = turn.index + 1 if turn.status.ended else turn.index
+    active = None if turn.status.ended else turn.spec.turn_id
+    if (session.turn_index, session.active_turn_id) != (after, active):
+        return None
+    return replace(turn, status=TurnStatus.RUNNING, output_end=resident.head, result=None)
 
 
 async def repair(

@@ -19,7 +19,7 @@ from sessile.v1 import types_pb2 as pb
 
 from gateway.core.errors import InternalError, SessileError, Unavailable
 from statestore import ports as store
-from statestore.ports import Append, StoreError, StoreUnavailable
+from statestore.ports import Append, RepairOutcome, StoreError, StoreUnavailable
 from statestore.records import Epoch, FinishReason, Position, Turn, TurnResult, TurnStatus
 from workers.engines.port import EngineFailed
 from workers.journal import until_answered
@@ -338,7 +338,7 @@ class TurnRun:
                     replace(opened.turn, status=commit.status, output_end=head, result=commit)
                 )
             case store.TurnEnded(turn=turn):
-                return self._ended_by_store(opened, turn)
+                return await self._ended_by_store(opened, turn)
             case store.HeadMismatch() | store.TurnUnknown():
                 return await self._repair(opened)
             case store.Fenced() | store.Missing():
@@ -350,10 +350,14 @@ class TurnRun:
         self.released, self._head, self._repairs = count, head, 0
         self._notify()
 
-    def _ended_by_store(self, opened: Opened, turn: Turn) -> Ending:
+    async def _ended_by_store(self, opened: Opened, turn: Turn) -> Ending:
         """The turn ended under us: a cancel, a close, its deadline, or our own commit whose reply
         was lost. What the ledger has of our tokens is released, the rest never existed."""
         self._retract()
+        if turn.output_end.length < self._head.length:
+            # It ended after the store had lost tokens of it and before we could put them back.
+            outcome = await self._put_back(opened)
+            turn = outcome.turn if isinstance(outcome, store.TurnEnded) else turn
         output = opened.output
         count = turn.output_end.length - output.start.length
         known = self.released <= count <= len(output.tokens)
@@ -369,7 +373,7 @@ class TurnRun:
             lambda: self._ports.store.get_turn(self.session_id, self.turn_id), opened.deadline_at
         )
         if turn is not None and turn.status.ended:
-            return self._ended_by_store(opened, turn)
+            return await self._ended_by_store(opened, turn)
         return None
 
     async def _repair(self, opened: Opened) -> Ending | None:
@@ -377,24 +381,30 @@ class TurnRun:
         self._repairs += 1
         if self._repairs > MAX_REPAIRS:
             return Broken(Unavailable("the store keeps losing what it acknowledged"))
-        outcome = await repair(
-            self._ports.store,
-            opened.resident,
-            self._ports.ref,
-            self.epoch,
-            replace(opened.turn, output_end=self._head),
-            opened.deadline_at,
-        )
+        outcome = await self._put_back(opened)
         match outcome:
             case store.Appended():
                 log.warning("session %s: repaired after lost writes", self.session_id)
                 return None
             case store.TurnEnded(turn=turn):
-                return self._ended_by_store(opened, turn)
+                return await self._ended_by_store(opened, turn)
             case store.HeadMismatch():
                 return None  # it moved again: the next append tells where it is
             case store.Fenced() | store.Refused() | store.Missing():
                 return Broken(refusal(self.session_id, outcome))
+
+    async def _put_back(self, opened: Opened) -> RepairOutcome:
+        # The store may have ended the turn by its deadline: then, too, its client is not to lose
+        # what it has received.
+        give_up_at = anyio.current_time() + self._ports.limits.open_timeout_s
+        return await repair(
+            self._ports.store,
+            opened.resident,
+            self._ports.ref,
+            self.epoch,
+            replace(opened.turn, output_end=self._head),
+            max(opened.deadline_at, give_up_at),
+        )
 
     def _result(
         self, opened: Opened, status: TurnStatus, reason: FinishReason, error: str

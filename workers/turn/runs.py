@@ -16,11 +16,12 @@ from sessile.v1 import types_pb2
 
 from gateway.core.errors import NotFound, NotOwner, Overloaded, TurnInProgress, Unavailable
 from statestore.ports import Missing
-from statestore.records import Epoch, Position, Session, Turn, TurnContext
+from statestore.records import Epoch, Position, Session, SessionState, Turn, TurnContext
 from workers.turn.cursor import Replay, TurnView, accepted_event
 from workers.turn.ending import Broken, Redirected
 from workers.turn.opening import Opened, TurnOpening, check_input, read_output, resume_index
 from workers.turn.ports import TurnPorts, read_context, refusal
+from workers.turn.repair import is_behind
 from workers.turn.request import body_of
 from workers.turn.run import TurnRun
 
@@ -92,7 +93,8 @@ class TurnRuns:
             if run is None or run.turn_id != turn.turn_id:
                 context = await self._read(request, give_up_at)
                 session, stored = context.session, context.turn
-                if stored is not None and stored.status.ended:
+                kept = not self._holds_more(session, stored, epoch)
+                if kept and stored is not None and stored.status.ended:
                     return await self._replay(request, session, stored, give_up_at)
                 if stored is None and turn.attach_only:
                     raise NotFound(f"turn {turn.turn_id} does not exist", reason="TURN_NOT_FOUND")
@@ -167,6 +169,14 @@ class TurnRuns:
     def _ended(self, run: TurnRun) -> None:
         if self._runs.get(run.session_id) is run:
             del self._runs[run.session_id]
+
+    def _holds_more(self, session: Session, turn: Turn | None, epoch: Epoch) -> bool:
+        """Whether the store has lost what this replica wrote as the owner: opening the turn puts it
+        back first."""
+        resident = self._ports.residency.get(session.session_id)
+        if resident is None or resident.epoch != epoch or session.state is not SessionState.OPEN:
+            return False
+        return is_behind(session, turn, resident)
 
     async def _opened(
         self, run: TurnRun, request: pb.DispatchTurnRequest, created: bool, give_up_at: float

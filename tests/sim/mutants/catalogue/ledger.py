@@ -40,9 +40,9 @@ STORE = (
                 '                return Broken(Unavailable("the store is elsewhere"))\n',
             ),
             Edit(
-                OPENING,
-                "        return session.epoch <= resident.epoch and (\n",
-                "        return session.epoch < resident.epoch < session.epoch and (\n",
+                "workers/turn/repair.py",
+                "    if session.epoch > resident.epoch:\n",
+                "    if session.epoch:\n",
             ),
         ),
         LOSSES,
@@ -134,8 +134,8 @@ STORE = (
             ),
             Edit(
                 "workers/turn/runs.py",
-                "                if stored is not None and stored.status.ended:\n",
-                "                if stored is not None and stored.status == 'COMMITTED':\n",
+                "if kept and stored is not None and stored.status.ended:\n",
+                "if kept and stored is not None and stored.status == 'COMMITTED':\n",
             ),
         ),
         ZOMBIES,
