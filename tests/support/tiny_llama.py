@@ -10,7 +10,7 @@ VOCAB_SIZE = 320
 
 
 @functools.cache
-def tiny_llama(seed: int = 0) -> Path:
+def tiny_llama(seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Path:
     """Its folder, made once per process and removed when the process ends."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,7 +20,7 @@ def tiny_llama(seed: int = 0) -> Path:
     silence_progress_bars()
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=3,
@@ -32,7 +32,7 @@ def tiny_llama(seed: int = 0) -> Path:
         eos_token_id=2,
         initializer_range=0.3,  # spreads the logits, so that greedy choices are clear
     )
-    folder = Path(_scratch().name) / f"tiny-llama-{seed}"
+    folder = Path(_scratch().name) / f"tiny-llama-{seed}-{vocab_size}"
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
