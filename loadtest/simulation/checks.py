@@ -1,4 +1,5 @@
-"""What must be true of a world after its faults have healed, recomputed from the ledger alone."""
+"""What must be true of a session's ledger and of what its clients heard, recomputed from the ledger
+alone. Pure: of the simulation and of real processes alike."""
 
 from __future__ import annotations
 
@@ -6,50 +7,56 @@ from collections.abc import Sequence
 
 from sessile.v1 import types_pb2 as pb
 
-from loadtest.simulation.agents import Agent, TurnHeard
-from loadtest.simulation.world import World
-from statestore import keys
-from statestore.digest import RollingDigest
-from statestore.records import FinishReason, ReplicaRef, Session, Turn, TurnStatus
+from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.reference import Digests, answer, rendered, text_of
+from statestore.records import FinishReason, Session, Turn, TurnStatus
 from workers.engines.sim.config import SimConfig
-from workers.engines.sim.model import expected_output
-from workers.text.byte_vocabulary import END_OF_TURN
-from workers.text.bytes_codec import BytesCodec
-from workers.text.port import ChatMessage, LastTurn, Role
-from workers.turn.request import body_of, plan_of, preamble_of
 
 STATUS = {
     pb.TURN_STATUS_COMMITTED: TurnStatus.COMMITTED,
     pb.TURN_STATUS_CANCELLED: TurnStatus.CANCELLED,
     pb.TURN_STATUS_FAILED: TurnStatus.FAILED,
 }
+REASONS = {
+    pb.FINISH_REASON_STOP: FinishReason.STOP,
+    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    pb.FINISH_REASON_TOOL_CALLS: FinishReason.TOOL_CALLS,
+    pb.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+    pb.FINISH_REASON_DEADLINE: FinishReason.DEADLINE,
+    pb.FINISH_REASON_ERROR: FinishReason.ERROR,
+}
+BY_STATUS = {
+    TurnStatus.CANCELLED: {FinishReason.CANCELLED},
+    TurnStatus.FAILED: {FinishReason.DEADLINE, FinishReason.ERROR},
+}
+"""Status of a turn that did not come to its own end -> the reasons it may give."""
+ASKED = ("temperature", "top_p", "top_k", "seed", "min_tokens")
+"""Parameters that are obeyed as the client set them."""
 
 
-async def check_agent(world: World, agent: Agent) -> list[str]:
-    """Everything wrong with one agent's session."""
-    session = await world.store.get_session(agent.session_id)
-    if agent.purged:
-        remains = [] if session is None else ["the session"]
-        remains += _leftovers(world, agent.session_id)
-        return [f"{agent.name}: {what}" for what in agent.violations] + [
-            f"{agent.name}: I9: it was purged, {key} is there" for key in remains
-        ]
-    if session is None:
-        return [f"{agent.name}: P2: the session is gone"]
-    ledger = await world.store.read_tokens(session, 0, session.head.length)
-    turns = await world.store.get_turns(session, 0, 1000)
-    salt = await world.store.tenant_salt(session.tenant)
-    found = [*agent.violations, *check_ledger(session, turns, ledger, salt, world.engine)]
+def check_session(
+    session: Session,
+    turns: Sequence[Turn],
+    ledger: Sequence[int],
+    salt: bytes,
+    engine: SimConfig,
+    heard: Sequence[TurnHeard],
+) -> list[str]:
+    """The ledger, and all that clients heard of it."""
+    found = check_ledger(session, turns, ledger, salt, engine)
     by_id = {turn.spec.turn_id: turn for turn in turns}
-    for heard in [*agent.turns, *agent.others]:
-        complaints = [*heard.violations]
-        turn = by_id.get(heard.turn_id)
-        if turn is not None:
-            complaints += check_heard(heard, turn, ledger, salt)
-        elif heard.start is not None:
+    for it in heard:
+        complaints = [*it.violations]
+        turn = by_id.get(it.turn_id)
+        if it.given_up:
+            pass
+        elif turn is not None:
+            complaints += check_heard(it, turn, ledger, salt)
+            complaints += check_asked(it, turn, engine)
+        elif it.start is not None:
             complaints.append("I7: it was accepted and is not in the ledger")
-        found += [f"{heard.turn_id}: {complaint}" for complaint in complaints]
-    return [f"{agent.name} ({agent.session_id}): {what}" for what in found]
+        found += [f"{it.turn_id}: {complaint}" for complaint in complaints]
+    return found
 
 
 def check_ledger(
@@ -62,192 +69,137 @@ def check_ledger(
     """The turns cover the ledger without gap or overlap, each has ended, and each says what the
     model says after exactly the tokens before it."""
     found: list[str] = []
-    if RollingDigest.of(salt, ledger).position() != session.head:
-        found.append("I1: the ledger does not have its head's digest")
+    digests = Digests(salt, ledger)
     if len(ledger) != session.head.length:
-        return [*found, f"I1: {len(ledger)} tokens are there of {session.head.length}"]
+        return [f"I1: {len(ledger)} tokens are there of {session.head.length}"]
+    if digests.at(len(ledger)) != session.head.digest:
+        found.append("I1: the ledger does not have its head's digest")
     if len({turn.spec.turn_id for turn in turns}) != len(turns):
         found.append("I3: a turn id is in the ledger twice")
-    end, last = 0, LastTurn.NONE
+    end = 0
     for index, turn in enumerate(turns):
-        name = turn.spec.turn_id
+        name, start = turn.spec.turn_id, turn.output_start.length
         if (turn.index, turn.input_start) != (index, end):
             found.append(f"{name}: I3: turn {turn.index} starts at {turn.input_start}, not {end}")
         if not turn.status.ended:
             found.append(f"{name}: I7: it is {turn.status}")
-        given = ledger[turn.input_start : turn.output_start.length]
-        if list(given) != rendered(session, turn, last):
+        given = list(ledger[turn.input_start : start])
+        messages = body_of(turn).messages
+        if given != rendered(session.preamble, messages, ledger[: turn.input_start]):
             found.append(f"{name}: P4: its input is not in the ledger as given")
+        found += [
+            f"{name}: P1: its digest at {place.length} is not the ledger's"
+            for place in (turn.output_start, turn.output_end)
+            if digests.at(place.length) != place.digest
+        ]
         found += [f"{name}: {what}" for what in check_output(turn, ledger, engine)]
         end = turn.output_end.length
-        last = LastTurn.CLOSED if ledger[end - 1] == END_OF_TURN else LastTurn.OPEN
     if end != len(ledger):
         found.append(f"I1: the ledger has {len(ledger)} tokens, its turns end at {end}")
     return found
 
 
-def rendered(session: Session, turn: Turn, last: LastTurn) -> list[int]:
-    """A turn's input as it must have been tokenised."""
-    messages = [ChatMessage(Role.USER, m.content) for m in body_of(turn.spec).messages]
-    if last is LastTurn.NONE:
-        leading = preamble_of(session.preamble).messages
-        messages = [ChatMessage(Role.SYSTEM, m.content) for m in leading] + messages
-    return BytesCodec().render(last, messages, [])
+def body_of(turn: Turn) -> pb.RunTurnRequest:
+    """A turn's request with its resolved parameters, as stored."""
+    return pb.RunTurnRequest.FromString(turn.spec.body)
 
 
 def check_output(turn: Turn, ledger: Sequence[int], engine: SimConfig) -> list[str]:
-    """The output is what the model says, and ends where it should."""
+    """The output is what the model says, and ends where it should, for the reason it gives."""
     start, end = turn.output_start.length, turn.output_end.length
-    output = list(ledger[start:end])
-    plan = plan_of(body_of(turn.spec), output_start=start, info=engine.info(), eos=(END_OF_TURN,))
-    expected = expected_output(
-        ledger[:start],
-        plan.rules.max_tokens,
-        plan.sampling,
-        engine.eos_probability,
-        stop_token_ids=plan.rules.stop_token_ids,
-    )
-    folder = plan.folder(BytesCodec())()
-    for count, token in enumerate(expected, 1):
-        folder.push([token])
-        if folder.stopped:
-            expected = expected[:count]
-            break
-    if output != expected[: len(output)]:
+    output, params = list(ledger[start:end]), body_of(turn).params
+    whole = answer(ledger[:start], params, engine)
+    if output != whole.tokens[: len(output)]:
         return ["I2: its output is not what the model says after this context"]
-    if turn.status is TurnStatus.COMMITTED and output != expected:
-        return [f"P5: it was committed after {len(output)} tokens of {len(expected)}"]
+    committed = turn.status is TurnStatus.COMMITTED
+    if committed and output != whole.tokens:
+        return [f"P5: it was committed after {len(output)} tokens of {len(whole.tokens)}"]
     if turn.result is None:
         return ["P5: it has no result"]
-    if turn.status is TurnStatus.COMMITTED:
-        by_stop = folder.stopped or expected[-1] in plan.rules.stop_token_ids
-        if (turn.result.reason is FinishReason.STOP) != by_stop:
-            return [f"P5: its reason is {turn.result.reason}"]
+    own_end = FinishReason.STOP if whole.stopped else FinishReason.LENGTH
+    if turn.result.reason not in ({own_end} if committed else BY_STATUS.get(turn.status, set())):
+        return [f"P5: it is {turn.status}, its reason is {turn.result.reason}"]
+    text = text_of(output, params)
+    if committed and turn.result.text_end != len(text):
+        return [f"P17: its text ends at {turn.result.text_end}, not {len(text)}"]
     return []
 
 
 def check_heard(heard: TurnHeard, turn: Turn, ledger: Sequence[int], salt: bytes) -> list[str]:
     """What a client received is a prefix of the ledger's, and all of it once it was told so."""
+    if heard.start is None and heard.finished is None:
+        return []
     found: list[str] = []
     start, end = turn.output_start.length, turn.output_end.length
-    output = list(ledger[start:end])
-    if heard.start is not None and heard.start.length != start:
-        found.append(f"I2: accepted at {heard.start.length}, not {start}")
+    output, params = list(ledger[start:end]), body_of(turn).params
+    if heard.start is not None and (heard.start.length, heard.index) != (start, turn.index):
+        place = f"{heard.start.length} as turn {heard.index}"
+        found.append(f"I2: accepted at {place}, not {start} as turn {turn.index}")
+    if heard.start is not None and heard.seed != params.seed:
+        found.append(f"P4: told the seed {heard.seed}, the ledger says {params.seed}")
     if heard.tokens != output[: len(heard.tokens)]:
         found.append("I2: the client has other tokens than the ledger")
-    for length, digest in heard.digests.items():
-        if digest != RollingDigest.of(salt, ledger[:length]).position().digest:
+    digests = Digests(salt, ledger)
+    told = {} if heard.start is None else {heard.start.length: heard.start.digest}
+    for length, digest in [*told.items(), *heard.digests.items()]:
+        if digest != digests.at(length):
             found.append(f"P1: the digest told at {length} is not the ledger's")
             break
-    finished = heard.finished
-    if finished is None:
-        return found
+    text = text_of(output, params)
+    if not text.startswith(heard.text):
+        found.append("P17: the client has other text than the ledger's tokens say")
+    if heard.finished is not None:
+        found += _check_finished(heard, heard.finished, turn, output, digests, text)
+    return found
+
+
+def check_asked(heard: TurnHeard, turn: Turn, engine: SimConfig) -> list[str]:
+    """The turn that a client heard was stored as it asked for it (P4)."""
+    asked, stored = heard.request, body_of(turn)
+    if heard.start is None:
+        return []
+    if asked.messages and list(asked.messages) != list(stored.messages):
+        return ["P4: it was stored with other messages than its client's"]
+    wrong = [
+        field.name
+        for field, value in asked.params.ListFields()
+        if field.name in ASKED and value != getattr(stored.params, field.name)
+    ]
+    room = engine.max_context_tokens - turn.output_start.length
+    most = min(asked.params.max_tokens, room)
+    if asked.params.HasField("max_tokens") and stored.params.max_tokens != most:
+        wrong.append("max_tokens")
+    for name in ("stop", "stop_token_ids"):
+        wanted = list(getattr(asked.params, name))
+        if wanted and wanted != list(getattr(stored.params, name)):
+            wrong.append(name)
+    if asked.params.ignore_eos and not stored.params.ignore_eos:
+        wrong.append("ignore_eos")
+    return [f"P4: it was stored with another {', '.join(wrong)}"] if wrong else []
+
+
+def _check_finished(
+    heard: TurnHeard,
+    finished: pb.TurnFinished,
+    turn: Turn,
+    output: list[int],
+    digests: Digests,
+    text: str,
+) -> list[str]:
+    found: list[str] = []
+    start, end = turn.output_start.length, turn.output_end.length
     if STATUS.get(finished.status) is not turn.status:
         found.append(f"I2: told {finished.status}, the ledger says {turn.status}")
+    reason = None if turn.result is None else turn.result.reason
+    if REASONS.get(finished.reason) is not reason:
+        found.append(f"I2: told the reason {finished.reason}, the ledger says {reason}")
     if finished.end.length != end or heard.tokens != output:
         found.append(f"I2: told the end at {finished.end.length} with {len(heard.tokens)} tokens")
+    elif finished.end.digest != digests.at(end):
+        found.append(f"P1: the digest told at the end, {end}, is not the ledger's")
     usage = (finished.usage.input_tokens, finished.usage.output_tokens)
-    if usage != (start, len(output)):
+    if usage != (start, len(output)) or finished.usage.cached_tokens > start:
         found.append(f"I2: told usage {usage} of {(start, len(output))}")
+    if heard.text != text:
+        found.append(f"P17: told {len(heard.text)} characters of {len(text)}")
     return found
-
-
-async def check_seeds(world: World, agents: Sequence[Agent]) -> list[str]:
-    """No two sessions draw the same noise, unless their clients chose the seed (P20)."""
-    found: list[str] = []
-    drawn: dict[int, str] = {}
-    for agent in agents:
-        session = await world.store.get_session(agent.session_id)
-        if session is None:
-            continue
-        own = [heard for heard in [*agent.turns, *agent.others] if heard.asks_for_no_seed]
-        mine = {heard.turn_id for heard in own}
-        if preamble_of(session.preamble).default_params.HasField("seed"):
-            mine = mine if session.parent_id is not None else set()
-        for turn in await world.store.get_turns(session, 0, 1000):
-            seed = body_of(turn.spec).params.seed
-            other = turn.spec.turn_id in mine and drawn.setdefault(seed, session.session_id)
-            if other and other != session.session_id:
-                found.append(f"{session.session_id}: P20: draws as {other} does")
-    return found
-
-
-async def check_named_apart(world: World, agents: Sequence[Agent]) -> list[str]:
-    """Equal leading messages are named alike for one tenant, and otherwise for another (P19)."""
-    found: list[str] = []
-    names: dict[tuple[str, bytes], bytes] = {}
-    for agent in agents:
-        session = await world.store.get_session(agent.session_id)
-        if session is None:
-            continue
-        said = preamble_of(session.preamble).messages
-        leading = b"".join(message.SerializeToString(deterministic=True) for message in said)
-        name = names.setdefault((session.tenant, leading), session.leading_digest)
-        others = [n for (tenant, _), n in names.items() if tenant != session.tenant]
-        if name != session.leading_digest or name in others:
-            found.append(f"{session.session_id}: P19: its leading messages are named wrongly")
-    return found
-
-
-def _leftovers(world: World, session_id: str) -> list[str]:
-    """Keys of a purged session, unless a fork needs them still."""
-    refs = world.server.peek(keys.refs_key(session_id))
-    if isinstance(refs, dict) and b"n:" + session_id.encode() in refs:
-        return []
-    mine = [keys.session_key(session_id), keys.ledger_key(session_id)]
-    return [key for key in mine if world.server.peek(key) is not None]
-
-
-async def check_closed(
-    world: World, agents: Sequence[Agent], closed: Agent, owner: ReplicaRef
-) -> list[str]:
-    """The last owner of a closed session holds no KV of it, but for what other sessions begin with
-    too. Earlier owners may still have pages in their cache, which nothing protects. With those of
-    purged sessions, whose tokens cannot be known any more, nothing can be said."""
-    if any(agent.purged for agent in agents):
-        return []
-    engine = world.replicas[owner.replica_id].engine
-    salt = await world.store.tenant_salt(closed.tenant)
-
-    async def names(agent: Agent) -> list[bytes]:
-        session = await world.store.get_session(agent.session_id)
-        if session is None:
-            return []
-        tokens = await world.store.read_tokens(session, 0, session.head.length)
-        return engine.block_hashes(salt, tokens)
-
-    others = {name for agent in agents if agent is not closed for name in await names(agent)}
-    mine = await names(closed)
-    held, shared = engine.resident_pages(mine), sum(name in others for name in mine)
-    if held <= shared:
-        return []
-    return [f"{closed.name}: I9: closed, {owner} holds {held} pages, {shared} are others' too"]
-
-
-def check_replicas(world: World) -> list[str]:
-    """Nothing runs any more, nothing is held, and the page books balance."""
-    found: list[str] = []
-    for replica in world.live_replicas():
-        load = replica.engine.load()
-        if load.running or load.queued:
-            found.append(f"{replica.name}: I7: {load.running} generations run, {load.queued} wait")
-        if load.free_pages != world.engine.capacity_pages:
-            found.append(
-                f"{replica.name}: I9: {world.engine.capacity_pages - load.free_pages} pages leaked"
-            )
-        try:
-            replica.engine.check_integrity()
-        except AssertionError as error:
-            found.append(f"{replica.name}: P13: {error}")
-    return found
-
-
-def check_gone(world: World, agents: Sequence[Agent]) -> list[str]:
-    """No live replica holds a closed session any more (I9)."""
-    return [
-        f"{agent.name} ({agent.session_id}): I9: closed, {replica.ref} holds it still"
-        for agent in agents
-        if agent.closed
-        for replica in world.live_replicas()
-        if replica.app is not None and agent.session_id in replica.app.session_ids()
-    ]

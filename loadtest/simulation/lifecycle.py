@@ -11,6 +11,8 @@ from sessile.v1 import session_pb2
 
 from gateway.core.errors import NotFound, SessionClosed, SessionSuspended, TurnInProgress
 from loadtest.simulation.agents import Agent
+from loadtest.simulation.finality import made_final
+from loadtest.simulation.tenancy import look_round
 from statestore.records import Session, SessionState
 
 FORK_TURNS = 2
@@ -45,7 +47,7 @@ async def _work(agent: Agent, agents: list[Agent], turns: int) -> None:
                 return
             await agent.turn()
             if agent.may(0.1):
-                await agent.look_round()
+                await look_round(agent)
             await agent.pause()
             if agent.may(0.15):
                 await _suspend_for_a_while(agent)
@@ -60,12 +62,14 @@ async def fork(parent: Agent, agents: list[Agent], name: str) -> None:
     """Forks, perhaps in mid-turn: at the last boundary then (P20). A repeat finds the same fork."""
     await parent.pause()
     try:
-        await _fork(parent, agents, name)
+        async with parent.unforgotten():
+            child = await _fork(parent, agents, name)
+        await _work(child, agents, FORK_TURNS)
     except (NotFound, SessionClosed):
         parent.expect(parent.closed or parent.operated, "P20: an open session cannot be forked")
 
 
-async def _fork(parent: Agent, agents: list[Agent], name: str) -> None:
+async def _fork(parent: Agent, agents: list[Agent], name: str) -> Agent:
     before = await _stored(parent)
     request = session_pb2.ForkSessionRequest(request_id=name, session_id=parent.session_id)
     first, second = [
@@ -90,43 +94,58 @@ async def _fork(parent: Agent, agents: list[Agent], name: str) -> None:
             await parent.world.store.get_turns(forked, 0, inherited) == same,
             "P20: its inherited turns are not its parent's",
         )
-    await _work(child, agents, FORK_TURNS)
+    return child
 
 
 async def _suspend_for_a_while(agent: Agent) -> None:
     """A suspended session has no owner, refuses turns and loses nothing."""
     agent.minds_itself = True
     try:
-        await _suspend(agent)
+        async with made_final(agent):
+            before = await _suspend(agent)
+        if before is not None:
+            await _resume(agent, before)
     finally:
         agent.minds_itself = False
 
 
-async def _suspend(agent: Agent) -> None:
+async def _suspend(agent: Agent) -> Session | None:
+    """The session as it is then; None if a turn runs."""
     suspend = session_pb2.SuspendSessionRequest(session_id=agent.session_id)
     try:
         await agent.ask(lambda app: app.sessions.suspend(agent.tenant, suspend), repeatable=False)
     except TurnInProgress:
-        return  # the turn that was asked for beside another one runs on
+        return None  # the turn that was asked for beside another one runs on
     if agent.may(0.5):
         await agent.ask(lambda app: app.sessions.suspend(agent.tenant, suspend), repeatable=False)
     before = await _stored(agent)
     agent.expect(_is(before, SessionState.SUSPENDED), "I3: suspended, the store has it otherwise")
     agent.suspensions += 1
     await agent.be_refused(SessionSuspended)
+    return before
+
+
+async def _resume(agent: Agent, before: Session) -> None:
     await agent.pause()
     if agent.may(0.1):
         await close(agent, purge=False)
         return
     agent.expect(await _stored(agent) == before, "P2: something wrote to a suspended session")
     resume = session_pb2.ResumeSessionRequest(session_id=agent.session_id)
-    await agent.ask(lambda app: app.sessions.resume(agent.tenant, resume), repeatable=False)
+    async with agent.unforgotten():
+        await agent.ask(lambda app: app.sessions.resume(agent.tenant, resume), repeatable=False)
 
 
 async def close(agent: Agent, *, purge: bool) -> None:
     """A closed session takes no turn; a purged one is gone soon."""
     agent.minds_itself = True
+    async with made_final(agent):
+        await _close(agent, purge=purge)
+
+
+async def _close(agent: Agent, *, purge: bool) -> None:
     request = session_pb2.CloseSessionRequest(session_id=agent.session_id, purge=purge)
+    await _remember(agent)
     try:
         await agent.ask(lambda app: app.sessions.close(agent.tenant, request))
     except NotFound:
@@ -137,7 +156,18 @@ async def close(agent: Agent, *, purge: bool) -> None:
     stored = await _stored(agent)
     gone = stored is None and purge
     agent.expect(gone or _is(stored, SessionState.CLOSED), "P2: closed, the store has it otherwise")
+    if stored is not None:
+        await _remember(agent)
+    agent.said_more = agent.said_more and stored is None
     await agent.be_refused(SessionClosed, NotFound)
+
+
+async def _remember(agent: Agent) -> None:
+    """Keeps what the session said, for when it is gone."""
+    stored = await _stored(agent)
+    if stored is not None:
+        agent.said_more = stored.active_turn_id is not None
+        agent.said = list(await agent.world.store.read_tokens(stored, 0, stored.head.length))
 
 
 async def _stored(agent: Agent) -> Session | None:

@@ -263,6 +263,8 @@ class World:
     """See :mod:`loadtest.simulation.coverage`."""
     violations: list[str] = field(default_factory=list)
     """What engines and streams did that they must not do."""
+    losing: anyio.Lock = field(default_factory=anyio.Lock)
+    """Held from before the store is as it will be again, until it is."""
     _processes: list[Process] = field(default_factory=list)
 
     # -- replicas -----------------------------------------------------------------------------

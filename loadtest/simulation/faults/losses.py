@@ -109,6 +109,7 @@ async def _short_lived(scene: Scene, draw: random.Random) -> Agent:
     """A session of which the fault alone knows what is to become."""
     name, own = f"l{draw.getrandbits(24)}", random.Random(draw.random())
     agent = Agent(scene.world, name, own, lossy=True, brief=True)
+    agent.minds_itself = True
     scene.agents.append(agent)
     await agent.open()
     await anyio.sleep(2 * MAX_LOSS_S)

@@ -13,6 +13,7 @@ from gateway.core.errors import NotFound, SessileError
 from loadtest.simulation.agents import Agent
 from loadtest.simulation.coverage import Row
 from loadtest.simulation.faults.scene import OPERATOR_S, Scene
+from loadtest.simulation.finality import made_final
 from loadtest.simulation.lifecycle import fork
 from loadtest.simulation.network import Call, SimReplicaClient
 from loadtest.simulation.world import SimReplica
@@ -88,10 +89,11 @@ async def operate(scene: Scene, draw: random.Random) -> None:
         end = session_pb2.CloseSessionRequest(session_id=session_id)
         return await app.sessions.close(tenant, end)
 
-    try:
-        await scene.network.unary(scene.gateway(draw), act, OPERATOR_S)
-    except SessileError as error:
-        scene.note(f"operator: {what} {session_id}: {error}")
+    async with made_final(agent):
+        try:
+            await scene.network.unary(scene.gateway(draw), act, OPERATOR_S)
+        except SessileError as error:
+            scene.note(f"operator: {what} {session_id}: {error}")
 
 
 async def move(scene: Scene, agent: Agent, target: str, gateway: str) -> None:

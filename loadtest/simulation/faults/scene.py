@@ -28,8 +28,7 @@ class Scene:
         self.world = world
         self.agents = agents
         self.schedule = schedule
-        self.losing = anyio.Lock()
-        """Held from before the store is as it will be again, until it is."""
+        self.losing = world.losing
 
     @property
     def network(self) -> Network:

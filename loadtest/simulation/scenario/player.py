@@ -19,7 +19,7 @@ from gateway.config import GatewayConfig
 from gateway.core.errors import DataLoss, SessileError
 from gateway.core.machines import ReplicaState
 from gateway.core.placement import Decision, PlacementRequest, place
-from loadtest.simulation import checks
+from loadtest.simulation import aftermath, checks
 from loadtest.simulation.agents import TENANT, TurnHeard
 from loadtest.simulation.history import EXPORT_LEASE_S, SETTLE_S
 from loadtest.simulation.loop import current_process, run
@@ -432,9 +432,9 @@ class Player:
     async def check(self) -> list[str]:
         """Everything wrong after a script: what the histories check, for the script's sessions."""
         await anyio.sleep(SETTLE_S)
-        if checks.check_replicas(self._world):
+        if aftermath.check_replicas(self._world):
             await anyio.sleep(EXPORT_LEASE_S)
-        found = [*self._watch.violations, *checks.check_replicas(self._world)]
+        found = [*self._watch.violations, *aftermath.check_replicas(self._world)]
         if self._background:
             found.append("a command in the background has not come to its end")
         for name, session_id in self._seen.sessions.items():
