@@ -108,6 +108,7 @@ if longer then
   put(s, turn_field(longer.id, 'end_len'), longer.end_len)
   put(s, turn_field(longer.id, 'end_digest'), longer.end_digest)
 end
+local tombstone = active ~= '' and call('HGET', KEYS[1], 'x:' .. active)
 if longer and longer.id == active then
   active, turn_index = '', int(s.turn_index)
 elseif active ~= '' then
@@ -122,6 +123,11 @@ set_head(s, ARGV[11], ARGV[12])
 put(s, 'active', active)
 put(s, 'deadline', deadline)
 put(s, 'turn_index', turn_index)
+s.active, s.turn_index = active, tonumber(turn_index)
+if active ~= '' and tonumber(tombstone or '0') > s.now then
+  -- A cancel that came while the server had lost the very begin of the turn.
+  end_turn(s, 'CANCELLED', 'cancelled', '')
+end
 save(s)
-if longer and longer.id == ARGV[13] then return {'ended', turn(s, longer.id)} end
+if s.active ~= ARGV[13] then return {'ended', turn(s, ARGV[13])} end
 return {'appended'}

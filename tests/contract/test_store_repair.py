@@ -15,6 +15,7 @@ from statestore.ports import (
     SessionWritten,
     TurnBegun,
     TurnEnded,
+    TurnUnknown,
 )
 from statestore.records import (
     Epoch,
@@ -359,6 +360,27 @@ async def test_a_turn_that_was_committed_is_not_lengthened(
     repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[turn], active="t1")
     assert isinstance(await store.repair(repair), TurnEnded)
     await check(store, shorter)
+
+
+async def test_a_cancel_of_a_turn_whose_begin_was_lost_ends_it_when_it_is_back(
+    backend: Backend, store: RedisStore
+) -> None:
+    owner = await Owner.of(store)
+    saved = await backend.save()
+    turn = await owner.begun()
+    await owner.write(4)
+    await backend.roll_back(saved)
+    assert await store.cancel_turn("ses_f", "t1") == TurnUnknown()
+    held = replace(turn, output_end=owner.head)
+    repair = owner.repair(EMPTY, owner.epoch, keep=0, turns=[held], active="t1")
+    for _ in range(2):
+        outcome = await store.repair(repair)
+        assert isinstance(outcome, TurnEnded)
+        assert (outcome.turn.status, outcome.turn.output_end) == (TurnStatus.CANCELLED, owner.head)
+    await check(store, owner)
+    session = await session_of(store, "ses_f")
+    assert (session.active_turn_id, session.turn_index) == (None, 1)
+    assert isinstance(await owner.begin("t2"), TurnBegun)
 
 
 async def test_a_suspended_session_is_not_repaired(store: RedisStore) -> None:

@@ -425,6 +425,10 @@ class StoreMachine(RuleBasedStateMachine):
         elif late:
             assert isinstance(outcome, HeadMismatch)
         elif isinstance(outcome, Appended):
+            assert active is None or active not in session.tombstones
+            self.repaired(session, model)
+        elif isinstance(outcome, TurnEnded) and self.was_cancelled_before(session, model):
+            model.end(TurnStatus.CANCELLED)
             self.repaired(session, model)
         elif (
             self.is_cut_short(session, model)
@@ -468,6 +472,16 @@ class StoreMachine(RuleBasedStateMachine):
             (stored.turn_id, stored.start) == (ours.turn_id, ours.start)
             and stored.status is TurnStatus.CANCELLED
             and session.tokens == model.tokens[: len(session.tokens)]
+        )
+
+    @staticmethod
+    def was_cancelled_before(session: SessionModel, model: SessionModel) -> bool:
+        """Whether a cancel came while the store had lost that the turn had begun."""
+        ids = {turn.turn_id for turn in session.own_turns}
+        return (
+            model.active is not None
+            and model.active.turn_id in session.tombstones
+            and model.active.turn_id not in ids
         )
 
     def forked(self, session: SessionModel) -> bool:
