@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.faults.agents import Agent
-from tests.faults.catalogue import CLASSES, CLOCKS, STORES
-from tests.faults.fleet import Fleet, faketime, fleet
+from tests.faults.catalogue import CLASSES, CLOCKS, FLEETS
+from tests.faults.fleet import Fleet, faketime
 from tests.faults.rounds import FaultClass, Outcome, play
 from tests.faults.verdict import nothing_left
 
@@ -33,7 +33,7 @@ async def run_classes(
     for store in dict.fromkeys(cls.store for cls in chosen):
         waiting = deque((cls, index) for cls in chosen if cls.store == store for index in numbers)
         while waiting:
-            async with fleet(STORES[store](), clocks=store == CLOCKS) as running:
+            async with FLEETS[store]() as running:
                 await _play_on(running, waiting, seed, outcomes, console)
                 if not outcomes[-1].fleet_lost:
                     left += [f"{store}: {what}" for what in await _what_is_left(running)]

@@ -93,7 +93,13 @@ class Agent:
     allows for."""
 
     def __init__(
-        self, name: str, endpoints: dict[str, str], draw: random.Random, *, lossy: bool = False
+        self,
+        name: str,
+        endpoints: dict[str, str],
+        draw: random.Random,
+        *,
+        lossy: bool = False,
+        tenant: str = "default",
     ) -> None:
         """``lossy``: the store may lose acknowledged writes, and the client may be told so."""
         self.name = name
@@ -103,6 +109,8 @@ class Agent:
         self.losses = 0
         self.lossy = lossy
         self.read_delay_s = 0.0
+        self.temperatures = [0.0, 1.0]
+        self._metadata = (("x-sessile-tenant", tenant),)
         self.doors = [Door(*item) for item in endpoints.items()]
         self._draw = draw
         self._known: pb.Precondition | None = None
@@ -140,16 +148,21 @@ class Agent:
             request_id=self.name,
             messages=[pb.Message(role=pb.Message.ROLE_SYSTEM, content="Be brief.")],
         )
-        answer = await self.call(lambda door: door.sessions.OpenSession(request, timeout=CALL_S))
+        answer = await self.call(self._unary("OpenSession", request))
         self.session_id = answer.session.session_id
 
     async def close(self) -> None:
         request = session_pb2.CloseSessionRequest(session_id=self.session_id)
-        await self.call(lambda door: door.sessions.CloseSession(request, timeout=CALL_S))
+        await self.call(self._unary("CloseSession", request))
 
     async def cancel(self, turn_id: str) -> None:
         request = session_pb2.CancelTurnRequest(session_id=self.session_id, turn_id=turn_id)
-        await self.call(lambda door: door.sessions.CancelTurn(request, timeout=CALL_S))
+        await self.call(self._unary("CancelTurn", request))
+
+    def _unary(self, method: str, request: object) -> Callable[[Door], Any]:
+        return lambda door: getattr(door.sessions, method)(
+            request, timeout=CALL_S, metadata=self._metadata
+        )
 
     # -- turns --------------------------------------------------------------------------------
 
@@ -163,7 +176,7 @@ class Agent:
             messages=[pb.Message(role=pb.Message.ROLE_USER, content=" ".join(words))],
             params=pb.SamplingParams(
                 max_tokens=tokens,
-                temperature=self._draw.choice([0.0, 1.0]),
+                temperature=self._draw.choice(self.temperatures),
                 seed=self._draw.randrange(1 << 40),
                 ignore_eos=True,
             ),
@@ -173,6 +186,17 @@ class Agent:
             request.precondition.CopyFrom(self._known)
         heard = Heard(self.session_id, turn_id, request)
         self.turns.append(heard)
+        return heard
+
+    async def repeat(self, turn: Heard) -> Heard:
+        """Another agent's turn, as it asked for it, in this agent's session."""
+        request = pb.RunTurnRequest()
+        request.CopyFrom(turn.request)
+        request.session_id = self.session_id
+        request.ClearField("precondition")
+        heard = Heard(self.session_id, turn.turn_id, request)
+        self.turns.append(heard)
+        await self.run(heard)
         return heard
 
     async def run(self, heard: Heard) -> None:
@@ -199,7 +223,9 @@ class Agent:
             request.resume_from.CopyFrom(heard.resume_from)
         heard.begin_stream()
         heard.streams += 1
-        stream = self.door.sessions.RunTurn(request, timeout=TURN_S + PATIENCE_S)
+        stream = self.door.sessions.RunTurn(
+            request, timeout=TURN_S + PATIENCE_S, metadata=self._metadata
+        )
         messages = 0
         try:
             while True:

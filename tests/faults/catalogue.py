@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 from gateway.core.migration import MigrationLimits
-from tests.faults import networks, overlaps, processes, stores
+from tests.faults import engines, networks, overlaps, processes, stores
+from tests.faults.fleet import Fleet, fleet
 from tests.faults.rounds import LONG_PROMPT, LONGEST_GAP_S, FaultClass
-from tests.faults.servers import ClusterStore, SentinelStore, SingleStore, Store
+from tests.faults.servers import ClusterStore, SentinelStore, SingleStore
 
 HOLD_S = MigrationLimits().hold_s
 """How long a replica holds a turn for a gateway that may be gone."""
@@ -15,13 +17,16 @@ GONE = ("gateway", "kill")
 """Its clients are told by its kernel, unlike those of one that is stopped."""
 
 CLOCKS = "everysec, clocks that can be set"
-STORES: dict[str, Callable[[], Store]] = {
-    "everysec": lambda: SingleStore("everysec"),
-    "always": lambda: SingleStore("always"),
-    CLOCKS: lambda: SingleStore("everysec"),
-    "sentinel": SentinelStore,
-    "cluster": ClusterStore,
+TORCH = "everysec, torch engine"
+FLEETS: dict[str, Callable[[], AbstractAsyncContextManager[Fleet]]] = {
+    "everysec": lambda: fleet(SingleStore("everysec")),
+    "always": lambda: fleet(SingleStore("always")),
+    CLOCKS: lambda: fleet(SingleStore("everysec"), clocks=True),
+    TORCH: lambda: fleet(SingleStore("everysec"), engine=engines.TORCH),
+    "sentinel": lambda: fleet(SentinelStore()),
+    "cluster": lambda: fleet(ClusterStore()),
 }
+"""Kinds of fleets, named by their stores and what else is special of them."""
 
 
 def _of_processes() -> list[FaultClass]:
@@ -61,6 +66,10 @@ def _of_networks() -> list[FaultClass]:
 CLASSES: list[FaultClass] = [
     *_of_processes(),
     *_of_networks(),
+    FaultClass("torch-decode-kill", processes.killed_in_mid_turn(processes.long_decode), TORCH),
+    FaultClass(
+        "torch-group-commit-kill", processes.killed_in_mid_turn(processes.group_commit), TORCH
+    ),
     FaultClass("client-slow", networks.slow_client, plain_focus=True),
     FaultClass("client-vanished", networks.vanished_client, plain_focus=True),
     FaultClass("worker-clock-jump", networks.clock_jump, CLOCKS),

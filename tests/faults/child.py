@@ -32,8 +32,8 @@ def main(options: dict[str, Any]) -> None:
         run_gateway(GatewayConfig(**options))
         return
     replica = ReplicaSettings(**options.pop("replica"))
-    engine = tuple(sorted(options.pop("engine").items()))
-    run_worker(WorkerConfig(replica=replica, engine="sim", engine_options=engine, **options))
+    engine_options = tuple(sorted(options.pop("engine_options").items()))
+    run_worker(WorkerConfig(replica=replica, engine_options=engine_options, **options))
 
 
 if __name__ == "__main__":

@@ -22,19 +22,10 @@ import anyio
 from statestore.redis_executor import connect
 from statestore.redis_store import RedisStore
 from tests.faults.children import Child, children
+from tests.faults.engines import SIM, Hosted
 from tests.faults.proxy import Proxy
 from tests.faults.servers import Store, free_port
-from workers.engines.sim.config import SimConfig, SimTiming
 
-ENGINE = SimConfig(
-    page_size=16,
-    capacity_pages=4096,
-    max_context_tokens=32_768,
-    max_running=16,
-    max_queued=16,
-    eos_probability=1 / 400,
-    timing=SimTiming(step_ms=15, max_prefill_tokens=512),
-)
 PIN_TTL_S = 5.0
 PULL_TIMEOUT_S = 5.0
 CLOCK_MARK = "the time is"
@@ -67,8 +58,9 @@ class Node:
 class Fleet:
     """See the module's docstring."""
 
-    def __init__(self, proxy: Proxy, store: Store, directory: Path) -> None:
+    def __init__(self, proxy: Proxy, store: Store, engine: Hosted, directory: Path) -> None:
         self.proxy = proxy
+        self.engine = engine
         self.store = store
         self.directory = directory
         self.nodes: dict[str, Node] = {}
@@ -113,16 +105,6 @@ class Fleet:
         return self.nodes[name]
 
     def add_worker(self, name: str) -> Node:
-        engine = {
-            "page_size": ENGINE.page_size,
-            "capacity_pages": ENGINE.capacity_pages,
-            "max_context_tokens": ENGINE.max_context_tokens,
-            "max_running": ENGINE.max_running,
-            "max_queued": ENGINE.max_queued,
-            "eos_probability": ENGINE.eos_probability,
-            "step_ms": ENGINE.timing.step_ms,
-            "max_prefill_tokens": ENGINE.timing.max_prefill_tokens,
-        }
         options = {
             "advertise_host": f"127.0.1.{1 + len(self.workers)}",
             "replica": {
@@ -130,7 +112,8 @@ class Fleet:
                 "pin_ttl_s": PIN_TTL_S,
                 "pull_timeout_s": PULL_TIMEOUT_S,
             },
-            "engine": {key: str(value) for key, value in engine.items()},
+            "engine": self.engine.name,
+            "engine_options": self.engine.options(self.directory),
         }
         self.nodes[name] = Node(name, "worker", options)
         self.move(self.nodes[name])
@@ -196,7 +179,12 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet(
-    store: Store, *, workers: int = 3, gateways: int = 2, clocks: bool = False
+    store: Store,
+    *,
+    engine: Hosted = SIM,
+    workers: int = 3,
+    gateways: int = 2,
+    clocks: bool = False,
 ) -> AsyncIterator[Fleet]:
     """A running fleet. At the end no child of this process may be left. ``clocks``: those of the
     workers can be set."""
@@ -205,7 +193,7 @@ async def fleet(
     try:
         async with anyio.create_task_group() as traffic:
             proxy = Proxy(traffic)
-            built = Fleet(proxy, store, directory)
+            built = Fleet(proxy, store, engine, directory)
             try:
                 await store.start(proxy, directory)
                 built.records = RedisStore(await connect(store.url_for_checks))

@@ -50,12 +50,20 @@ async def prefill(round_: Round) -> Reached:
     return Reached(node_of(round_, sighting.link))
 
 
-async def decode(round_: Round) -> Reached:
+async def decode(round_: Round, tokens: int = 60) -> Reached:
     """Tokens have been journalled, more follow."""
     point = Breakpoint(Way.DOWN, round_.is_append(False, nth=10), hold=False)
     round_.proxy.arm(round_.links("redis", round_.fleet.workers), point)
-    round_.start_focus()
-    return Reached(node_of(round_, (await round_.reach(point)).link))
+    turn = round_.start_focus(tokens=tokens)
+    victim = node_of(round_, (await round_.reach(point)).link)
+    if turn.ended:
+        raise Unproven("the turn was over already")
+    return Reached(victim)
+
+
+async def long_decode(round_: Round) -> Reached:
+    """For an engine whose tokens come fast."""
+    return await decode(round_, tokens=300)
 
 
 async def group_commit(round_: Round) -> Reached:
@@ -226,6 +234,19 @@ def killed(phase: Phase) -> Scenario:
         await focus_ends(round_)
         if not at_once:
             await round_.restart(victim)
+
+    return scenario
+
+
+def killed_in_mid_turn(phase: Phase) -> Scenario:
+    """The same, where the turn must go on on another process: its end did not come before."""
+
+    async def scenario(round_: Round) -> None:
+        await killed(phase)(round_)
+        turn = round_.focus_turn
+        if turn is None or not turn.moves:
+            raise Unproven("the turn ended where it began")
+        round_.prove(f"the turn went on elsewhere, by way of {', '.join(turn.replicas)}")
 
     return scenario
 

@@ -24,7 +24,7 @@ from tests.faults.children import Child
 from tests.faults.fleet import Fleet, Node
 from tests.faults.proof import Unproven, until
 from tests.faults.sdk_agents import SdkAgent
-from tests.faults.verdict import Tally, Watch, judge, replicas
+from tests.faults.verdict import Tally, Watch, judge, replicas, undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -262,6 +262,8 @@ async def play(fleet: Fleet, cls: FaultClass, index: int, seed: str) -> Outcome:
         )
         for i in range(AGENTS)
     ]
+    for agent in made if not fleet.engine.knows_its_tokens else ():
+        agent.temperatures = [0.0]
     started = anyio.current_time()
     round_: Round | None = None
     watch = Watch(fleet, made, lossy=cls.lossy)
@@ -291,6 +293,8 @@ async def play(fleet: Fleet, cls: FaultClass, index: int, seed: str) -> Outcome:
             await revive(fleet)
             await healthy(fleet, made[0].doors)
             await _next_turns(made)
+            if not fleet.engine.knows_its_tokens:
+                outcome.tally.violations += await undisturbed(fleet, made)
     except Exception as error:  # noqa: BLE001 - whatever it is, the round has failed
         outcome.tally.hung += isinstance(error, TimeoutError)
         outcome.tally.violations.append(f"the round failed: {_explain(error)}")

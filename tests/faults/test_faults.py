@@ -9,8 +9,8 @@ import anyio
 import pytest
 
 from tests.faults.breakpoints import Breakpoint, Verdict, Way
-from tests.faults.catalogue import CLASSES, STORES
-from tests.faults.fleet import Fleet, fleet
+from tests.faults.catalogue import CLASSES, FLEETS
+from tests.faults.fleet import Fleet
 from tests.faults.proxy import Proxy
 from tests.faults.rounds import play
 
@@ -42,7 +42,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 async def running(anyio_backend: str) -> AsyncIterator[Fleet]:
-    async with fleet(STORES["everysec"]()) as made:
+    async with FLEETS["everysec"]() as made:
         yield made
 
 
@@ -58,7 +58,7 @@ async def test_a_fault_costs_no_token_no_turn_and_no_session(running: Fleet, nam
 async def test_the_catalogue_has_every_class_once() -> None:
     names = [cls.name for cls in CLASSES]
     assert len(names) == len(set(names))
-    assert {cls.store for cls in CLASSES} == set(STORES)
+    assert {cls.store for cls in CLASSES} == set(FLEETS)
 
 
 # -- the proxy itself --------------------------------------------------------------------------
