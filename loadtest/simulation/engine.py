@@ -1,30 +1,54 @@
 """The sim engine as the simulation runs it: it can be disturbed, and its use of KV is watched.
 
 Whenever a generation goes on from cached pages, what is in them is compared with the states of the
-generation's own tokens (I5), and whether the pages were computed for the same tenant (I10). Both
-are recomputed from the model alone; the block hashes and checksums of the code under test play no
-part.
+generation's own tokens (I5), and whether the pages were computed for the same tenant (I10).
+Whenever a page is sent, what is in it is compared with the states of the tokens that its name
+stands for (P13). All of it is recomputed from tokens by the model and a chain of names of its own;
+the names that the code under test gives to pages say only which page it believes to send, and its
+checksums play no part.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio
 
-from workers.engines.scheduling import Work
+from workers.engines.scheduling import Generation, Work
 from workers.engines.sim.config import SimConfig
 from workers.engines.sim.engine import SimEngine
 from workers.engines.sim.memory import SimMemory
 from workers.engines.sim.model import STATE_BYTES, Context
-from workers.kv.pages import checksum
 
 
 def page_of(model: Context, tokens: Sequence[int]) -> bytes:
     """What a page of these tokens holds; ``model`` goes on behind them."""
     return b"".join(model.compute(token) for token in tokens)
+
+
+def root_name(kv_fingerprint: bytes, namespace: bytes) -> bytes:
+    """What the name of a context's first page is chained to."""
+    return hashlib.blake2b(kv_fingerprint + namespace, digest_size=16, person=b"kv-root").digest()
+
+
+def page_name(previous: bytes, tokens: Sequence[int]) -> bytes:
+    """The name of a page of these tokens behind the page named ``previous``, or the root."""
+    packed = b"".join(token.to_bytes(4, "little") for token in tokens)
+    return hashlib.blake2b(previous + packed, digest_size=16, person=b"kv-block").digest()
+
+
+@dataclass(slots=True)
+class _Reference:
+    """What a correct engine has of one generation, as far as it was computed."""
+
+    name: bytes
+    """Of its last whole page."""
+    model: Context = field(default_factory=Context)
+    states: bytes = b""
+    """Of the page that is not whole yet."""
 
 
 class WatchedMemory(SimMemory):
@@ -53,6 +77,9 @@ class WatchedEngine(SimEngine):
         self._usual = config
         self._complain = complain
         self.verified_pages = 0
+        self._references: dict[Generation, _Reference] = {}
+        self._states: dict[bytes, bytes] = {}
+        """Name -> what a page of that name holds, of all pages computed here or sent here."""
 
     def slow_down(self, factor: float) -> None:
         """Steps take this many times as long as usual from now on; 1: as usual."""
@@ -65,8 +92,16 @@ class WatchedEngine(SimEngine):
         """A page is read from another replica, for a reservation here."""
         inner = getattr(export, "_export", export)
         page, target = inner._run[index], reservation._reservation.pages[index]
-        if checksum(source._watched.page(page)) != inner.pages[index].checksum:
-            self._complain(f"P13: a page is sent that is not the exported one any more ({index})")
+        name = inner.pages[index].block_hash
+        states = source._states.get(name)
+        if states is None:
+            self._complain(f"P13: a page is sent under a name that no tokens have ({index})")
+        else:
+            self._states[name] = states
+            if source._watched.page(page) != states:
+                self._complain(
+                    f"P13: a page is sent that does not hold what its name says ({index})"
+                )
         if source.info.kv_fingerprint != self.info.kv_fingerprint:
             self._complain("P14: KV of another model arrives")
         self._watched.arriving_for.pop(target, None)
@@ -92,24 +127,44 @@ class WatchedEngine(SimEngine):
     def _fill_pages(self, work: Work) -> Context:
         generation, size = work.generation, self._info.page_size
         if not isinstance(generation.state, Context):
-            self._verify(work)
+            self._forget_ended()
+            self._references[generation] = self._verify(work)
         context = super()._fill_pages(work)
+        self._follow(self._references[generation], work)
         first, last = work.start // size, (work.start + work.count - 1) // size
         for page in generation.pages[first : last + 1]:
             self._watched.computed_for[page] = generation.request.namespace
         return context
 
-    def _verify(self, work: Work) -> None:
+    def _forget_ended(self) -> None:
+        for generation in [it for it in self._references if it.ended]:
+            del self._references[generation]
+
+    def _follow(self, reference: _Reference, work: Work) -> None:
+        """Computes once more what the engine has just computed."""
+        size = self._info.page_size
+        for position in range(work.start, work.start + work.count):
+            reference.states += reference.model.compute(work.generation.tokens[position])
+            if (position + 1) % size == 0:
+                page = work.generation.tokens[position + 1 - size : position + 1]
+                reference.name = page_name(reference.name, page)
+                self._states[reference.name], reference.states = reference.states, b""
+
+    def _verify(self, work: Work) -> _Reference:
+        """Compares the cached pages that a generation goes on from with its tokens. Returns what a
+        correct engine has of it then."""
         generation, size = work.generation, self._info.page_size
-        name = generation.request.generation_id
-        model = Context()
+        name, namespace = generation.request.generation_id, generation.request.namespace
+        reference = _Reference(root_name(self.info.kv_fingerprint, namespace))
         for index, page in enumerate(generation.pages[: work.start // size]):
             tokens = generation.tokens[index * size : (index + 1) * size]
-            states = page_of(model, tokens)
+            states = page_of(reference.model, tokens)
+            reference.name = page_name(reference.name, tokens)
             assert len(states) == size * STATE_BYTES
             if self._watched.page(page) != states:
                 self._complain(f"I5: {name} goes on from KV of other tokens in its page {index}")
-            for_whom = self._watched.computed_for.get(page, generation.request.namespace)
-            if for_whom != generation.request.namespace:
+            for_whom = self._watched.computed_for.get(page, namespace)
+            if for_whom != namespace:
                 self._complain(f"I10: {name} goes on from another tenant's KV in its page {index}")
             self.verified_pages += 1
+        return reference

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from loadtest.simulation.loop import Process
@@ -43,18 +43,27 @@ class Heartbeats:
     def __init__(self, lives: Callable[[Ref], bool]) -> None:
         self._lives = lives
         self._counts: dict[Ref, int] = {}
-        self._beats: dict[Ref, deque[float]] = {}
+        self._beats: dict[Ref, deque[tuple[float, int]]] = {}
         self._readings: dict[Process, _Readings] = {}
         self._reset_s: dict[Ref, float] = {}
         self._astray: dict[str, None] = {}
         """Sessions that the store gave back to an earlier owner when it lost writes."""
+        self._lost_s = -REGULAR_S
 
     def beat(self, ref: Ref, count: int, now_s: float) -> None:
         """The store has taken a heartbeat, perhaps once more. One that does not go past those
         before tells nobody anything: a repeat, or the count after a loss of writes."""
         if count > self._counts.get(ref, 0):
             self._counts[ref] = count
-            self._beats.setdefault(ref, deque(maxlen=BEATS_KEPT)).append(now_s)
+            self._beats.setdefault(ref, deque(maxlen=BEATS_KEPT)).append((now_s, count))
+
+    def lost(self, counts: Mapping[Ref, int], now_s: float) -> None:
+        """The store has lost writes and has these counts now: perhaps nobody saw what went past
+        them."""
+        self._lost_s = now_s
+        for ref, beats in self._beats.items():
+            seen = [beat for beat in beats if beat[1] <= counts.get(ref, 0)]
+            self._beats[ref] = deque(seen, maxlen=BEATS_KEPT)
 
     def read(self, gateway: Process, made_s: float, now_s: float) -> None:
         """A gateway got the answer to its question for the fleet."""
@@ -87,7 +96,7 @@ class Heartbeats:
         readings = self._readings.get(gateway)
         if readings is None or not _judges_rightly(gateway, readings, now_s):
             return None
-        beats = (at_s for at_s in self._beats.get(ref, ()) if at_s <= readings.made_s)
+        beats = (at_s for at_s, _ in self._beats.get(ref, ()) if at_s <= readings.made_s)
         last_beat = max(beats, default=0.0)
         silent_s = readings.last_s - max(last_beat, readings.since_s)
         if silent_s >= LEASE_S:
@@ -113,9 +122,34 @@ class Heartbeats:
         """Whether its process lives, and the store took its heartbeats without a gap for so long
         that nobody who reads them may doubt it."""
         since_s = now_s - REGULAR_S
-        beats = [at_s for at_s in self._beats.get(ref, ()) if at_s >= since_s]
+        beats = [at_s for at_s, _ in self._beats.get(ref, ()) if at_s >= since_s]
         gaps = itertools.pairwise([since_s, *beats, now_s])
         return self._lives(ref) and all(later - one <= LONGEST_GAP_S for one, later in gaps)
+
+    def surely_up(self, gateway: Process, ref: Ref, now_s: float) -> bool:
+        """This gateway must take the replica for alive."""
+        readings = self._readings.get(gateway)
+        return (
+            readings is not None
+            and self._has_long_read(gateway, readings, now_s)
+            and not self._may_be_acted_on(self._reset_s.get(ref), readings, now_s)
+            and self.beats_regularly(ref, now_s)
+        )
+
+    def surely_down(self, gateway: Process, ref: Ref, now_s: float) -> bool:
+        """This gateway must take the replica for dead: it is, or is stopped, and has not beaten for
+        twice the silence after which it counts as down."""
+        readings = self._readings.get(gateway)
+        if readings is None or self._lives(ref):
+            return False
+        last_s = max((at_s for at_s, _ in self._beats.get(ref, ())), default=0.0)
+        return self._has_long_read(gateway, readings, now_s) and now_s - last_s >= REGULAR_S
+
+    def _has_long_read(self, gateway: Process, readings: _Readings, now_s: float) -> bool:
+        """It has read the fleet without an outage for as long as it takes to know it."""
+        since_s = max(readings.since_s, self._lost_s)
+        steady = _judges_rightly(gateway, readings, now_s) and now_s - since_s >= REGULAR_S
+        return steady and now_s - readings.last_s <= OUTAGE_S
 
     def _may_be_acted_on(self, happened_s: float | None, readings: _Readings, now_s: float) -> bool:
         return happened_s is not None and now_s - max(happened_s, readings.since_s) < ACTS_S

@@ -1,9 +1,10 @@
-"""Watches that turns go on while nothing is wrong (I7, P6, P15): a turn that a client waits for and
-whose owner lives adds tokens, once nothing has been broken for a while."""
+"""Watches that turns go on while nothing is wrong (I7, P6, P15): once nothing has been broken for a
+while, a turn that a client waits for adds tokens if its owner lives, and is taken over if not."""
 
 from __future__ import annotations
 
 from loadtest.simulation.agents import Agent
+from loadtest.simulation.fleet_facts import understands
 from loadtest.simulation.loop import Process, true_time
 from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import SimGateway, SimReplica, World
@@ -14,7 +15,8 @@ ended."""
 FREE_SHARE = 0.25
 """Of an engine's pages: with fewer, turns may wait for each other's."""
 STALL_S = 3.0
-"""A turn that has a place adds a token every 20 ms or so."""
+"""A turn that has a place adds a token every 20 ms or so. One whose owner is dead is taken over
+within a lease, and then by the next attempt of whoever waits for it, at most 2 s later."""
 
 
 class Progress:
@@ -34,6 +36,8 @@ class Progress:
         now = true_time()
         if not self._calm():
             self._calm_since = now
+        if self._witness.lost_s is not None:
+            self._calm_since = max(self._calm_since, self._witness.lost_s)
         for agent in self._agents:
             waited_for = agent.waits_for
             if waited_for is None:
@@ -44,9 +48,10 @@ class Progress:
             if before != state:
                 self._seen[agent.session_id] = state, now
             elif now - since > STALL_S and now - self._calm_since > CALM_S:
-                if self._has_place(agent.session_id, waited_for):
+                why = self._stalled(agent.session_id, waited_for)
+                if why is not None:
                     self.violations.append(
-                        f"{agent.session_id}: I7: {waited_for} has not gone on since {since:.2f} s,"
+                        f"{agent.session_id}: I7: {waited_for} {why} since {since:.2f} s,"
                         f" and nothing is broken since {self._calm_since:.2f} s"
                     )
                 self._seen[agent.session_id] = state, now
@@ -66,14 +71,31 @@ class Progress:
             and all(replica.engine.as_usual for replica in world.replicas.values())
         )
 
-    def _has_place(self, session_id: str, turn_id: str) -> bool:
-        """The turn runs, on a process that lives and has room for all its turns."""
+    def _stalled(self, session_id: str, turn_id: str) -> str | None:
+        """What is wrong with a turn that stands where it stood; None if it may."""
+        if not self._witness.runs(session_id, turn_id):
+            return None
         owner = self._witness.owner(session_id)
         replica = self._world.replicas.get(owner[0].decode())
-        alive = replica is not None and self._world.whose(replica.process) == owner
-        if replica is None or not alive or not self._witness.runs(session_id, turn_id):
-            return False
-        load = replica.engine.load()
-        return (
-            load.queued == 0 and load.free_pages >= FREE_SHARE * replica.engine.info.capacity_pages
-        )
+        if replica is not None and self._world.whose(replica.process) == owner:
+            return "has not gone on" if _has_room(replica) else None
+        if any(_has_room(other) for other in self._able(session_id)):
+            return f"has had no live owner (but {owner[0].decode() or 'nobody'})"
+        return None
+
+    def _able(self, session_id: str) -> list[SimReplica]:
+        """Live replicas that may be given the session."""
+        speaks = self._witness.fingerprint(session_id)
+        return [
+            replica
+            for replica in self._world.live_replicas()
+            if replica.ref is not None
+            and not self._world.server.is_draining(replica.ref)
+            and understands(self._world, replica.name, speaks)
+        ]
+
+
+def _has_room(replica: SimReplica) -> bool:
+    """For all its turns, and without waiting."""
+    load = replica.engine.load()
+    return load.queued == 0 and load.free_pages >= FREE_SHARE * replica.engine.info.capacity_pages

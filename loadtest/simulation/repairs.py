@@ -21,9 +21,9 @@ KEEP, TOKENS, HEAD = 8, 9, slice(10, 12)
 head that this makes."""
 
 
-def of_repair(before: Seen, now: Seen, call: ScriptCall, *, lossy: bool) -> Iterator[str]:
-    """What a repair did to the ledger and to turns that it must not. ``lossy``: the store has lost
-    writes."""
+def of_repair(before: Seen, now: Seen, call: ScriptCall, lost: bytes | None) -> Iterator[str]:
+    """What a repair did to the ledger and to turns that it must not. ``lost``: the last ledger that
+    the store had under the repair's epoch; None if it has lost no writes."""
     if (now.ledger, now.head, now.epoch, now.turns) == (
         before.ledger,
         before.head,
@@ -39,9 +39,11 @@ def of_repair(before: Seen, now: Seen, call: ScriptCall, *, lossy: bool) -> Iter
     if now.head != tuple(map(as_bytes, call.args[HEAD])):
         yield f"P1: a repair left the head at {now.head[0]!r}, not where it was asked to"
     gives_up = not now.ledger.startswith(before.ledger)
-    if gives_up and not (lossy and now.epoch[0] > before.epoch[0]):
-        why = "under no later epoch" if lossy else "though the store lost nothing"
+    if gives_up and (lost is None or now.epoch[0] <= before.epoch[0]):
+        why = "though the store lost nothing" if lost is None else "under no later epoch"
         yield f"I1: a repair gave up tokens of {before.epoch}, {why}"
+    if lost is not None and not (now.ledger.startswith(lost) or lost.startswith(now.ledger)):
+        yield f"P1: a repair under {now.epoch} puts back other tokens than were lost"
     for name, turn in before.turns.items():
         after = now.turns.get(name)
         if after == turn or (gives_up and after is None and _reaches_past(turn, before, kept)):

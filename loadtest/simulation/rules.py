@@ -22,17 +22,17 @@ asked for."""
 
 
 def illegal(
-    before: Seen, now: Seen, call: ScriptCall, outcome: bytes, store_ms: int, *, lossy: bool
+    before: Seen, now: Seen, call: ScriptCall, outcome: bytes, store_ms: int, lost: bytes | None
 ) -> list[str]:
-    """What the script did that it must not, at this time of the store's clock. ``lossy``: the store
-    has lost writes before."""
+    """What the script did that it must not, at this time of the store's clock. ``lost``: the last
+    ledger that the store had under the epoch that it has now; None if it has lost no writes."""
     moved = call.script.name in ("take", "switch_migration")
     if moved and before.epoch == now.epoch:
         outcome = b"repeated"
     kept = call.script.name != "repair"
     return [
         *_of_ledger(before, now, call),
-        *(_of_turns(before, now, call) if kept else of_repair(before, now, call, lossy=lossy)),
+        *(_of_turns(before, now, call) if kept else of_repair(before, now, call, lost)),
         *_of_deadlines(before, now, call, outcome, store_ms),
         *_of_switch(before, call, outcome, store_ms),
     ]

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from gateway.core.machines import SESSION, SessionEvent, SessionPhase, TurnEvent, TurnPhase
 from loadtest.simulation.coverage import Row, transition
-from loadtest.simulation.heartbeats import Heartbeats
+from loadtest.simulation.heartbeats import REGULAR_S, Heartbeats
 from loadtest.simulation.ledgers import Ledgers, Stored
 from loadtest.simulation.lives import Life, Lives
 from loadtest.simulation.loop import Process, current_process
@@ -92,14 +92,18 @@ class Witness:
         self._whose = whose
         self._seen: dict[str, Seen] = {}
         self._ledgers = Ledgers(peek)
-        self._lossy = False
-        """The store has lost writes."""
+        self.lost_s: float | None = None
+        """When the store last lost writes."""
         self._granted: dict[tuple[str, int], tuple[bytes, Ref]] = {}
         """Session and number of each epoch there ever was -> its nonce, and to whom it went."""
+        self._written: dict[tuple[str, tuple[int, bytes]], bytes] = {}
+        """Session and epoch -> the last ledger that there was under it, lost or not."""
         self._lives = Lives()
         self._tombstones: dict[tuple[str, bytes], int] = {}
         """Session and turn that was cancelled before it began -> until when, store's ms."""
         self._unfit_since: dict[Ref, float] = {}
+        self._fit_since: dict[Ref, float] = {}
+        """Whose drain was undone -> when."""
         self._gone: set[Ref] = set()
         """Who ever was gone or replaced: whatever the store loses, none of them comes back."""
         self._read_at: dict[Process, float] = {}
@@ -144,7 +148,7 @@ class Witness:
 
     def forget(self) -> None:
         """The server has just lost writes: what follows is judged against what it has then."""
-        self._lossy = True
+        self.lost_s = self._now_s()
         for session_id, before in [*self._seen.items()]:
             now = self._read(session_id, ())
             if now is None:
@@ -157,6 +161,7 @@ class Witness:
         self._tombstones.clear()
         self._unfit_since.clear()
         self._look_at_fleet()
+        self.heartbeats.lost(self._counts(), self._now_s())
         self._read_at.clear()
         self._knows.clear()
         self._informed.clear()
@@ -169,6 +174,11 @@ class Witness:
         """The store has it as draining, or had it as gone or replaced."""
         return ref in self._unfit_since or ref in self._gone
 
+    def surely_fit(self, ref: Ref) -> bool:
+        """Everybody must know that it takes sessions, as far as the store says."""
+        known_s = self._now_s() - self._fit_since.get(ref, -REGULAR_S)
+        return not self.is_unfit(ref) and known_s >= REGULAR_S
+
     def _look_at_fleet(self) -> None:
         fleet = self._peek(keys.FLEET)
         assert isinstance(fleet, dict)
@@ -179,6 +189,7 @@ class Witness:
             for other in [r for r in self._unfit_since if r[0] == ref[0]]:
                 if other == ref and not _unfit(fleet, ref[0]):
                     del self._unfit_since[ref]
+                    self._fit_since[ref] = self._now_s()
             if _unfit(fleet, ref[0]):
                 self._unfit_since.setdefault(ref, self._now_s())
             if fleet.get(b"gone:" + ref[0]) == b"1":
@@ -187,6 +198,15 @@ class Witness:
             if previous is not None:
                 self._unfit_since.setdefault((ref[0], previous), self._now_s())
                 self._gone.add((ref[0], previous))
+
+    def _counts(self) -> dict[Ref, int]:
+        fleet = self._peek(keys.FLEET)
+        assert isinstance(fleet, dict)
+        return {
+            (name[4:], incarnation): int(fleet.get(b"beat:" + name[4:], b"0"))
+            for name, incarnation in fleet.items()
+            if name[:4] == b"inc:"
+        }
 
     def _chosen(self, call: ScriptCall) -> list[str]:
         at = TARGET_ARGS[call.script.name]
@@ -212,14 +232,17 @@ class Witness:
         active = [record[b"active"]] if record.get(b"active") else []
         wrong = [] if now.running == active else [f"I3: {now.running} run, {active} is active"]
         if before is not None:
-            time_ms = self._store_ms()
-            wrong += illegal(before, now, call, outcome, time_ms, lossy=self._lossy)
+            lost = None
+            if self.lost_s is not None:
+                lost = self._written.get((session_id, now.epoch), b"")
+            wrong += illegal(before, now, call, outcome, self._store_ms(), lost)
             self._count(before, now, call, outcome)
             self._note_ends(session_id, before, now)
         if before is None or (before.head, before.ledger) != (now.head, now.ledger):
             wrong += self._ledgers.judge(session_id, record)
         if script in TARGET_ARGS and outcome == b"written":
             wrong += self._chosen(call)
+        self._written[session_id, now.epoch] = now.ledger
         wrong += self._of_epoch(session_id, before, now, call)
         wrong += self._of_process(before, now, call, outcome)
         wrong += self._of_tombstones(session_id, before, now, call, outcome)
@@ -286,6 +309,10 @@ class Witness:
     def owner(self, session_id: str) -> Ref:
         """Who has the session, as far as the store says."""
         return self._seen.get(session_id, Seen()).owner
+
+    def fingerprint(self, session_id: str) -> bytes:
+        """Of the session's tokens, as far as the store says; empty if it has none."""
+        return self._seen.get(session_id, Seen()).fingerprint
 
     def stand(self, session_id: str, turn_id: str) -> tuple[int, bytes]:
         """How far a session's ledger goes, and the turn's status."""
