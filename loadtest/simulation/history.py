@@ -15,9 +15,7 @@ from dataclasses import dataclass, field, replace
 import anyio
 
 from gateway.config import GatewayConfig, Tables
-from loadtest.simulation.agents import PATIENCE_S, TENANTS, TURN_S, Agent
-from loadtest.simulation.bounds import Bounds, check_idle
-from loadtest.simulation.checks import (
+from loadtest.simulation.aftermath import (
     check_agent,
     check_closed,
     check_gone,
@@ -25,6 +23,8 @@ from loadtest.simulation.checks import (
     check_replicas,
     check_seeds,
 )
+from loadtest.simulation.agents import PATIENCE_S, TENANTS, TURN_S, Agent
+from loadtest.simulation.bounds import Bounds, check_idle
 from loadtest.simulation.coverage import Row, counted
 from loadtest.simulation.faults import FAULTS, LOSSY, LOSSY_SHARE, Storm
 from loadtest.simulation.lifecycle import close, live
@@ -236,7 +236,7 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
                 found.append(_crash("the history", error))
             found += [*witness.violations, *bounds.violations, *progress.violations]
             found += [*verdicts.violations, *built.violations]
-            told = any(agent.losses and not agent.cancelled for agent in agents)
+            told = sum(agent.losses - agent.losses_of_its_own_making for agent in agents)
             if set(kinds) == {"lose_writes"} and told:
                 found.append("P1: a client was told of a loss though every owner lives")
             for failure in built.failures:
@@ -324,6 +324,7 @@ async def _check_deadlines(
     built: World, agents: list[Agent], witness: Witness, healed_s: float
 ) -> list[str]:
     """Turns that their clients gave up (they were told of a loss) end by their deadline too."""
+    found: list[str] = []
     for agent in agents:
         session = await built.store.get_session(agent.session_id)
         if session is not None and session.active_turn_id is not None:
@@ -333,8 +334,8 @@ async def _check_deadlines(
                 await anyio.sleep(max(0.0, due_s + DEADLINE_SLACK_S - true_time()))
                 if witness.runs(session.session_id, session.active_turn_id):
                     late = f"P4: {session.active_turn_id} was due at {due_s:.3f} s and runs on"
-                    return [f"{session.session_id}: {late}"]
-    return [
+                    found.append(f"{session.session_id}: {late}")
+    return found + [
         f"{it.session_id}: I7: {it.turn_id} was due at {it.deadline_s:.3f} s and ended at"
         f" {it.ended_s:.3f} s"
         for it in witness.ended
