@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import random
 import sys
 import time
 from collections import deque
@@ -16,11 +15,10 @@ import anyio
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults.agents import Agent
 from tests.faults.catalogue import CLASSES, CLOCKS, FLEETS
 from tests.faults.fleet import Fleet, faketime
+from tests.faults.remains import what_is_left
 from tests.faults.rounds import FaultClass, Outcome, play
-from tests.faults.verdict import nothing_left
 
 
 async def run_classes(
@@ -36,7 +34,7 @@ async def run_classes(
             async with FLEETS[store]() as running:
                 await _play_on(running, waiting, seed, outcomes, console)
                 if not outcomes[-1].fleet_lost:
-                    left += [f"{store}: {what}" for what in await _what_is_left(running)]
+                    left += [f"{store}: {what}" for what in await what_is_left(running)]
             left += [f"{store}: {what}" for what in running.complaints()]
     return outcomes, left
 
@@ -56,15 +54,6 @@ async def _play_on(
         _say(console, outcome)
         if outcome.fleet_lost:
             return
-
-
-async def _what_is_left(running: Fleet) -> list[str]:
-    endpoints = {n.name: running.proxy.links[f"client:{n.name}"].endpoint for n in running.gateways}
-    monitor = Agent("monitor", endpoints, random.Random(0))
-    try:
-        return await nothing_left(running, monitor.door)
-    finally:
-        await monitor.aclose()
 
 
 def _say(console: Console, outcome: Outcome) -> None:

@@ -40,11 +40,14 @@ def faketime() -> Path | None:
 class Node:
     """A gateway or worker: what stays the same over its processes."""
 
-    def __init__(self, name: str, role: str, options: dict[str, Any]) -> None:
+    def __init__(self, name: str, role: str, options: dict[str, Any], temporary: Path) -> None:
         self.name = name
         self.role = role
         self.options = options
-        self.env: dict[str, str] = {}
+        self.temporary = temporary
+        """Where its processes have their temporary files."""
+        temporary.mkdir()
+        self.env: dict[str, str] = {"TMPDIR": str(temporary)}
         self.clock: Path | None = None
         """What its wall clock is set off by, if it can be."""
         self.child: Child | None = None
@@ -53,6 +56,11 @@ class Node:
     def process(self) -> Child:
         assert self.child is not None
         return self.child
+
+    @property
+    def kv_port(self) -> int:
+        """Of a worker's present process; its proxy has the same."""
+        return int(self.options["kv_listen"].rpartition(":")[2])
 
 
 class Fleet:
@@ -101,7 +109,7 @@ class Fleet:
         listen = f"127.0.0.1:{port}"
         self.proxy.add(f"client:{name}", ("127.0.0.1", 0), ("127.0.0.1", port))
         options = {"listen": listen, "gateway_id": name}
-        self.nodes[name] = Node(name, "gateway", options)
+        self.nodes[name] = Node(name, "gateway", options, self.directory / f"{name}.tmp")
         return self.nodes[name]
 
     def add_worker(self, name: str) -> Node:
@@ -115,7 +123,7 @@ class Fleet:
             "engine": self.engine.name,
             "engine_options": self.engine.options(self.directory),
         }
-        self.nodes[name] = Node(name, "worker", options)
+        self.nodes[name] = Node(name, "worker", options, self.directory / f"{name}.tmp")
         self.move(self.nodes[name])
         return self.nodes[name]
 
@@ -126,7 +134,7 @@ class Fleet:
             raise RuntimeError("libfaketime is not installed (Debian package faketime)")
         worker.clock = self.directory / f"{worker.name}.clock"
         worker.clock.write_text("+0")
-        worker.env = {
+        worker.env |= {
             "LD_PRELOAD": str(library),
             "FAKETIME_TIMESTAMP_FILE": str(worker.clock),
             "FAKETIME_CACHE_DURATION": "1",

@@ -185,6 +185,7 @@ def _end(event: sessile.Finished, heard: Heard) -> pb.TurnFinished:
     """The SDK keeps where the text ends to itself: it has checked it."""
     return pb.TurnFinished(
         status=pb.TurnStatus.Value(f"TURN_STATUS_{event.status.name}"),
+        reason=pb.FinishReason.Value(f"FINISH_REASON_{event.reason.name}"),
         end=event.end.to_pb(),
         usage=pb.Usage(
             input_tokens=event.usage.input_tokens,

@@ -23,18 +23,23 @@ from tests.faults.proxy import Proxy
 from tests.support.servers import redis_binary
 
 DOWN_AFTER_MS = 500
+_GIVEN: set[int] = set()
+"""Ports that processes of this one's fleets may come back to."""
 
 
 def free_port() -> int:
     """A port of the loopback interface for several processes after each other: outside the range
-    from which the kernel draws ports of outgoing connections."""
+    from which the kernel draws ports of outgoing connections, and given out once."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for _ in range(1000):
-        port = random.randrange(10_000, 32_000)
+        port = random.randrange(min(10_000, first // 2), min(32_000, first))
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
+        if port not in _GIVEN:
+            _GIVEN.add(port)
             return port
     raise OSError("no port is free")
 

@@ -26,9 +26,10 @@ from tests.faults.agents import Agent
 from tests.faults.catalogue import CLASSES
 from tests.faults.children import rss_bytes
 from tests.faults.fleet import Fleet, fleet
+from tests.faults.remains import what_is_left
 from tests.faults.rounds import AGENTS, FaultClass, Outcome, play
 from tests.faults.servers import SingleStore
-from tests.faults.verdict import judge, nothing_left
+from tests.faults.verdict import judge
 
 STEADY = ("-stop", "client-", "gateway-worker-", "worker-redis-")
 WARM = 0.2
@@ -80,10 +81,7 @@ class Soak:
         wrong += [f"{o.name} {o.index}: {o.unproven}" for o in self.outcomes if o.unproven]
         for agent in self.done_agents:
             await agent.aclose()
-        monitor = Agent("monitor", self._endpoints, random.Random(0))
-        wrong += await nothing_left(self._fleet, monitor.door)
-        await monitor.aclose()
-        return wrong
+        return wrong + await what_is_left(self._fleet) + self._fleet.complaints()
 
     async def _faults(self, until: float) -> None:
         draw = random.Random(self._seed)

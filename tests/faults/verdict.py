@@ -19,7 +19,6 @@ from tests.faults.agents import Agent, Door, Heard
 from tests.faults.engines import ENGINE
 from tests.faults.fleet import Fleet
 
-CLEAN_WITHIN_S = 20.0
 WATCH_PERIOD_S = 0.025
 ENDED = (b"COMMITTED", b"CANCELLED", b"FAILED")
 
@@ -195,26 +194,3 @@ async def replicas(door: Door) -> dict[str, fleet_pb2.Replica]:
     """The fleet as one gateway sees it."""
     answer = await door.fleet.ListReplicas(fleet_pb2.ListReplicasRequest(), timeout=5.0)
     return {replica.ref.replica_id: replica for replica in answer.replicas}
-
-
-async def nothing_left(fleet: Fleet, door: Door) -> list[str]:
-    """After all sessions are closed: nothing runs, waits, or is pinned, and every page is free."""
-    found: list[str] = ["no replica is known"]
-    with anyio.move_on_after(CLEAN_WITHIN_S):
-        while found:
-            seen = await replicas(door)
-            found = [f"{name} is not there" for name in fleet.nodes if name[0] == "w"
-                     and name not in seen]  # fmt: skip
-            for name, replica in seen.items():
-                load = replica.load
-                for what, count in (
-                    ("turns run", load.running_turns),
-                    ("turns wait", load.queued_turns),
-                    ("sessions are resident", load.sessions),
-                    ("pages are pinned", load.pinned_pages),
-                    ("pages are held", replica.capacity_pages - load.free_pages),
-                ):
-                    if count:
-                        found.append(f"{name}: {count} {what} after every session was closed")
-            await anyio.sleep(0.2)
-    return found
