@@ -171,7 +171,7 @@ async def _of_key(store: Any, client: Any, name: bytes) -> list[str]:
             case "s:":
                 record = await client.hgetall(name)
                 ledger = await client.strlen(f"sessile:{family}}}:l:{kind[2:]}")
-                return _of_session(record, ledger)
+                return of_session(record, ledger)
             case "l:":
                 return (
                     []
@@ -190,7 +190,8 @@ async def _of_key(store: Any, client: Any, name: bytes) -> list[str]:
     return [] if kind.startswith(known) else ["a key of no known kind"]
 
 
-def _of_session(record: dict[bytes, bytes], ledger_bytes: int) -> list[str]:
+def of_session(record: dict[bytes, bytes], ledger_bytes: int) -> list[str]:
+    """What is wrong with a session that was closed."""
     found = [
         f"it is closed and has {field.decode()} {record[field]!r}"
         for field in (b"owner", b"active", b"mig")
