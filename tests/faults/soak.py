@@ -2,7 +2,8 @@
 memory of every process, and of the store per session, is followed over time.
 
 Faults that end processes are left out on purpose: the memory of a process can only be followed
-while it lives. Fails on any violation, as ``make faults`` does; growth is reported, not judged.
+while it lives. Fails on any violation, as ``make faults`` does, and on growth past its bounds
+(``growth.py``).
 """
 
 from __future__ import annotations
@@ -13,43 +14,25 @@ import logging
 import os
 import random
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from statistics import linear_regression
 
 import anyio
 from rich.console import Console
-from rich.table import Table
 
 from statestore import keys
 from tests.faults.agents import Agent
 from tests.faults.catalogue import CLASSES
 from tests.faults.children import rss_bytes
 from tests.faults.fleet import Fleet, fleet
+from tests.faults.growth import Sample, process_table, session_table, store_table, too_much
 from tests.faults.remains import what_is_left
 from tests.faults.rounds import AGENTS, FaultClass, Outcome, play
 from tests.faults.servers import SingleStore
 from tests.faults.verdict import judge
 
 STEADY = ("-stop", "client-", "gateway-worker-", "worker-redis-")
-WARM = 0.2
-"""Share of the time after which growth is measured: caches and pools are filled by then."""
-MIB = 1 << 20
 TURNS_PER_SESSION = 150
-
-
-@dataclass(slots=True)
-class Sample:
-    """The state at one time."""
-
-    at_s: float
-    rss: dict[str, int]
-    store_bytes: int
-    store_keys: int
-    sessions_opened: int
-    turns: int
-    session_bytes: dict[str, list[int]] = field(default_factory=dict)
-    """Lasting session -> [turns, bytes of its keys in the store]."""
 
 
 class Soak:
@@ -81,6 +64,7 @@ class Soak:
         wrong += [f"{o.name} {o.index}: {o.unproven}" for o in self.outcomes if o.unproven]
         for agent in self.done_agents:
             await agent.aclose()
+        wrong += too_much(self.samples)
         return wrong + await what_is_left(self._fleet) + self._fleet.complaints()
 
     async def _faults(self, until: float) -> None:
@@ -158,52 +142,6 @@ class Soak:
         )
 
 
-def growth_table(samples: list[Sample]) -> Table:
-    """Growth of every process that lived all the time, after the warm-up."""
-    table = Table(title="Memory of processes")
-    for head in ("process", "at first", "after warm-up", "at the end", "MiB/h", "bytes/turn"):
-        table.add_column(head, justify="left" if head == "process" else "right")
-    warm = [s for s in samples if s.at_s >= WARM * samples[-1].at_s]
-    for name in samples[-1].rss:
-        series = [(s.at_s, s.turns, s.rss[name]) for s in warm if s.rss.get(name)]
-        if len(series) < 3:
-            continue
-        first = next(s.rss[name] for s in samples if s.rss.get(name))
-        times, turns, sizes = (list(column) for column in zip(*series, strict=True))
-        per_hour = linear_regression(times, sizes).slope * 3600 / MIB
-        per_turn = linear_regression(turns, sizes).slope if len(set(turns)) > 1 else 0.0
-        table.add_row(
-            name,
-            *(f"{size / MIB:.1f}" for size in (first, sizes[0], sizes[-1])),
-            f"{per_hour:+.1f}",
-            f"{per_turn:+.0f}",
-        )
-    return table
-
-
-def store_table(samples: list[Sample]) -> Table:
-    """The store over time."""
-    table = Table(title="The store, and sessions in it")
-    heads = ("minute", "sessions so far", "turns", "store MiB", "keys", "bytes per lasting session",
-             "bytes per turn of them")  # fmt: skip
-    for head in heads:
-        table.add_column(head, justify="right")
-    step = max(1, len(samples) // 12)
-    for sample in samples[::step]:
-        used = [size for _, size in sample.session_bytes.values()]
-        turns = sum(count for count, _ in sample.session_bytes.values())
-        table.add_row(
-            f"{sample.at_s / 60:.1f}",
-            str(sample.sessions_opened),
-            str(sample.turns),
-            f"{sample.store_bytes / MIB:.2f}",
-            str(sample.store_keys),
-            f"{sum(used) / len(used):.0f}" if used else "",
-            f"{sum(used) / turns:.0f}" if turns else "",
-        )
-    return table
-
-
 async def soak(minutes: float, seed: str, console: Console) -> tuple[Soak, list[str]]:
     async with fleet(SingleStore("everysec")) as running:
         made = Soak(running, seed, console)
@@ -211,7 +149,7 @@ async def soak(minutes: float, seed: str, console: Console) -> tuple[Soak, list[
 
 
 def main() -> int:
-    """Exit code 1 if anything was violated, unproven or left behind."""
+    """Exit code 1 if anything was violated, unproven or left behind, or grew too much."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", default="1")
@@ -222,8 +160,8 @@ def main() -> int:
     made, wrong = anyio.run(
         soak, options.minutes, options.seed, console, backend_options={"use_uvloop": True}
     )
-    console.print(growth_table(made.samples))
-    console.print(store_table(made.samples))
+    for table in (process_table, session_table, store_table):
+        console.print(table(made.samples))
     faults = [o for o in made.outcomes if o.name != "lasting session"]
     turns = sum(o.tally.turns for o in made.outcomes)
     lost = sum(o.tally.lost for o in made.outcomes)
