@@ -8,10 +8,16 @@ from contextvars import Context
 from typing import TypeVarTuple, Unpack
 
 import pytest
+from hypothesis import settings
 
+from tests.support.nightly import NIGHTLY, TIMEOUT_S, examples
 from tests.support.servers import redis_binary, running_cluster, running_server, valkey_binary
 
 Ts = TypeVarTuple("Ts")
+
+settings.register_profile("nightly", max_examples=examples(100), deadline=None, print_blob=True)
+if NIGHTLY:
+    settings.load_profile("nightly")
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -30,6 +36,12 @@ class Loop(asyncio.SelectorEventLoop):
         if self.is_closed():
             return asyncio.Handle(callback, args, self, context)
         return super().call_soon_threadsafe(callback, *args, context=context)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """At night tests may take longer."""
+    for item in items if NIGHTLY else ():
+        item.add_marker(pytest.mark.timeout(TIMEOUT_S), append=False)
 
 
 @pytest.fixture

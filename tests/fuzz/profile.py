@@ -3,22 +3,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-NIGHTLY_FACTOR = 40
-NIGHTLY_TIMEOUT_S = 3600
+from tests.support.nightly import NIGHTLY, examples
 
 
-def fuzz(examples: int) -> Callable[[Any], Any]:
+def fuzz(count: int) -> Callable[[Any], Any]:
     """Decorates a Hypothesis test that tries this many examples, more at night."""
-    configured = settings(
-        max_examples=examples * (NIGHTLY_FACTOR if NIGHTLY else 1),
+    return settings(
+        max_examples=examples(count),
         deadline=None,
         derandomize=not NIGHTLY,
         database=None,
@@ -28,10 +24,3 @@ def fuzz(examples: int) -> Callable[[Any], Any]:
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
-
-    def decorate(test: Any) -> Any:
-        if NIGHTLY:
-            test = pytest.mark.timeout(NIGHTLY_TIMEOUT_S)(test)
-        return configured(test)
-
-    return decorate

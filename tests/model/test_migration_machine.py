@@ -60,6 +60,7 @@ from statestore.ports import (
 )
 from statestore.records import ReplicaRef, Session, SessionState, TurnStatus
 from statestore.redis_store import RedisStore
+from tests.support.nightly import examples
 from tests.support.owners import STOP, A, Owner, position_of
 
 T = TypeVar("T")
@@ -333,7 +334,7 @@ def test_a_move_ends_and_leaves_a_session_that_runs() -> None:
     run_state_machine_as_test(
         MigrationMachine,
         settings=settings(
-            max_examples=60,
+            max_examples=examples(60),
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],

@@ -22,6 +22,7 @@ from loadtest.simulation.loop import run
 from statestore.ports import EpochLost, SessionWritten
 from statestore.records import SessionState, TurnStatus
 from tests.support.gateway_world import World, world
+from tests.support.nightly import examples
 
 TENANTS = ("acme", "other")
 REPLICAS = ("a", "b", "c")
@@ -190,7 +191,7 @@ async def play(moves: list[Move]) -> None:
                 await player.intrude(known, gateway, "")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(MOVES, min_size=5, max_size=25))
 def test_a_stale_cache_costs_a_detour_and_nothing_else(moves: list[Move]) -> None:
     run(lambda: play(moves))

@@ -17,6 +17,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from tests.support.nightly import examples
 from workers.engines.port import PageMeta, PagesExhausted
 from workers.kv.prefix_cache import PrefixCache, Reservation
 
@@ -286,7 +287,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
 
 PrefixCacheMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None
+    max_examples=examples(150), stateful_step_count=40, deadline=None
 )
 TestPrefixCache = PrefixCacheMachine.TestCase
 

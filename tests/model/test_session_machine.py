@@ -41,6 +41,7 @@ from statestore.ports import (
 )
 from statestore.records import Epoch, ReplicaRef, Session, SessionState, StoreLimits
 from statestore.redis_store import RedisStore
+from tests.support.nightly import examples
 from tests.support.owners import FINGERPRINT, STOP, new_session, position_of, spec
 
 T = TypeVar("T")
@@ -536,7 +537,7 @@ def test_store_tables_and_model_agree() -> None:
     run_state_machine_as_test(
         SessionMachine,
         settings=settings(
-            max_examples=40,
+            max_examples=examples(40),
             stateful_step_count=50,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],

@@ -37,6 +37,7 @@ from statestore.ports import (
 )
 from statestore.records import Epoch, ReplicaRef, SessionState, StoreLimits, Turn, TurnStatus
 from statestore.redis_store import RedisStore
+from tests.support.nightly import examples
 from tests.support.owners import FINGERPRINT, STOP, new_session, position_of, spec
 from tests.support.stores import BACKENDS, Backend, SimulatedBackend, server_backend, store_on
 
@@ -691,7 +692,7 @@ def run_machine(
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=max_examples,
+            max_examples=examples(max_examples),
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],
