@@ -27,9 +27,11 @@ from loadtest.simulation.agents import PATIENCE_S, TENANTS, TURN_S, Agent
 from loadtest.simulation.bounds import Bounds, check_idle
 from loadtest.simulation.coverage import Row, counted
 from loadtest.simulation.faults import FAULTS, LOSSY, LOSSY_SHARE, Storm
+from loadtest.simulation.forks import Forks, check_forks
 from loadtest.simulation.lifecycle import close, live
 from loadtest.simulation.loop import TraceHook, run, true_time
 from loadtest.simulation.moves import MoveWatch
+from loadtest.simulation.pins import judged_pins
 from loadtest.simulation.placements import judged_placements
 from loadtest.simulation.progress import Progress
 from loadtest.simulation.schedule import Fault, draw_kinds, draw_schedule, minimise
@@ -206,7 +208,13 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
         StreamWatch(built, witness).attach()
         roomy = plan.capacity_pages >= ENGINE.capacity_pages
         MoveWatch(built, witness).attach("evict" not in kinds and roomy and not tight)
-        with counted(built.coverage), judged_placements(built, witness):
+        forks = Forks(built)
+        with (
+            counted(built.coverage),
+            judged_placements(built, witness),
+            judged_pins(built.violations.append),
+            forks.watched(),
+        ):
             for index in range(plan.replicas):
                 await built.start_replica(f"r{index + 1}")
             for index in range(plan.gateways):
@@ -230,12 +238,12 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
             stored: list[Turn] = []
             try:
                 stored = await _live_and_judge(
-                    seed, plan, built, agents, storm, bounds, witness, found
+                    seed, plan, built, agents, storm, bounds, witness, forks, found
                 )
             except Exception as error:  # noqa: BLE001 - told beside what was seen until then
                 found.append(_crash("the history", error))
             found += [*witness.violations, *bounds.violations, *progress.violations]
-            found += [*verdicts.violations, *built.violations]
+            found += [*verdicts.violations, *forks.violations, *built.violations]
             told = sum(agent.losses - agent.losses_of_its_own_making for agent in agents)
             if set(kinds) == {"lose_writes"} and told:
                 found.append("P1: a client was told of a loss though every owner lives")
@@ -257,6 +265,7 @@ async def _live_and_judge(
     storm: Storm,
     bounds: Bounds,
     witness: Witness,
+    forks: Forks,
     found: list[str],
 ) -> list[Turn]:
     """The phases of a history, one after another; adds what is wrong to ``found``. Returns the
@@ -275,6 +284,7 @@ async def _live_and_judge(
     found += check_gone(built, agents)
     for agent in agents:
         found += await check_agent(built, agent)
+    found += await check_forks(built, forks, [agent.session_id for agent in agents])
     found += [*await check_seeds(built, agents), *await check_named_apart(built, agents)]
     sessions = [await built.store.get_session(agent.session_id) for agent in agents]
     return [
