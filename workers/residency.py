@@ -223,10 +223,12 @@ class Residency:
                 self._sessions.move_to_end(session_id)
         self._shrink()
 
-    def disown(self, session_id: str) -> None:
-        """Somebody else owns the session now: what is held is a mere copy."""
+    def disown(self, session_id: str, epoch: Epoch | None = None) -> None:
+        """Somebody else owns the session now: what is held is a mere copy. ``epoch``: that of the
+        run that was told so. What is held under a later one stays this replica's: nobody else could
+        put it back if the store lost it."""
         resident = self._sessions.get(session_id)
-        if resident is not None:
+        if resident is not None and (epoch is None or resident.epoch <= epoch):
             resident.own(NO_EPOCH, resident.turn_index)
             self._engine.unpin(session_id)
 

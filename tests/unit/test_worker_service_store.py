@@ -367,6 +367,27 @@ async def test_lost_turns_are_put_back_before_the_next_one_begins() -> None:
 
 
 @in_virtual_time
+async def test_a_dispatch_under_an_earlier_epoch_costs_the_owner_nothing_that_it_holds() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        late = await w.request(replica, "Late", "t2")
+        await w.give(replica)
+        kept = w.executor.snapshot()
+        first = await listen(replica, await w.request(replica))
+        w.executor.restore(kept)
+        with pytest.raises(errors.NotOwner):
+            await listen(replica, late)
+        known = types_pb2.Precondition(head=first.finished.end, turn_index=1)
+        second = await listen(replica, await w.request(replica, "x", "t2", precondition=known))
+        ledger = await w.ledger()
+        for heard in (first, second):
+            start = heard.accepted.output_start.length
+            assert heard.tokens == ledger[start : start + 20]
+
+
+@in_virtual_time
 async def test_a_repair_replaces_another_historys_turn_even_of_the_same_tokens() -> None:
     async with world() as w:
         first, second = await w.start("r1"), await w.start("r2")

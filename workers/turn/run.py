@@ -211,7 +211,7 @@ class TurnRun:
         if isinstance(ending, Ended) and self.opened is not None:
             self.opened.resident.ended(ending.turn)
         elif lost_session(ending):
-            self._ports.residency.disown(self.session_id)
+            self._ports.residency.disown(self.session_id, self.epoch)
         if self.opened is not None:
             self._unwritten += self.opened.output.tokens[self.released :]
         self.ending = ending
