@@ -76,11 +76,9 @@ class Agent(Client):
         """Its ledger when it was closed."""
         self.said_more = False
         """A turn ran just before, and the rest of its output was purged with the session."""
-        self.losses_told: list[str] = []
-        """The turns for which it was told of a loss."""
+        self.losses = 0
+        """Times it was told of a loss."""
         self._waits_for: str | None = None
-        self.vanished = False
-        """It left in mid-turn and does not come back."""
         self._prefix = ""
         self._asked = 0
 
@@ -89,17 +87,6 @@ class Agent(Client):
         """The turn that it is in. None while it reads slowly where the store loses writes: its turn
         may have ended long ago, and what is lost of it comes back when its client goes on."""
         return None if self.lossy and self.lags else self._waits_for
-
-    @property
-    def losses(self) -> int:
-        """Times it was told of a loss."""
-        return len(self.losses_told)
-
-    @property
-    def losses_of_its_own_making(self) -> int:
-        """Of these, how many for a turn that it cancelled itself: that may have ended where the
-        store had it, before the turn's owner put back what was lost."""
-        return sum(turn_id in self.cancelled for turn_id in self.losses_told)
 
     def child(self, name: str, session_id: str) -> Agent:
         """The agent of a fork of this one's session."""
@@ -197,8 +184,6 @@ class Agent(Client):
 
     def _conclude(self, heard: TurnHeard) -> None:
         if isinstance(heard.error, TurnCancelled) and heard.turn_id in self.cancelled:
-            if self.lossy:
-                self.give_up(heard.turn_id)  # it had begun, perhaps, and that was lost
             return
         if self.poison:
             done = heard.finished
@@ -210,7 +195,7 @@ class Agent(Client):
                 self.give_up(heard.turn_id)  # lost, perhaps, before it was heard and closed
             return
         if self.lossy and isinstance(heard.error, LOSS):
-            self.losses_told.append(heard.turn_id)
+            self.losses += 1
             self.give_up()
             self.known_head = None
         elif heard.error is not None:

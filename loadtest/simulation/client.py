@@ -85,6 +85,8 @@ class Client:
         self.minds_itself = False
         """It does so itself just now: operators keep out of it."""
         self.closed = False
+        self.vanished = False
+        """It left in mid-turn and does not come back, not even to be told of a loss."""
 
     @property
     def heard(self) -> list[TurnHeard]:

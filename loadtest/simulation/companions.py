@@ -36,6 +36,8 @@ async def repeat_late(client: Client, main: TurnHeard) -> None:
     lost the turn together with its owner, that begins another one of the same id."""
     for _ in range(REPEATS):
         await anyio.sleep(client.draw.uniform(0.0, 0.4))
+        if client.vanished:
+            return  # what it hears could be lost, and nobody would come to be told
         again = TurnHeard(main.session_id, main.turn_id, main.request)
         client.others.append(again)
         await client.listen(again)

@@ -244,9 +244,12 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
                 found.append(_crash("the history", error))
             found += [*witness.violations, *bounds.violations, *progress.violations]
             found += [*verdicts.violations, *forks.violations, *built.violations]
-            told = sum(agent.losses - agent.losses_of_its_own_making for agent in agents)
-            if set(kinds) == {"lose_writes"} and told:
-                found.append("P1: a client was told of a loss though every owner lives")
+            if set(kinds) == {"lose_writes"}:
+                found += [
+                    f"{agent.session_id}: P1: told of a loss though every owner lives"
+                    for agent in agents
+                    if agent.losses
+                ]
             for failure in built.failures:
                 found.append(_crash("a process", failure))
             built.failures.clear()
