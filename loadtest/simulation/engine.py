@@ -17,11 +17,14 @@ from typing import Any
 
 import anyio
 
+from loadtest.simulation.imports import WatchedImport
+from workers.engines.port import PageImport
 from workers.engines.scheduling import Generation, Work
 from workers.engines.sim.config import SimConfig
 from workers.engines.sim.engine import SimEngine
 from workers.engines.sim.memory import SimMemory
 from workers.engines.sim.model import STATE_BYTES, Context
+from workers.kv.pages import IncomingPages
 
 
 def page_of(model: Context, tokens: Sequence[int]) -> bytes:
@@ -68,14 +71,21 @@ class WatchedMemory(SimMemory):
 
 
 class WatchedEngine(SimEngine):
-    """``complain`` is told of violations."""
+    """``complain`` is told of violations, ``on_refused`` of each import that was spoilt on its way
+    and not used."""
 
-    def __init__(self, config: SimConfig, complain: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: SimConfig,
+        complain: Callable[[str], None],
+        on_refused: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config, anyio.current_time)
         self._watched = WatchedMemory(config.capacity_pages, self.info.page_bytes)
         self._pages = self._memory = self._watched
         self._usual = config
         self._complain = complain
+        self._on_refused = on_refused
         self.verified_pages = 0
         self._references: dict[Generation, _Reference] = {}
         self._states: dict[bytes, bytes] = {}
@@ -86,12 +96,19 @@ class WatchedEngine(SimEngine):
         timing = replace(self._usual.timing, step_ms=self._usual.timing.step_ms * factor)
         self._config = replace(self._usual, timing=timing)
 
+    def reserve_import(
+        self, block_hashes: Sequence[bytes], first_page: int, pages: int
+    ) -> PageImport:
+        inner = super().reserve_import(block_hashes, first_page, pages)
+        assert isinstance(inner, IncomingPages)
+        return WatchedImport(inner, self._on_refused, self._complain)
+
     def page_arrives(
-        self, source: WatchedEngine, export: Any, reservation: Any, index: int
+        self, source: WatchedEngine, export: Any, reservation: WatchedImport, index: int
     ) -> None:
         """A page is read from another replica, for a reservation here."""
         inner = getattr(export, "_export", export)
-        page, target = inner._run[index], reservation._reservation.pages[index]
+        page, target = inner._run[index], reservation.pages[index]
         name = inner.pages[index].block_hash
         states = source._states.get(name)
         if states is None:

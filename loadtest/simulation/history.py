@@ -25,7 +25,7 @@ from loadtest.simulation.aftermath import (
 )
 from loadtest.simulation.agents import PATIENCE_S, TENANTS, TURN_S, Agent
 from loadtest.simulation.bounds import Bounds, check_idle
-from loadtest.simulation.coverage import Row, counted
+from loadtest.simulation.coverage import counted
 from loadtest.simulation.faults import FAULTS, LOSSY, LOSSY_SHARE, Storm
 from loadtest.simulation.forks import Forks, check_forks
 from loadtest.simulation.lifecycle import close, live
@@ -36,6 +36,7 @@ from loadtest.simulation.placements import judged_placements
 from loadtest.simulation.progress import Progress
 from loadtest.simulation.schedule import Fault, draw_kinds, draw_schedule, minimise
 from loadtest.simulation.streams import StreamWatch
+from loadtest.simulation.tally import Tally
 from loadtest.simulation.verdicts import Verdicts
 from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import ENGINE, START_US, World, world
@@ -201,7 +202,7 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
             built.timeline,
             true_time,
             START_US,
-            built.coverage,
+            Tally(built.coverage, built.has_died, built.whose, true_time),
             built.whose,
             built.lives,
         )
@@ -385,11 +386,6 @@ def _report(
         for line in (f"timeline of {name}:", *built.timeline.of(name))
     ]
     seen, losses = built.coverage, sum(agent.losses for agent in agents)
-    seen[Row.STORE_AND_OWNER] += losses
-    seen[Row.TRANSFER_BREAKS] += built.network.broken_pulls + built.network.corrupted_pages
-    seen[Row.REPLICA_DIES] += sum(
-        t.attempt > 1 and t.status is TurnStatus.COMMITTED for t in stored
-    )
     return HistoryReport(
         seed=seed,
         violations=tuple(found),

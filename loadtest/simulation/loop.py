@@ -25,6 +25,7 @@ import contextvars
 import gc
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from concurrent.futures import Executor
@@ -77,6 +78,8 @@ class Process:
         """Seconds of its clock in one true second."""
         self.ahead_s = 0.0
         """Its clock's reading is ``rate * true time + ahead_s``."""
+        self._stops: list[tuple[float, float]] = []
+        """From when until when it was stopped, in true time; the last may go on."""
         self._held: list[asyncio.Handle] = []
         self._context = contextvars.copy_context()
         self._context.run(_PROCESS.set, self)
@@ -87,15 +90,23 @@ class Process:
 
     def stop(self) -> None:
         """Nothing of the process runs until :meth:`resume`."""
+        if not self.stopped:
+            self._stops.append((true_time(), math.inf))
         self.stopped = True
 
     def resume(self) -> None:
         """What would have run meanwhile becomes ready, in order."""
+        if self.stopped:
+            self._stops[-1] = (self._stops[-1][0], true_time())
         self.stopped = False
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         held, self._held = self._held, []
         loop.make_ready(held)
+
+    def was_stopped_at(self, true_s: float) -> bool:
+        """Whether it was stopped then."""
+        return any(first <= true_s <= last for first, last in self._stops)
 
     def hold(self, handle: asyncio.Handle) -> None:
         """Keeps what a stopped process would run now."""

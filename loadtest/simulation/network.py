@@ -237,11 +237,6 @@ class Network:
     reservation and the page's index in both."""
     on_reset: Callable[[Process], None] | None = None
     """Told of each process whose connections are reset while it lives."""
-    pulls: int = 0
-    """Of KV, begun."""
-    broken_pulls: int = 0
-    """Those that ended early."""
-    corrupted_pages: int = 0
     duplicates: int = 0
     _listeners: dict[str, Listener] = field(default_factory=dict)
     _data: dict[str, KvPort] = field(default_factory=dict)
@@ -421,12 +416,8 @@ class Network:
         timeout_s: float,
     ) -> int:
         """A Puller (see workers/kv/transfer.py)."""
-        self.pulls += 1
-        self.broken_pulls += 1
         with anyio.fail_after(timeout_s):
-            copied = await self._pull(endpoint, ticket, reservation, pages, page_bytes)
-        self.broken_pulls -= 1
-        return copied
+            return await self._pull(endpoint, ticket, reservation, pages, page_bytes)
 
     async def _pull(
         self, endpoint: str, ticket: bytes, reservation: Any, pages: int, page_bytes: int
@@ -450,8 +441,11 @@ class Network:
                 if self.on_page is not None:
                     self.on_page(target, port.process, export, reservation, index)
                 if self.draw.random() < self.corrupt_page_rate:
-                    self.corrupted_pages += 1
+                    reservation.arrived_wrong(index)
                     reservation.buffer(index)[self.draw.randrange(page_bytes)] ^= 0x10
+        except BaseException:
+            reservation.broken = True
+            raise
         finally:
             del self._pulling[export]
             port.process.run(export.release)

@@ -25,27 +25,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from gateway.core.machines import SESSION, SessionEvent, SessionPhase, TurnEvent, TurnPhase
-from loadtest.simulation.coverage import Row, transition
 from loadtest.simulation.heartbeats import REGULAR_S, Heartbeats
 from loadtest.simulation.ledgers import Ledgers, Stored
 from loadtest.simulation.lives import Life, Lives
 from loadtest.simulation.loop import Process, current_process
 from loadtest.simulation.rules import illegal
 from loadtest.simulation.stored import ENDED, Ref, Seen, as_bytes, seen
+from loadtest.simulation.tally import Tally
 from loadtest.simulation.timeline import Timeline
 from statestore import keys
 from statestore.executor import Reply, ScriptCall
 
 TARGET_ARGS = {"place": 2, "take": 2, "begin_migration": 3}
 """Scripts that choose a replica -> where its id is among their arguments."""
-MOVED_ON = frozenset({"take", "switch_migration"})
-TURN_ENDS = {
-    b"COMMITTED": TurnEvent.COMMIT,
-    b"CANCELLED": TurnEvent.CANCEL,
-    b"FAILED": TurnEvent.FAIL,
-}
-REFUSALS = frozenset({b"busy", b"limit", b"refused", b"tombstoned"})
 OWNERS_WRITE = frozenset({b"appended", b"begun", b"resumed"})
 """Outcomes of what only the owner's process can have asked for."""
 NEW_OWNERS = frozenset({"place", "take", "switch_migration"})
@@ -74,7 +66,7 @@ class Witness:
         timeline: Timeline | None = None,
         now_s: Callable[[], float] = lambda: 0.0,
         start_us: int = 0,
-        coverage: Counter[str] | None = None,
+        tally: Tally | None = None,
         whose: Callable[[Process], Ref | None] = lambda _: None,
         lives: Callable[[Ref], bool] = lambda _: False,
     ) -> None:
@@ -84,7 +76,7 @@ class Witness:
         self.moved: Callable[[str, Ref, bytes], None] = lambda *_: None
         """Told of each move that was switched, but for those of a drain, which may recompute:
         session, new owner, ledger."""
-        self.coverage: Counter[str] = Counter() if coverage is None else coverage
+        self.tally = tally or Tally(Counter(), lambda _: False, whose, now_s)
         self._peek = peek
         self._timeline = timeline
         self._now_s = now_s
@@ -149,6 +141,7 @@ class Witness:
     def forget(self) -> None:
         """The server has just lost writes: what follows is judged against what it has then."""
         self.lost_s = self._now_s()
+        self.tally.lost(self._seen)
         for session_id, before in [*self._seen.items()]:
             now = self._read(session_id, ())
             if now is None:
@@ -236,7 +229,10 @@ class Witness:
             if self.lost_s is not None:
                 lost = self._written.get((session_id, now.epoch), b"")
             wrong += illegal(before, now, call, outcome, self._store_ms(), lost)
-            self._count(before, now, call, outcome)
+            leaving = before.owner in self._unfit_since
+            self.tally.count(
+                session_id, before, now, call, outcome, current_process(), leaving=leaving
+            )
             self._note_ends(session_id, before, now)
         if before is None or (before.head, before.ledger) != (now.head, now.ledger):
             wrong += self._ledgers.judge(session_id, record)
@@ -370,43 +366,6 @@ class Witness:
             f" {active.decode()} {status.decode()}",
         )
 
-    # -- coverage -----------------------------------------------------------------------------
-
-    def _count(self, before: Seen, now: Seen, call: ScriptCall, outcome: bytes) -> None:
-        script, seen = call.script.name, self.coverage
-        event = _session_event(call, now)
-        if event is not None and outcome == b"written":
-            repeated = event in (SessionEvent.SUSPEND, SessionEvent.CLOSE)
-            legal = SESSION.step(before.phase, event) == now.phase
-            if legal and (repeated or before.epoch != now.epoch or before.phase != now.phase):
-                seen[transition("session", before.phase, event)] += 1
-        leaving = before.owner in self._unfit_since
-        if script == "switch_migration" and outcome == b"written" and leaving and now.active:
-            seen[Row.DRAIN_HANDS_OVER] += 1
-        if script == "cancel" and outcome == b"unknown":
-            seen[transition("turn", TurnPhase.ACCEPTED, TurnEvent.CANCEL)] += 1
-        if script == "begin" and outcome in REFUSALS:
-            seen[transition("turn", TurnPhase.ACCEPTED, TurnEvent.FAIL)] += 1
-        if script in ("append", "begin", "resume") and outcome == b"fenced":
-            seen[Row.REPLICA_HANGS] += 1
-        if script == "repair" and outcome == b"appended":
-            seen[Row.STORE_FAILS_OVER] += 1
-        for name, turn in now.turns.items():
-            known = before.turns.get(name)
-            if known is None:
-                if script == "begin":
-                    seen[transition("turn", TurnPhase.ACCEPTED, TurnEvent.BEGIN)] += 1
-                continue
-            if known.status in ENDED or (known == turn and before.epoch == now.epoch):
-                continue
-            what = TURN_ENDS.get(turn.status)
-            if what is None and turn.status == b"INTERRUPTED" and script in MOVED_ON:
-                what = TurnEvent.OWNER_LOST
-            elif what is None and (known.status, known.attempt) != (turn.status, turn.attempt):
-                what = TurnEvent.RESUME
-            if what is not None:
-                seen[transition("turn", TurnPhase(known.status.decode()), what)] += 1
-
 
 def _outcome(reply: Reply) -> bytes:
     first = reply[0] if isinstance(reply, list) and reply else reply
@@ -415,19 +374,3 @@ def _outcome(reply: Reply) -> bytes:
 
 def _unfit(fleet: dict[bytes, bytes], name: bytes) -> bool:
     return b"1" in (fleet.get(b"draining:" + name), fleet.get(b"gone:" + name))
-
-
-def _session_event(call: ScriptCall, now: Seen) -> SessionEvent | None:
-    match call.script.name:
-        case "place":
-            return SessionEvent.PLACE
-        case "take":
-            return SessionEvent.TAKE if now.owner[0] else SessionEvent.UNPLACE
-        case "switch_migration":
-            return SessionEvent.TAKE
-        case "suspend":
-            asleep = now.phase is SessionPhase.SUSPENDED
-            return SessionEvent.SUSPEND if asleep else SessionEvent.RESUME
-        case "close":
-            return SessionEvent.CLOSE
-    return None

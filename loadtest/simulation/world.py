@@ -20,6 +20,7 @@ from anyio.abc import TaskGroup
 
 from gateway.app.gateway import GatewayApp
 from gateway.config import GatewayConfig
+from loadtest.simulation.coverage import Row
 from loadtest.simulation.engine import WatchedEngine
 from loadtest.simulation.loop import Process, VirtualClock, current_process, outside, true_time
 from loadtest.simulation.network import STORE, KvPort, Listener, Network, SimReplicaClients
@@ -277,10 +278,13 @@ class World:
         def complain(what: str) -> None:
             self.violations.append(f"{name}: {what}")
 
+        def refused() -> None:
+            self.coverage[Row.TRANSFER_BREAKS] += 1
+
         config = self.engine
         if name in self.other_weights:
             config = OtherWeights(**{f.name: getattr(config, f.name) for f in fields(config)})
-        engine = process.run(WatchedEngine, config, complain)
+        engine = process.run(WatchedEngine, config, complain, refused)
         self.engines.append(engine)
         replica = SimReplica(name, process, engine, process.run(anyio.Event))
         self.replicas[name] = replica
@@ -388,6 +392,12 @@ class World:
     def lives(self, ref: Ref) -> bool:
         """Whether a process is this replica, and runs."""
         return any(self.whose(replica.process) == ref for replica in self.live_replicas())
+
+    def has_died(self, ref: Ref) -> bool:
+        """Whether the process that was this replica will not run again."""
+        return any(
+            replica.ended for process, replica in self.serving.items() if self.whose(process) == ref
+        )
 
     def live_gateways(self) -> list[SimGateway]:
         return [g for _, g in sorted(self.gateways.items()) if not g.ended]

@@ -59,7 +59,7 @@ def test_a_scenario_reaches_what_histories_seldom_do(
 
     def watch(built: World) -> Watch:
         counting = Watch(built)
-        counting.coverage = seen
+        counting.tally.seen = seen
         return counting
 
     with coverage.counted(seen), mock.patch.object(player, "Watch", watch):

@@ -30,7 +30,8 @@ async def drain(scene: Scene, draw: random.Random) -> None:
     await _drain(scene, draw, victim, shutdown=True)
     await scene.pause(draw, 0.2, 0.5)
     if victim.ended:
-        scene.saw(Row.DRAIN_ENDS)
+        if not victim.process.stopped:  # by itself: nobody killed it meanwhile
+            scene.saw(Row.DRAIN_ENDS)
     elif scene.world.replicas[victim.name] is victim:
         scene.world.kill(victim)  # what it still has is taken over
     await scene.replace(victim)
