@@ -91,14 +91,14 @@ class SdkAgent(Agent):
         turn = self._turn(heard)
         try:
             async for event in turn:
-                shown = _on_the_wire(event, heard)
+                shown = on_the_wire(event, heard)
                 if shown is not None:
                     heard.hear(shown)
         except TRY_AGAIN:
             await anyio.sleep(self._draw.uniform(0.1, 0.5))
         except sessile.SessileError as error:
             heard.ended_at = anyio.current_time()
-            heard.error = _as_told(error, heard)
+            heard.error = as_told(error, heard)
         else:
             if not heard.ended:
                 heard.violations.append("I2: the SDK's turn ended without an end")
@@ -135,7 +135,7 @@ class _BeginsWithTheFirst(random.Random):
         return 0
 
 
-def _as_told(error: sessile.SessileError, heard: Heard) -> errors.SessileError:
+def as_told(error: sessile.SessileError, heard: Heard) -> errors.SessileError:
     """The error of the same name. A turn that was accepted and is not found is a loss."""
     if isinstance(error, sessile.NotFound) and heard.start is not None:
         return errors.DataLoss(error.message)
@@ -148,7 +148,7 @@ def _as_told(error: sessile.SessileError, heard: Heard) -> errors.SessileError:
     return made
 
 
-def _on_the_wire(event: sessile.TurnEvent, heard: Heard) -> pb.TurnEvent | None:
+def on_the_wire(event: sessile.TurnEvent, heard: Heard) -> pb.TurnEvent | None:
     """An event of the SDK in the form of the stream that it was made from."""
     match event:
         case sessile.Accepted():

@@ -62,6 +62,8 @@ class Soak:
             self._over.set()
         wrong = [what for outcome in self.outcomes for what in outcome.tally.violations]
         wrong += [f"{o.name} {o.index}: {o.unproven}" for o in self.outcomes if o.unproven]
+        hung = [o for o in self.outcomes if o.tally.hung]
+        wrong += [f"{o.name} {o.index}: {o.tally.hung} turns did not end" for o in hung]
         for agent in self.done_agents:
             await agent.aclose()
         wrong += too_much(self.samples)

@@ -30,6 +30,8 @@ CHEAP = (
     "client-vanished",
     "redis-memory-limit",
     "redis-power-cut-everysec",
+    "both-redis-restart-worker-kill",
+    "both-worker-kill-next-worker-kill",
 )
 
 pytestmark = pytest.mark.anyio
