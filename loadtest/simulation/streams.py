@@ -52,5 +52,5 @@ class StreamWatch:
         if held:
             return None
         fenced = lives[0].cut_off_at(epoch) is not None
-        what = "I4: a fenced run emits" if fenced else "I2: tokens are sent"
-        return f"{what} what the ledger does not have at {tokens.position}"
+        what = "I4: a fenced run emits tokens" if fenced else "I2: tokens are sent"
+        return f"{what} that the ledger does not have at {tokens.position}"

@@ -6,9 +6,10 @@
   it ended.
 * I4: nobody places a session on a replica, takes one to it or begins to move one there after
   reading in the store that it drains, is gone or was replaced.
-* I7: when each turn was due and when it ended.
-* P2: a closed session is never open again; an epoch's number is granted once, whatever the store
-  loses.
+* I7: when each turn was due and when it ended; no turn is dropped.
+* P1: a head has the digest of its ledger's tokens; a repair puts back what was lost.
+* P2: a closed session is never open again; an epoch's number is granted once and to one owner,
+  whatever the store loses, and nobody repairs under one that was not granted.
 * P4: a turn that was cancelled before it began does not begin; one that is past its deadline ends.
 * P5: a turn is committed with its last tokens.
 * P10: no session is taken in mid-turn from a process that goes on beating and was not reset.
