@@ -1,9 +1,12 @@
-"""Many histories, in several processes."""
+"""Many histories, in several processes: those of given seeds, or as many as fit into a time."""
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import multiprocessing
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -15,6 +18,9 @@ from loadtest.simulation.history import HistoryPlan, HistoryReport, simulate
 
 MAX_EXPLAINED = 5
 """Failures of one sweep that are minimised and told in full; the others only by what they break."""
+
+BATCH = 20
+"""Histories of each process between two looks at the clock."""
 
 
 @dataclass
@@ -66,18 +72,24 @@ def sweep(
     plan: HistoryPlan,
     jobs: int = 1,
     on_done: Callable[[], None] = lambda: None,
+    *,
+    within_s: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Sweep:
-    """Runs the histories of these seeds. A history that crashes is a failure of its seed."""
-    done = Sweep()
+    """Runs the histories of these seeds, which may be without end: of those, as many as ``jobs``
+    processes begin in ``within_s`` seconds. A history that crashes is a failure of its seed."""
+    done, left, until = Sweep(), iter(seeds), clock() + within_s
+    batch = None if within_s == math.inf else BATCH * jobs
     context = multiprocessing.get_context("spawn")
     with context.Pool(jobs, initializer=_be_quiet) as pool:
-        for seed, report in pool.imap_unordered(partial(_run, plan), seeds, chunksize=1):
-            if isinstance(report, HistoryReport):
-                done.add(report)
-            else:
-                done.histories += 1
-                done.failures[seed] = report
-            on_done()
+        while clock() < until and (some := [*itertools.islice(left, batch)]):
+            for seed, report in pool.imap_unordered(partial(_run, plan), some, chunksize=1):
+                if isinstance(report, HistoryReport):
+                    done.add(report)
+                else:
+                    done.histories += 1
+                    done.failures[seed] = report
+                on_done()
     return done
 
 
