@@ -66,6 +66,17 @@ def _reasons(agent: Agent, heard: TurnHeard) -> tuple[type[BaseException], ...]:
     return tuple(reasons)
 
 
+def check_losses(kinds: Sequence[str], agents: Sequence[Agent]) -> list[str]:
+    """While every owner lives, whatever the store loses is put back (P1)."""
+    if set(kinds) != {"lose_writes"}:
+        return []
+    return [
+        f"{agent.session_id}: P1: told of a loss though every owner lives"
+        for agent in agents
+        if agent.losses
+    ]
+
+
 def _leftovers(world: World, session_id: str) -> list[str]:
     """Keys of a purged session, unless a fork needs them still."""
     refs = world.server.peek(keys.refs_key(session_id))

@@ -21,9 +21,9 @@ from gateway.core.machines import ReplicaState
 from gateway.core.placement import Decision, PlacementRequest, place
 from loadtest.simulation import aftermath, checks
 from loadtest.simulation.agents import TENANT, TurnHeard
-from loadtest.simulation.history import EXPORT_LEASE_S, SETTLE_S
 from loadtest.simulation.loop import current_process, run
 from loadtest.simulation.network import Call
+from loadtest.simulation.phases import EXPORT_LEASE_S, SETTLE_S
 from loadtest.simulation.redis import Fault
 from loadtest.simulation.scenario.script import BadScript, Block, Command
 from loadtest.simulation.scenario.transcript import Client, Transcript, refusal

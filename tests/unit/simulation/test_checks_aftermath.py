@@ -266,3 +266,19 @@ def test_only_what_was_missing_before_a_close_is_given_up() -> None:
         agent = small.agent(before, lossy=lossy, turns=[replace(it) for it in whole.heard])
         closing(agent, small, after)
         assert [heard.given_up for heard in agent.turns] == given_up
+
+
+@pytest.mark.parametrize(
+    ("kinds", "losses", "wrong"),
+    [
+        (("lose_writes",), 0, 0),
+        (("lose_writes",), 1, 1),
+        (("lose_writes", "kill_replica"), 1, 0),
+        (("lose_writes_and_owner",), 1, 0),
+    ],
+)
+def test_no_client_is_told_of_a_loss_while_every_owner_lives(
+    kinds: tuple[str, ...], losses: int, wrong: int
+) -> None:
+    agent = SmallWorld().agent(usual(), lossy=True, losses=losses)
+    assert len(aftermath.check_losses(kinds, [agent])) == wrong

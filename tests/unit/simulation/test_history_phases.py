@@ -1,0 +1,58 @@
+"""Turns end by their deadline, whoever has given them up."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from loadtest.simulation.agents import Agent
+from loadtest.simulation.loop import run, true_time
+from loadtest.simulation.phases import DEADLINE_SLACK_S, _check_deadlines
+from loadtest.simulation.witness import TurnTimes, Witness
+from loadtest.simulation.world import START_US, World
+
+DUE_S = 30.0
+
+
+def found(*, runs: bool = False, ended_s: float = 0.0, healed_s: float = 0.0) -> list[str]:
+    """What is wrong with a turn that is due at 30 s; it may run on, or have ended at that time."""
+
+    async def get_session(session_id: str) -> object:
+        return SimpleNamespace(session_id=session_id, active_turn_id="t0" if runs else None)
+
+    async def get_turn(session_id: str, turn_id: str) -> object:
+        return SimpleNamespace(deadline_at_ms=START_US // 1000 + int(DUE_S * 1000))
+
+    async def check() -> list[str]:
+        store = SimpleNamespace(get_session=get_session, get_turn=get_turn)
+        world = cast(World, SimpleNamespace(store=store, tenants={}))
+        agent = Agent(world, "a0", random.Random(1))
+        agent.session_id = "ses_a"
+        ended = [TurnTimes("ses_b", "t1", DUE_S, ended_s, False)] if ended_s else []
+        witness = SimpleNamespace(ended=ended, runs=lambda *_: runs)
+        wrong = await _check_deadlines(world, [agent], cast(Witness, witness), healed_s)
+        assert not runs or true_time() >= DUE_S + DEADLINE_SLACK_S
+        return wrong
+
+    return run(check, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("runs", "ended_s", "healed_s", "rules"),
+    [
+        (False, 0.0, 0.0, []),
+        (False, DUE_S + 1, 0.0, []),
+        (False, DUE_S + DEADLINE_SLACK_S + 1, 0.0, ["I7"]),
+        (False, DUE_S + DEADLINE_SLACK_S + 1, DUE_S + 2, []),
+        (True, 0.0, 0.0, ["P4"]),
+        (True, DUE_S + DEADLINE_SLACK_S + 1, 0.0, ["P4", "I7"]),
+    ],
+)
+def test_a_turn_that_outlives_its_deadline_is_told(
+    runs: bool, ended_s: float, healed_s: float, rules: list[str]
+) -> None:
+    wrong = found(runs=runs, ended_s=ended_s, healed_s=healed_s)
+    assert [what.split(": ")[1] for what in wrong] == rules
