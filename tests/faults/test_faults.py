@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import anyio
 import pytest
 
+from statestore import keys
+from tests.faults.agents import Agent
 from tests.faults.breakpoints import Breakpoint, Verdict, Way
 from tests.faults.catalogue import CLASSES, FLEETS
 from tests.faults.fleet import Fleet
 from tests.faults.proxy import Proxy
-from tests.faults.rounds import play
+from tests.faults.rounds import FaultClass, Round, play
+from tests.faults.verdict import undisturbed
 
 CHEAP = (
     "worker-prefill-kill",
@@ -55,6 +61,35 @@ async def test_a_fault_costs_no_token_no_turn_and_no_session(running: Fleet, nam
     told = "\n".join([outcome.unproven, *outcome.proofs, *outcome.tally.violations])
     assert not outcome.failed, told
     assert (outcome.tally.lost, outcome.tally.repeated) == (0, 0), told
+
+
+async def test_a_ledger_that_says_otherwise_than_undisturbed_turns_is_noticed(
+    running: Fleet,
+) -> None:
+    endpoints = {n.name: running.proxy.links[f"client:{n.name}"].endpoint for n in running.gateways}
+    agent = Agent("twice", endpoints, random.Random(0))
+    await agent.open()
+    for _ in range(2):
+        await agent.turn(tokens=20)
+    assert await undisturbed(running, [agent]) == []
+    ledger = keys.ledger_key(agent.session_id)
+    last = await running.raw.getrange(ledger, -4, -1)
+    await running.raw.setrange(ledger, await running.raw.strlen(ledger) - 4, last[::-1])
+    (complaint,) = await undisturbed(running, [agent])
+    assert "undisturbed it says otherwise" in complaint
+    await agent.close()
+    await agent.aclose()
+
+
+async def test_a_worker_that_the_kernel_kills_is_a_violation(running: Fleet) -> None:
+    cls = FaultClass("nothing", _kill_behind_its_back)
+    outcome = await play(running, cls, 0, "pytest")
+    said = [what for what in outcome.tally.violations if "ended by itself with -9" in what]
+    assert len(said) == len(outcome.tally.violations) == 1, outcome.tally.violations
+
+
+async def _kill_behind_its_back(round_: Round) -> None:
+    os.kill((await round_.owner(round_.focus)).process.pid, signal.SIGKILL)
 
 
 async def test_the_catalogue_has_every_class_once() -> None:
