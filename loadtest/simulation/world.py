@@ -296,7 +296,7 @@ class World:
         endpoint = replica.endpoint = f"{replica.name}.{len(self._processes)}:1"
         codec = OtherTokens() if replica.name in self.other_tokens else BytesCodec()
         port = KvPort(f"{endpoint}/kv", replica.process)
-        self.network.listen_data(port)
+        self.network.data.listen(port)
         peers = SimReplicaClients(self.network)
         adapters = ReplicaAdapters(
             store=RedisStore(self.server, random_bytes=self.draw.randbytes),
@@ -304,7 +304,7 @@ class World:
             codec=codec,
             tickets=port,
             peers=peers,
-            pull_pages=self.network.pull,
+            pull_pages=self.network.data.pull,
             random=random.Random(self.draw.random()),
         )
 
