@@ -12,7 +12,8 @@ from loadtest.simulation.agents import Agent
 from loadtest.simulation.coverage import Row
 from loadtest.simulation.network import Call, Network
 from loadtest.simulation.schedule import Fault
-from loadtest.simulation.world import SimGateway, SimReplica, StoreWeather, World
+from loadtest.simulation.server import StoreWeather
+from loadtest.simulation.world import SimGateway, SimReplica, World
 
 RESTART_S = 0.3
 """Until a process that refused to start is started again."""
