@@ -21,9 +21,11 @@ from loadtest.simulation.forks import Forks
 from loadtest.simulation.loop import TraceHook, run, true_time
 from loadtest.simulation.moves import MoveWatch
 from loadtest.simulation.phases import live_and_judge
+from loadtest.simulation.parking import Parking
 from loadtest.simulation.pins import judged_pins
 from loadtest.simulation.placements import judged_placements
 from loadtest.simulation.progress import Progress
+from loadtest.simulation.repeats import judged_repeats
 from loadtest.simulation.schedule import Fault, draw_kinds, draw_schedule, minimise
 from loadtest.simulation.streams import StreamWatch
 from loadtest.simulation.tally import Tally
@@ -194,6 +196,7 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
             counted(built.coverage),
             judged_placements(built, witness),
             judged_pins(built.violations.append),
+            judged_repeats(built),
             forks.watched(),
         ):
             for index in range(plan.replicas):
@@ -213,8 +216,9 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
             storm = Storm(built, agents, schedule)
             progress, verdicts = Progress(built, witness, agents), Verdicts(built, witness)
             # With few pages turns wait for each other's, and nobody can say for how long.
-            samples = [progress.sample, verdicts.sample] if roomy else [verdicts.sample]
-            bounds = Bounds(built, samples)
+            samples = [progress.sample] if roomy else []
+            parking = Parking(built)
+            bounds = Bounds(built, [*samples, verdicts.sample, parking.sample])
             found: list[str] = []
             stored: list[Turn] = []
             try:
@@ -233,7 +237,8 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
             except Exception as error:  # noqa: BLE001 - told beside what was seen until then
                 found.append(_crash("the history", error))
             found += [*witness.violations, *bounds.violations, *progress.violations]
-            found += [*verdicts.violations, *forks.violations, *built.violations]
+            found += [*verdicts.violations, *parking.violations]
+            found += [*forks.violations, *built.violations]
             found += check_losses(kinds, agents)
             for failure in built.failures:
                 found.append(_crash("a process", failure))

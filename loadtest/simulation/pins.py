@@ -1,4 +1,4 @@
-"""Counts the soft pins on KV pages once more (P12).
+"""Counts the soft pins on KV pages once more, and what a refused reservation left (P12).
 
 Pins yield to reservations, and only to them while there is other cache: which pages a reservation
 may take hangs on these counts. A count that is too low gives away the pages of sessions that will
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 from workers.engines.paged import PagedEngine
-from workers.kv.prefix_cache import PrefixCache
+from workers.engines.port import PagesExhausted
+from workers.kv.prefix_cache import PrefixCache, Reservation
 
 
 @dataclass(slots=True)
@@ -71,10 +72,12 @@ class _Book:
 
 @contextmanager
 def judged_pins(complain: Callable[[str], None]) -> Iterator[None]:
-    """Meanwhile the pins of every page cache are judged whenever they are counted."""
+    """Meanwhile the pins of every page cache are judged whenever they are counted, and reservations
+    that are refused: all pages are set aside up front, or none."""
     books: dict[int, _Book] = {}
     pin, unpin = PagedEngine.pin, PagedEngine.unpin
     count, expire = vars(PrefixCache)["pinned_pages"], PrefixCache._expire_pins
+    reserve = PrefixCache.reserve
 
     def book_of(cache: PrefixCache) -> _Book:
         return books.setdefault(id(cache), _Book(cache))
@@ -108,10 +111,22 @@ def judged_pins(complain: Callable[[str], None]) -> Iterator[None]:
             complain(wrong)
         return told
 
+    def reserved(
+        cache: PrefixCache, block_hashes: Sequence[bytes], first_page: int, wanted: int
+    ) -> Reservation:
+        before = cache.free_pages
+        try:
+            return reserve(cache, block_hashes, first_page, wanted)
+        except PagesExhausted:
+            if cache.free_pages != before:
+                complain(f"P12: a refused reservation took {before - cache.free_pages} pages")
+            raise
+
     with (
         mock.patch.object(PagedEngine, "pin", pinned),
         mock.patch.object(PagedEngine, "unpin", unpinned),
         mock.patch.object(PrefixCache, "pinned_pages", property(counted)),
         mock.patch.object(PrefixCache, "_expire_pins", expired),
+        mock.patch.object(PrefixCache, "reserve", reserved),
     ):
         yield
