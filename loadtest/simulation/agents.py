@@ -20,22 +20,10 @@ from gateway.core.errors import (
     TurnCancelled,
     TurnInProgress,
 )
-from loadtest.simulation.client import CALL_S, TRY_AGAIN, TURN_S, Client
+from loadtest.simulation.client import TURN_S, Client
 from loadtest.simulation.companions import ask_twice, cancel_later, listen_too, repeat_late
 from loadtest.simulation.heard import TurnHeard
 from loadtest.simulation.world import World
-
-__all__ = [
-    "CALL_S",
-    "LOSS",
-    "PATIENCE_S",
-    "TENANT",
-    "TENANTS",
-    "TRY_AGAIN",
-    "TURN_S",
-    "Agent",
-    "TurnHeard",
-]
 
 TENANT = "acme"
 TENANTS = (TENANT, "bravo")

@@ -18,8 +18,9 @@ from loadtest.simulation.aftermath import (
     check_replicas,
     check_seeds,
 )
-from loadtest.simulation.agents import PATIENCE_S, TURN_S, Agent
+from loadtest.simulation.agents import PATIENCE_S, Agent
 from loadtest.simulation.bounds import Bounds, check_idle
+from loadtest.simulation.client import TURN_S
 from loadtest.simulation.faults import Storm
 from loadtest.simulation.forks import Forks, check_forks
 from loadtest.simulation.lifecycle import close, live

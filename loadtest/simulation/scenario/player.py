@@ -20,7 +20,8 @@ from gateway.core.errors import DataLoss, SessileError
 from gateway.core.machines import ReplicaState
 from gateway.core.placement import Decision, PlacementRequest, place
 from loadtest.simulation import aftermath, checks
-from loadtest.simulation.agents import TENANT, TurnHeard
+from loadtest.simulation.agents import TENANT
+from loadtest.simulation.heard import TurnHeard
 from loadtest.simulation.loop import current_process, run
 from loadtest.simulation.network import Call
 from loadtest.simulation.phases import EXPORT_LEASE_S, SETTLE_S
@@ -444,24 +445,17 @@ class Player:
     async def _check_session(self, session_id: str) -> list[str]:
         store = self._world.store
         clients = [it for it in self._seen.clients.values() if it.heard.session_id == session_id]
-        found = [f"{it.name}: {what}" for it in clients for what in it.heard.violations]
         session = await store.get_session(session_id)
         if session is None:
-            return found
+            return [f"{it.name}: {what}" for it in clients for what in it.heard.violations]
         ledger = await store.read_tokens(session, 0, session.head.length)
         turns = await store.get_turns(session, 0, 1000)
         salt = await store.tenant_salt(session.tenant)
-        found += checks.check_ledger(session, turns, ledger, salt, self._world.engine)
-        if any(isinstance(it.heard.error, DataLoss) for it in clients):
-            return found  # they were told that what they heard is gone
-        by_id = {turn.spec.turn_id: turn for turn in turns}
-        for client in clients:
-            turn = by_id.get(client.heard.turn_id)
-            if turn is not None:
-                found += checks.check_heard(client.heard, turn, ledger, salt)
-            elif client.heard.start is not None:
-                found.append(f"I7: {client.name} was accepted and is not in the ledger")
-        return found
+        heard = [it.heard for it in clients]
+        if any(isinstance(it.error, DataLoss) for it in heard):
+            for it in heard:
+                it.given_up = True  # they were told that what they heard is gone
+        return checks.check_session(session, turns, ledger, salt, self._world.engine, heard)
 
     # -- inside -------------------------------------------------------------------------------
 
