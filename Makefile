@@ -4,9 +4,10 @@
 #   make demo           the live demonstration: three replicas, two gateways, eight agents, faults
 #   make test           everything that CI checks
 #   make sim SEEDS=0:1000  simulated histories of the whole system under faults, by seed
-#   make faults         real faults on real processes: about 500, half an hour
-#   make soak MINUTES=… agents under steady faults for so long, and what memory grows
+#   make faults         real faults on real processes: about 500, three quarters of an hour
+#   make soak MINUTES=… agents under steady faults for so long; fails if memory grows too much
 #   make mutants        deliberate bugs in copies of the code: the simulation must find each of them
+#   make nightly        all of these with other seeds and more of them, for hours; see .ci/nightly
 #   make lint           ruff, mypy --strict, import layers
 #   make protos         regenerate sdk/sessile/v1 from proto/
 #   make check-protos   fail if sdk/sessile/v1 is not what proto/ generates
@@ -18,6 +19,7 @@
 # FAULTS_ARGS extra arguments of faults, for instance --classes gateway --per-class 3
 # MUTANTS_ARGS extra arguments of mutants, for instance --only epoch --jobs 4
 # SIM_ARGS    extra arguments of sim, for instance --kinds drain,migrate --json figures.json
+# NIGHTLY_ARGS only these steps of nightly, for instance faults soak
 # PYTEST_ARGS extra arguments of pytest, for instance -k ledger
 
 PYTHON ?= python3
@@ -25,6 +27,7 @@ TORCH_ARGS ?=
 DEMO_ARGS ?=
 FAULTS_ARGS ?=
 MUTANTS_ARGS ?=
+NIGHTLY_ARGS ?=
 SEEDS ?= 0:200
 SIM_ARGS ?=
 MINUTES ?= 10
@@ -43,7 +46,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test sim faults soak mutants lint protos check-protos clean install
+.PHONY: demo test sim faults soak mutants nightly lint protos check-protos clean install
 
 install: $(INSTALLED)
 
@@ -108,6 +111,9 @@ soak: $(INSTALLED)
 
 mutants: $(INSTALLED)
 	$(BIN)/python -m tests.sim.mutants $(MUTANTS_ARGS)
+
+nightly: $(INSTALLED)
+	PYTHON=$(BIN)/python .ci/nightly $(NIGHTLY_ARGS)
 
 demo: $(INSTALLED)
 	$(BIN)/sessile demo $(DEMO_ARGS)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import anyio
 from redis.exceptions import RedisError
@@ -125,7 +125,8 @@ async def undisturbed(fleet: Fleet, agents: Sequence[Agent]) -> list[str]:
                 for one in (agent, twin)
             ]
             if ours != theirs:
-                same = len(os.path.commonprefix([ours, theirs]))
+                pairs = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+                same = len(list(pairs))
                 found.append(f"{agent.name}: I2: undisturbed it says otherwise from {same} on")
             for heard, turn in zip(agent.turns, twin.turns, strict=True):
                 if heard.text != turn.text:
