@@ -307,6 +307,23 @@ async def test_an_owner_that_heard_of_the_cancel_lengthens_it_as_well(
     assert await known_turns(store) == [longer]
 
 
+async def test_a_turn_whose_commit_was_lost_before_it_was_cancelled_is_committed_again(
+    backend: Backend, store: RedisStore
+) -> None:
+    owner = await Owner.of(store)
+    await owner.begun()
+    stored_head, saved = owner.head, await backend.save()
+    await owner.write(4, 5, commit=STOP)
+    (committed,) = await known_turns(store)
+    await backend.roll_back(saved)
+    assert isinstance(await store.cancel_turn("ses_f", "t1"), TurnEnded)
+    repair = owner.repair(stored_head, owner.epoch, keep=3, turns=[committed], turn_index=1)
+    for _ in range(2):
+        assert await store.repair(repair) == Appended(owner.head)
+    await check(store, owner)
+    assert await known_turns(store) == [committed]
+
+
 async def test_a_cancelled_turn_with_other_tokens_is_not_lengthened(
     backend: Backend, store: RedisStore
 ) -> None:

@@ -111,6 +111,9 @@ class TurnRuns:
             if run.epoch != epoch:
                 raise NotOwner(f"session {turn.session_id} is owned under a newer epoch")
             if run.turn_id != turn.turn_id:
+                await self._settled(run, give_up_at)
+                if run.ending is not None:
+                    continue  # a repeat, of a turn that turned out to have ended before
                 opened = run.opened
                 if opened is not None and opened.turn.index < session.turn_index:
                     # Its turn ended in the ledger (a cancel, a deadline), and it has not heard yet.
@@ -170,6 +173,12 @@ class TurnRuns:
         if self._runs.get(run.session_id) is run:
             del self._runs[run.session_id]
 
+    async def _settled(self, run: TurnRun, give_up_at: float) -> None:
+        """Waits until the run is open, or has ended instead."""
+        while run.opened is None and run.ending is None:
+            if not await run.changed(max(0.0, give_up_at - anyio.current_time())):
+                raise Unavailable("the turn is not open yet: the store does not answer")
+
     def _holds_more(self, session: Session, turn: Turn | None, epoch: Epoch) -> bool:
         """Whether the store has lost what this replica wrote as the owner: opening the turn puts it
         back first."""
@@ -183,9 +192,7 @@ class TurnRuns:
     ) -> Found | None:
         """The run as a view, once it is open; None if it turned out to have ended before (look in
         the ledger then)."""
-        while run.opened is None and run.ending is None:
-            if not await run.changed(max(0.0, give_up_at - anyio.current_time())):
-                raise Unavailable("the turn is not open yet: the store does not answer")
+        await self._settled(run, give_up_at)
         opened = run.opened
         if opened is None:
             if isinstance(run.ending, Broken):
