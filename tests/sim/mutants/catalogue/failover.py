@@ -120,7 +120,6 @@ FAILOVER = (
             ),
         ),
         CROWDED,
-        also=("I7",),
     ),
     Mutant(
         "a pin is released twice",
@@ -133,7 +132,6 @@ FAILOVER = (
             ),
         ),
         MOVES,
-        also=("P13",),
     ),
     Mutant(
         "pages are used whatever their checksum",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from loadtest.simulation.history import HistoryPlan
 from tests.sim.mutants.catalogue.plans import (
+    BROKEN_OFF,
     CALM,
+    CANCELS_AND_LOSSES,
     CROWD,
     FLAKY,
     KILLS,
@@ -46,6 +48,32 @@ STORE = (
             ),
         ),
         LOSSES,
+    ),
+    Mutant(
+        "a turn that was cancelled short of lost tokens stays so",
+        "P1",
+        (
+            Edit(
+                f"{LUA}/repair.lua",
+                "    if not cut_short(t, stored) then return {'ended', turn(s, t.id)} end\n",
+                "    if true then return {'ended', turn(s, t.id)} end\n",
+            ),
+        ),
+        CANCELS_AND_LOSSES,
+        60,
+    ),
+    Mutant(
+        "a turn that broke off is not put back by its owner",
+        "P1",
+        (
+            Edit(
+                "workers/turn/repair.py",
+                "    if turn is None or turn.index != resident.turn_index:\n",
+                "    if turn is None or turn.index == resident.turn_index:\n",
+            ),
+        ),
+        BROKEN_OFF,
+        60,
     ),
     Mutant(
         "a client that knows of other tokens is spliced to the ledger's",
@@ -103,7 +131,6 @@ STORE = (
             ),
         ),
         FLAKY,
-        also=("P17",),
     ),
     Mutant(
         "the tombstone of a cancelled turn is forgotten",
@@ -218,7 +245,6 @@ STORE = (
         ),
         HistoryPlan(kinds=("store_outage",)),
         30,
-        also=("I7",),
     ),
     Mutant(
         "a turn that waits for the store parks all others",
@@ -233,7 +259,6 @@ STORE = (
         ),
         CROWD,
         30,
-        also=("I7",),
     ),
     Mutant(
         "a fork reads on past its point",
@@ -246,7 +271,6 @@ STORE = (
             ),
         ),
         CALM,
-        also=("I7",),
     ),
     Mutant(
         "a purge takes what forks refer to",
@@ -260,7 +284,6 @@ STORE = (
         ),
         CALM,
         60,
-        also=("P2",),
     ),
     Mutant(
         "a store that may evict is accepted",

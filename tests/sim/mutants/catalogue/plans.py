@@ -13,6 +13,8 @@ ZOMBIES = HistoryPlan(kinds=("freeze_replica",))
 FLAKY = HistoryPlan(kinds=("flaky_store",))
 OUTAGES = HistoryPlan(kinds=("store_outage", "kill_replica"))
 LOSSES = HistoryPlan(kinds=("lose_writes",))
+CANCELS_AND_LOSSES = HistoryPlan(agents=6, turns=8, storm_s=12.0, kinds=("lose_writes",))
+BROKEN_OFF = HistoryPlan(agents=6, kinds=("lose_writes",))
 LOSSES_AND_MOVES = HistoryPlan(
     kinds=("lose_writes", "kill_replica", "freeze_replica", "migrate", "kill_gateway")
 )

@@ -129,7 +129,6 @@ STREAMS = (
             ),
         ),
         CALM,
-        also=("I3",),
     ),
     Mutant(
         "forks draw the same seeds as their parent",
