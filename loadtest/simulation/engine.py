@@ -18,7 +18,6 @@ from typing import Any
 import anyio
 
 from loadtest.simulation.imports import WatchedImport
-from workers.engines.port import PageImport
 from workers.engines.scheduling import Generation, Work
 from workers.engines.sim.config import SimConfig
 from workers.engines.sim.engine import SimEngine
@@ -98,7 +97,7 @@ class WatchedEngine(SimEngine):
 
     def reserve_import(
         self, block_hashes: Sequence[bytes], first_page: int, pages: int
-    ) -> PageImport:
+    ) -> WatchedImport:
         inner = super().reserve_import(block_hashes, first_page, pages)
         assert isinstance(inner, IncomingPages)
         return WatchedImport(inner, self._on_refused, self._complain)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.simulation.redis import Fault, LuaExecutor, ScriptFault
+from loadtest.simulation.database import ScriptFault
+from loadtest.simulation.redis import Fault, LuaExecutor
 from statestore.executor import Reply, Script, ScriptCall
 from statestore.ports import StoreUnavailable
 
