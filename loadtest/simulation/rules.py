@@ -46,7 +46,10 @@ def _of_ledger(before: Seen, now: Seen, call: ScriptCall) -> Iterator[str]:
     if now.epoch != before.epoch and now.epoch[0] <= before.epoch[0]:
         yield f"I1: epoch {now.epoch} after {before.epoch}"
     if now.owner[0] and now.owner != before.owner and now.epoch == before.epoch:
-        yield f"I1: {before.owner} became {now.owner} in one epoch"
+        rule = "P12" if call.script.name == "switch_migration" else "I1"
+        yield f"{rule}: {before.owner} became {now.owner} in one epoch"
+    if now.owner[0] and now.phase in (SessionPhase.SUSPENDED, SessionPhase.CLOSED):
+        yield f"I4: {now.owner} is the owner of a session that is {now.phase}"
     if before.phase is SessionPhase.CLOSED and now.phase is not before.phase:
         yield f"P2: a closed session became {now.phase}"
 

@@ -4,8 +4,8 @@
   grow.
 * I3: one turn of a session runs at most, and it is the active one; a turn that has ended stays as
   it ended.
-* I4: nobody places a session on a replica, takes one to it or begins to move one there after
-  reading in the store that it drains, is gone or was replaced.
+* I4, P11: nobody places a session on a replica, takes one to it or begins to move one there after
+  reading in the store that it is gone or was replaced, or that it drains.
 * I7: when each turn was due and when it ended; no turn is dropped.
 * P1: a head has the digest of its ledger's tokens; a repair puts back what was lost.
 * P2: a closed session is never open again; an epoch's number is granted once and to one owner,
@@ -209,7 +209,8 @@ class Witness:
         if not ref[0] or since is None or since >= read_s:
             return []
         name = f"{ref[0].decode()}#{ref[1].decode()}"
-        return [f"I4: to {name}, known not to take sessions since {since:.3f} s"]
+        rule = "I4" if ref in self._gone else "P11"
+        return [f"{rule}: to {name}, known not to take sessions since {since:.3f} s"]
 
     # -- sessions -----------------------------------------------------------------------------
 

@@ -56,7 +56,6 @@ FAILOVER = (
             ),
         ),
         HistoryPlan(kinds=("drain", "kill_replica")),
-        also=("I4",),
     ),
     Mutant(
         "ownership is switched before anything is verified",
@@ -107,7 +106,6 @@ FAILOVER = (
             ),
         ),
         MOVES,
-        also=("I1",),
     ),
     Mutant(
         "a refused reservation keeps the pages that there were",

@@ -197,7 +197,6 @@ INVARIANTS = (
             ),
         ),
         CALM,
-        also=("I3",),
     ),
     Mutant(
         "pages are named by their own tokens, not by those before",
