@@ -20,8 +20,8 @@ from loadtest.simulation.faults import FAULTS, LOSSY, LOSSY_SHARE, Storm
 from loadtest.simulation.forks import Forks
 from loadtest.simulation.loop import TraceHook, run, true_time
 from loadtest.simulation.moves import MoveWatch
-from loadtest.simulation.phases import live_and_judge
 from loadtest.simulation.parking import Parking
+from loadtest.simulation.phases import live_and_judge
 from loadtest.simulation.pins import judged_pins
 from loadtest.simulation.placements import judged_placements
 from loadtest.simulation.progress import Progress
