@@ -48,6 +48,8 @@ class Tally:
         """Session and former owner -> when it lost it."""
         self._lost: dict[str, Seen] = {}
         """Session of which the store has lost tokens -> as it was before."""
+        self._over_a_restart: dict[str, bytes] = {}
+        """Session -> the turn that ran when the store ended last."""
 
     def count(
         self,
@@ -66,6 +68,8 @@ class Tally:
         self._session(before, now, call, outcome)
         self._turns(before, now, script, outcome)
         self._owner_lost(session_id, before, now, script)
+        if script == "append" and outcome == b"appended":
+            self._went_on(session_id, before)
         self._continued(session_id, now, script, outcome)
         if script == "switch_migration" and outcome == b"written" and leaving and now.active:
             self.seen[Row.DRAIN_HANDS_OVER] += 1
@@ -79,6 +83,10 @@ class Tally:
         self._lost |= sessions
         self._orphaned.clear()
         self._taken_s.clear()
+
+    def restarted(self, sessions: Mapping[str, Seen]) -> None:
+        """The store ends, to come back with all its data."""
+        self._over_a_restart = {name: it.running[0] for name, it in sessions.items() if it.running}
 
     # -- rows ---------------------------------------------------------------------------------
 
@@ -96,6 +104,11 @@ class Tally:
             del self._orphaned[session_id]
         elif turn and turn not in now.running:
             del self._orphaned[session_id]  # it was cancelled, or its time was over
+
+    def _went_on(self, session_id: str, before: Seen) -> None:
+        if self._over_a_restart.get(session_id) in before.running:
+            self.seen[Row.STORE_RESTARTS] += 1
+            self._over_a_restart.clear()  # once for a restart
 
     def _late_write(self, session_id: str, now: Seen, writer: Process) -> None:
         ref = self._whose(writer)

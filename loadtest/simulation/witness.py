@@ -139,6 +139,10 @@ class Witness:
             if found:
                 self._look(session_id, call, _outcome(reply))
 
+    def restarted(self) -> None:
+        """The server ends, and comes back with all its data."""
+        self.tally.restarted(self._seen)
+
     def forget(self) -> None:
         """The server has just lost writes: what follows is judged against what it has then."""
         self.lost_s = self._now_s()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-from loadtest.simulation.coverage import Row
 from loadtest.simulation.faults.scene import Scene
 from loadtest.simulation.network import STORE
 
@@ -95,8 +94,8 @@ async def store_outage(scene: Scene, draw: random.Random) -> None:
 async def store_restart(scene: Scene, draw: random.Random) -> None:
     """The store ends and comes back with all its data; connections break."""
     weather = scene.weather
-    if any(replica.engine.load().running for replica in scene.world.live_replicas()):
-        scene.saw(Row.STORE_RESTARTS)
+    if scene.world.server.watch is not None:
+        scene.world.server.watch.restarted()
     weather.restarting = True
     weather.restarts += 1
     await scene.pause(draw, 0.05, 1.0)

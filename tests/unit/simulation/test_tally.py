@@ -136,6 +136,27 @@ def test_a_repair_counts_if_the_owner_puts_back_what_the_store_had_lost(
     assert run(lambda: _repairs(lost, by, again)) == counts
 
 
+async def _after_a_restart(turn_runs: bool, script: str) -> int:
+    store = Store()
+    before = session(ONE, 1, b"RUNNING")
+    store.tally.restarted({"s": before if turn_runs else session(ONE, 1, b"COMMITTED")})
+    assert not store.seen[Row.STORE_RESTARTS]
+    for size in (6, 8):
+        now = session(ONE, 1, b"RUNNING", size=size)
+        before = store.did(script, b"appended", before, now)
+    return store.seen[Row.STORE_RESTARTS]
+
+
+@pytest.mark.parametrize(
+    ("turn_runs", "script", "counts"),
+    [(True, "append", 1), (False, "append", 0), (True, "repair", 0)],
+)
+def test_a_restart_of_the_store_counts_if_a_turn_of_before_goes_on(
+    turn_runs: bool, script: str, counts: int
+) -> None:
+    assert run(lambda: _after_a_restart(turn_runs, script)) == counts
+
+
 @pytest.mark.parametrize("script", ["resume", "repair"])
 def test_only_a_resume_resumes_a_turn(script: str) -> None:
     async def steps() -> Counter[str]:
