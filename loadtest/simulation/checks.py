@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from sessile.v1 import types_pb2 as pb
 
 from loadtest.simulation.heard import TurnHeard
-from loadtest.simulation.reference import Digests, answer, rendered, text_of
+from loadtest.simulation.reference import Digests, answer, rendered, stop_string_at, text_of
 from statestore.records import FinishReason, Session, Turn, TurnStatus
 from workers.engines.sim.config import SimConfig
 
@@ -86,7 +86,7 @@ def check_ledger(
         given = list(ledger[turn.input_start : start])
         messages = body_of(turn).messages
         if given != rendered(session.preamble, messages, ledger[: turn.input_start]):
-            found.append(f"{name}: P4: its input is not in the ledger as given")
+            found.append(f"{name}: P18: its input is not in the ledger as given")
         found += [
             f"{name}: P1: its digest at {place.length} is not the ledger's"
             for place in (turn.output_start, turn.output_end)
@@ -113,6 +113,8 @@ def check_output(turn: Turn, ledger: Sequence[int], engine: SimConfig) -> list[s
         return ["I2: its output is not what the model says after this context"]
     committed = turn.status is TurnStatus.COMMITTED
     if committed and output != whole.tokens:
+        if stop_string_at(whole.tokens, params) is not None:
+            return ["P17: it ended at a stop string, whose tokens are not all in the ledger"]
         return [f"P5: it was committed after {len(output)} tokens of {len(whole.tokens)}"]
     if turn.result is None:
         return ["P5: it has no result"]

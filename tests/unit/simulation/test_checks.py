@@ -112,7 +112,7 @@ LEDGERS: list[tuple[str, Change]] = [
         0, output_end=replace(it.turns[0].output_end, digest=b"other"))),
     ("P1: its digest at", lambda it: it.with_turn(
         0, output_start=replace(it.turns[0].output_start, digest=b"other"))),
-    ("P4: its input is not in the ledger as given", ledger_says_otherwise("input")),
+    ("P18: its input is not in the ledger as given", ledger_says_otherwise("input")),
     ("I2: its output is not what the model says", ledger_says_otherwise("output")),
     ("P5: it was committed after", without_its_last_token),
     ("P5: it has no result", lambda it: it.with_turn(0, result=None)),

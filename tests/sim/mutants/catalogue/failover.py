@@ -93,7 +93,7 @@ FAILOVER = (
             ),
         ),
         LATE_MOVES,
-        60,
+        20,
     ),
     Mutant(
         "a move keeps the epoch",

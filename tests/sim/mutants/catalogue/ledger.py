@@ -10,6 +10,7 @@ from tests.sim.mutants.catalogue.plans import (
     CROWD,
     FLAKY,
     KILLS,
+    LEFT_ALONE,
     LOSSES,
     LOSSES_AND_MOVES,
     LUA,
@@ -192,8 +193,8 @@ STORE = (
                 "        report = await self._store.sweep(0)\n",
             ),
         ),
-        KILLS,
-        30,
+        LEFT_ALONE,
+        20,
     ),
     Mutant(
         "a turn is committed after its last append, not with it",

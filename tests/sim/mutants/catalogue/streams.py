@@ -73,7 +73,6 @@ STREAMS = (
             ),
         ),
         CALM,
-        also=("I2",),
     ),
     Mutant(
         "tokens of a stop string are left out of the ledger",
@@ -89,7 +88,6 @@ STREAMS = (
             ),
         ),
         CALM,
-        also=("P5",),
     ),
     Mutant(
         "input is rendered without closing the last turn",
@@ -102,7 +100,6 @@ STREAMS = (
             ),
         ),
         CALM,
-        also=("P4",),
     ),
     Mutant(
         "leading messages are named alike for every tenant",
