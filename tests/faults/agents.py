@@ -48,9 +48,6 @@ class Heard(TurnHeard):
     arrivals: list[tuple[float, int, int]] = field(default_factory=list)
     """(time, position, tokens) of each Tokens event."""
     streams: int = 0
-    excused: bool = False
-    """Its client was told since that the store lost what it knows: the ledger need not have this
-    any more. What was wrong with its streams stays wrong."""
     replicas: list[str] = field(default_factory=list)
     on_token: Callable[[Heard], None] | None = None
 
@@ -270,7 +267,7 @@ class Agent:
             if isinstance(heard.error, TurnInProgress):
                 await self.cancel(heard.error.metadata["turn_id"])
             for turn in self.turns:
-                turn.excused = True
+                turn.given_up = True
             self._known = None
         else:
             error = heard.error

@@ -69,12 +69,12 @@ async def _judge_session(fleet: Fleet, agent: Agent, tally: Tally) -> list[str]:
     for heard in agent.turns:
         complaints = [*heard.violations]
         turn = by_id.get(heard.turn_id)
-        if turn is not None and not heard.excused:
+        if turn is not None and not heard.given_up:
             complaints += _of_heard(fleet, heard, turn, ledger, salt)
-        elif heard.start is not None and not heard.excused:
+        elif heard.start is not None and not heard.given_up:
             complaints.append("I7: it was accepted and is not in the ledger")
         found += [f"{heard.turn_id}: {complaint}" for complaint in complaints]
-        if not heard.excused:
+        if not heard.given_up:
             await _count(fleet, agent, heard, tally)
     return found
 
