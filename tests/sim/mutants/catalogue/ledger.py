@@ -61,7 +61,7 @@ STORE = (
             ),
         ),
         CANCELS_AND_LOSSES,
-        60,
+        40,
     ),
     Mutant(
         "a turn that broke off is not put back by its owner",
@@ -74,7 +74,6 @@ STORE = (
             ),
         ),
         BROKEN_OFF,
-        60,
     ),
     Mutant(
         "a client that knows of other tokens is spliced to the ledger's",
