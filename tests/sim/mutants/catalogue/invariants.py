@@ -330,7 +330,7 @@ INVARIANTS = (
             ),
         ),
         PURGED,
-        30,
+        60,
     ),
     Mutant(
         "a foreign session is served from the cache",

@@ -27,7 +27,9 @@ CROWDED = HistoryPlan(
 )
 CROWD = HistoryPlan(replicas=1, agents=4, kinds=("slow_network",))
 EVICTIONS = replace(CROWDED, kinds=("migrate", "slow_network", "evict"), storm_s=8.0)
-LATE_MOVES = HistoryPlan(agents=8, turns=8, storm_s=12.0, kinds=("migrate", "late_switch"))
+LATE_MOVES = HistoryPlan(
+    agents=6, turns=6, storm_s=12.0, kinds=("migrate", "late_switch"), capacity_pages=2048
+)
 CUT_OFF = HistoryPlan(agents=8, turns=8, storm_s=12.0, kinds=("cut", "cut_from_store", "half_open"))
 PURGED = HistoryPlan(agents=32, turns=1, storm_s=3.0, kinds=("duplicates",))
 LEFT_ALONE = HistoryPlan(agents=24, turns=4, kinds=("kill_replica",))
