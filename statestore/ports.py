@@ -224,8 +224,8 @@ class Repair:
     the rest, appends ``tokens``; the session's head becomes ``head``. ``turns`` are written where
     missing or behind, in index order; ``active_turn_id`` becomes the running turn (or none).
     Ended turns stay ended. One that a cancel or its deadline ended short of tokens that the store
-    had lost gets these back and ends after them (COMMITTED if it is given so: then its commit was
-    lost too), if nothing was built on its end since (no turn, no fork); if it is the active one
+    had lost gets these back and ends after them (as it is given, if as ended: the store had lost
+    that end too), if nothing was built on its end since (no turn, no fork); if it is the active one
     here, the outcome is TurnEnded with that end. A tombstone ends the active turn, as a cancel.
     CLOSED and missing sessions are never re-created.
     """

@@ -64,7 +64,7 @@ def _lengthened(turn: SeenTurn, after: SeenTurn, before: Seen, now: Seen) -> boo
     store made of it, and what was stored of its output is the beginning of what it is now."""
     end = TOKEN_BYTES * (int(turn.end) - before.own_base)
     return (
-        after.status in (turn.status, b"COMMITTED")  # the store had lost the commit as well
+        after.ended  # perhaps otherwise: the store had lost its owner's end as well
         and turn.status in ENDED_BY_STORE
         and turn.deadline_ms == after.deadline_ms
         and int(turn.end) < int(after.end) <= int(now.head[0])

@@ -42,8 +42,6 @@ local forked_tokens, forked_turns = tonumber(far[1] or '0'), tonumber(far[2] or 
 -- and nothing was built on that end since: no turn, and no fork.
 local function cut_short(t, stored)
   return (stored.reason == 'cancelled' or stored.reason == 'deadline') and (stored.usage or '') == ''
-    and (not ended(t.status) or t.status == 'COMMITTED'
-      or (t.status == stored.status and t.reason == stored.reason))
     and t.index == stored.index and t.start_len == stored.start_len
     and tonumber(t.index) == s.turn_index - 1 and s.active == ''
     and tonumber(t.index) >= forked_turns
@@ -51,8 +49,8 @@ local function cut_short(t, stored)
 end
 
 -- Turns that ended stay as they ended: a given turn that says otherwise ends the repair. Only one
--- that was cut short gets its tokens back, and ends where they do; as COMMITTED if it was, for its
--- client has heard so.
+-- that was cut short gets its tokens back, and ends where they do; as it had ended at its owner, if
+-- it had, for its client has heard so.
 local longer
 for _, t in ipairs(given) do
   local stored, values = {}, turn_values(KEYS[1], t.id)
@@ -61,7 +59,7 @@ for _, t in ipairs(given) do
   if t.has_ended and (t.status ~= stored.status or t.end_len ~= stored.end_len
       or t.end_digest ~= stored.end_digest) then
     if not cut_short(t, stored) then return {'ended', turn(s, t.id)} end
-    longer, t.has_ended = t, t.status ~= 'COMMITTED'
+    longer, t.has_ended = t, not ended(t.status)
   end
 end
 

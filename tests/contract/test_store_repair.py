@@ -19,11 +19,13 @@ from statestore.ports import (
 )
 from statestore.records import (
     Epoch,
+    FinishReason,
     Position,
     ReplicaRegistration,
     SessionState,
     StoreLimits,
     Turn,
+    TurnResult,
     TurnStatus,
 )
 from statestore.records import Owner as Ownership
@@ -429,6 +431,26 @@ async def test_tokens_that_a_fork_refers_to_are_never_replaced(
     assert await store.repair(newer.repair(child.head, child.epoch, keep=0)) == Fenced(
         child.epoch, A, data_loss=True
     )
+
+
+@ANSWERING
+async def test_a_turn_whose_cancel_was_lost_before_its_deadline_is_cancelled_again(
+    backend: Backend,
+) -> None:
+    store = store_on(backend, StoreLimits(index_grace_ms=1))
+    owner = await Owner.of(store)
+    outcome = await owner.begin(timeout_ms=1)
+    assert isinstance(outcome, TurnBegun)
+    stored_head = owner.head
+    owner.tokens += [4, 5]
+    while not (await store.sweep(10)).turns_expired:
+        pass
+    result = TurnResult(TurnStatus.CANCELLED, FinishReason.CANCELLED)
+    held = replace(outcome.turn, status=TurnStatus.CANCELLED, output_end=owner.head, result=result)
+    repair = owner.repair(stored_head, owner.epoch, keep=3, turns=[held], turn_index=1)
+    assert await store.repair(repair) == Appended(owner.head)
+    assert await known_turns(store) == [held]
+    await check(store, owner)
 
 
 @ANSWERING
