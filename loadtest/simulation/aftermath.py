@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sessile.v1 import session_pb2
 
@@ -66,11 +66,19 @@ def _reasons(agent: Agent, heard: TurnHeard) -> tuple[type[BaseException], ...]:
     return tuple(reasons)
 
 
-def check_losses(kinds: Sequence[str], agents: Sequence[Agent]) -> list[str]:
-    """While every owner lives, whatever the store loses is put back (P1)."""
+def check_losses(
+    kinds: Sequence[str], agents: Sequence[Agent], has_lost: Callable[[str], bool]
+) -> list[str]:
+    """Who was told of a loss had one: the store ever lost something of the session (``has_lost``).
+    While every owner lives, whatever it loses is put back (P1)."""
+    found = [
+        f"{agent.session_id}: P1: told of a loss, and the store has lost nothing of it"
+        for agent in agents
+        if agent.losses and not has_lost(agent.session_id)
+    ]
     if set(kinds) != {"lose_writes"}:
-        return []
-    return [
+        return found
+    return found + [
         f"{agent.session_id}: P1: told of a loss though every owner lives"
         for agent in agents
         if agent.losses

@@ -239,7 +239,7 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
             found += [*witness.violations, *bounds.violations, *progress.violations]
             found += [*verdicts.violations, *parking.violations]
             found += [*forks.violations, *built.violations]
-            found += check_losses(kinds, agents)
+            found += check_losses(kinds, agents, witness.has_lost)
             for failure in built.failures:
                 found.append(_crash("a process", failure))
             built.failures.clear()

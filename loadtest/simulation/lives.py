@@ -99,6 +99,10 @@ class Lives:
         lives = self._former.get(session_id, ())
         return [it for it in lives if it.ended_s is not None and it.ended_s >= told_s]
 
+    def any_former(self, session_id: str) -> bool:
+        """Whether there ever was another ledger of the session than the one that it has."""
+        return session_id in self._former
+
     def _end(self, session_id: str, seen: Seen, now_s: float) -> None:
         cut_offs = tuple(self._cut_offs.get(session_id, ()))
         life = Life(seen.ledger, seen.own_base, cut_offs, now_s)

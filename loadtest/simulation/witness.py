@@ -308,6 +308,10 @@ class Witness:
         now = [] if seen is None else [self._lives.now(session_id, seen)]
         return [*now, *self._lives.former(session_id, process, epoch)]
 
+    def has_lost(self, session_id: str) -> bool:
+        """Whether the store ever lost anything of the session, or a repair gave some of it up."""
+        return self._lives.any_former(session_id)
+
     def owner(self, session_id: str) -> Ref:
         """Who has the session, as far as the store says."""
         return self._seen.get(session_id, Seen()).owner

@@ -281,4 +281,13 @@ def test_no_client_is_told_of_a_loss_while_every_owner_lives(
     kinds: tuple[str, ...], losses: int, wrong: int
 ) -> None:
     agent = SmallWorld().agent(usual(), lossy=True, losses=losses)
-    assert len(aftermath.check_losses(kinds, [agent])) == wrong
+    assert len(aftermath.check_losses(kinds, [agent], lambda _: True)) == wrong
+
+
+@pytest.mark.parametrize(("losses", "wrong"), [(0, 0), (1, 1)])
+def test_a_loss_is_told_only_where_there_was_one(losses: int, wrong: int) -> None:
+    agent = SmallWorld().agent(usual(), lossy=True, losses=losses)
+    kinds = ("kill_replica", "lose_writes")
+    found = aftermath.check_losses(kinds, [agent], lambda _: False)
+    assert len(found) == wrong
+    assert all("P1: " in what for what in found)

@@ -83,6 +83,17 @@ def test_nothing_is_former_of_a_session_that_lost_nothing() -> None:
     lives = started()
     lives.lost("ses_a", FULL, replace(FULL), 2.0)
     assert lives.former("ses_a", OWNER, 5) == []
+    assert not lives.any_former("ses_a")
+
+
+def test_a_loss_is_known_though_nobody_may_send_of_it_any_more() -> None:
+    lives = started()
+    lives.lost("ses_a", FULL, LESS, 2.0)
+    refused = call("append", 5, b"n")
+    lives.replied(refused, b"fenced")
+    lives.answered(OWNER, [refused], 3.0)
+    assert lives.any_former("ses_a")
+    assert not lives.any_former("ses_b")
 
 
 def test_a_repair_ends_the_ledger_that_it_gives_up_and_cuts_off_where_it_keeps() -> None:
