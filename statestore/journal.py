@@ -293,19 +293,22 @@ class RedisJournal:
         self._registered[ref] = registration.details, False
         return ref
 
-    async def heartbeat(self, ref: ReplicaRef, counter: int, load: str) -> bool:
+    async def heartbeat(self, ref: ReplicaRef, counter: int, load: str) -> int | None:
         beat = script_call(
             "heartbeat", [keys.FLEET], [ref.replica_id, ref.incarnation, counter, load]
         )
-        status = await self._status(beat)
+        (reply,) = await self._scripts.run(beat)
         registered = self._registered.get(ref)
-        if status == b"unknown" and registered is not None:
+        if replies.data(replies.items(reply)[0]) == b"unknown" and registered is not None:
             # The store lost the registration: only this process can write it back.
             details, draining = registered
             back = (ref.replica_id, details, ref.incarnation, int(draining))
             await self._status(script_call("register", [keys.FLEET], back))
-            status = await self._status(beat)
-        return status != b"replaced"
+            (reply,) = await self._scripts.run(beat)
+        status, *before = replies.items(reply)
+        if replies.data(status) == b"replaced":
+            return None
+        return replies.number(before[0]) if before else 0
 
     async def set_draining(self, ref: ReplicaRef, draining: bool) -> bool:
         if ref in self._registered:

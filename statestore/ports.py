@@ -301,8 +301,9 @@ class JournalPort(Protocol):
         """Grants a new incarnation, replacing any earlier one of that id."""
         ...
 
-    async def heartbeat(self, ref: ReplicaRef, counter: int, load: str) -> bool:
-        """False if another incarnation has replaced this one (the process must stop)."""
+    async def heartbeat(self, ref: ReplicaRef, counter: int, load: str) -> int | None:
+        """The counter that the store had before: one below what it has acknowledged tells that it
+        lost writes. None if another incarnation has replaced this one (the process must stop)."""
         ...
 
     async def set_draining(self, ref: ReplicaRef, draining: bool) -> bool: ...

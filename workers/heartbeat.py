@@ -19,24 +19,33 @@ class ReplicaReplaced(Exception):
 
 
 async def heartbeat(
-    store: JournalPort, ref: ReplicaRef, load: Callable[[], ReplicaLoad], period_s: float
+    store: JournalPort,
+    ref: ReplicaRef,
+    load: Callable[[], ReplicaLoad],
+    period_s: float,
+    on_loss: Callable[[], None],
 ) -> None:
-    """Counts up in the store every ``period_s`` until cancelled.
+    """Counts up in the store every ``period_s`` until cancelled. ``on_loss`` is called when the
+    store has gone back behind a count that it had acknowledged.
 
     A store that does not answer is waited for: observers give everyone amnesty after an outage
     (P9), and the ledger's fences, not heartbeats, protect the sessions. Raises ReplicaReplaced.
     """
-    counter, answered = 0, True
+    counter, acknowledged, answered = 0, 0, True
     while True:
         counter += 1
         try:
-            alive = await store.heartbeat(ref, counter, load().to_json())
+            before = await store.heartbeat(ref, counter, load().to_json())
         except StoreUnavailable as error:
             if answered:
                 log.warning("heartbeat of %s: the store does not answer: %s", ref, error)
             answered = False
         else:
             answered = True
-            if not alive:
+            if before is None:
                 raise ReplicaReplaced(f"{ref} was replaced by a newer process of the same id")
+            if before < acknowledged:
+                log.warning("heartbeat of %s: the store has lost writes", ref)
+                on_loss()
+            acknowledged = counter
         await anyio.sleep(period_s)

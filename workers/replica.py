@@ -70,7 +70,7 @@ async def run_replica(
 
     async def beat(ref: ReplicaRef, app: ReplicaApp) -> None:
         try:
-            await heartbeat(store, ref, app.load, settings.heartbeat_period_s)
+            await heartbeat(store, ref, app.load, settings.heartbeat_period_s, app.doubt)
         except ReplicaReplaced as error:
             fail(error)
 

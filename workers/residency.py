@@ -14,6 +14,8 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import anyio
+
 from gateway.core.errors import DataLoss, MigrationRefused, Unavailable
 from statestore.digest import RollingDigest, pack_tokens
 from statestore.ports import JournalPort, StoreError, StoreUnavailable
@@ -117,6 +119,7 @@ class Residency:
         self._sessions: OrderedDict[str, ResidentSession] = OrderedDict()
         self._busy: set[str] = set()
         self._leading: OrderedDict[bytes, list[bytes]] = OrderedDict()
+        self._doubt = anyio.Event()
 
     def idle_ids(self) -> list[str]:
         """Ids of all sessions held without a running turn, as their owner or not."""
@@ -261,16 +264,35 @@ class Residency:
         except StoreError as error:
             log.warning("the store cannot tell what became of %s: %s", session_id, error)
             return not isinstance(error, StoreUnavailable)
+        self.sort_out(session_id, session)
+        return True
+
+    def sort_out(self, session_id: str, session: Session | None) -> ResidentSession | None:
+        """Lets go of an idle session that is, as the store has it, closed, suspended, purged or not
+        ours any more. Returns what is still held as its owner."""
         resident = self._sessions.get(session_id)
         if resident is None or session_id in self._busy:
-            return True
+            return None
         if session is None or session.state is not SessionState.OPEN:
             self.discard(resident)
-        elif session.epoch >= resident.epoch != NO_EPOCH:  # below: the store lost what we hold
+            return None
+        if session.epoch >= resident.epoch != NO_EPOCH:  # below: the store lost what we hold
             owner = session.owner
             if owner is None or owner.epoch != resident.epoch:
                 self.disown(session_id)
-        return True
+        return resident if resident.epoch != NO_EPOCH else None
+
+    def doubt(self) -> None:
+        """The store was seen to have lost writes: of every session held here it may have less."""
+        self._doubt.set()
+
+    async def doubted(self, timeout_s: float) -> bool:
+        """Waits for the next doubt; False after ``timeout_s`` without one. Each is told once."""
+        with anyio.move_on_after(timeout_s):
+            await self._doubt.wait()
+        told = self._doubt.is_set()
+        self._doubt = anyio.Event()
+        return told
 
     def knows_leading(self, digest: bytes) -> bool:
         """Whether these leading messages were noted before; counts as a use."""

@@ -46,6 +46,9 @@ RECONCILE_SESSIONS = 128
 """So many idle sessions are looked up in the store per period, one after the other: a session that
 was closed behind this replica's back is gone from it after one period, or as many as it takes to
 ask for all."""
+DOUBT_PERIOD_S = 0.5
+"""The period after the store was seen to have lost writes: every session may have to be put back
+before its turn's deadline passes in the store."""
 
 
 class ReplicaApp:
@@ -97,8 +100,11 @@ class ReplicaApp:
                 yield message
 
     async def stop_turn(self, request: pb.StopTurnRequest) -> pb.StopTurnResponse:
-        """The store has the cancel already: the run looks there and ends as it says."""
+        """The store has the cancel already: the run looks there and ends as it says. If none runs,
+        the answer comes when what the store lost of the session is put back."""
         run = self._runs.get(request.session_id)
+        if run is None:
+            await self._runs.settle(request.session_id)
         if run is None or run.turn_id != request.turn_id:
             return pb.StopTurnResponse(stopped=False)
         run.look()
@@ -119,6 +125,7 @@ class ReplicaApp:
                 return pb.HandOverResponse(head=_wire(head), turn_id=run.turn_id)
             if run.ending is None:
                 raise Unavailable("the turn did not come to a step boundary in time")
+        await self._runs.settle(request.session_id)
         with store_errors():
             give_up_at = anyio.current_time() + lease_s
             session = await read_session(self._ports.store, request.session_id, None, give_up_at)
@@ -218,21 +225,34 @@ class ReplicaApp:
         others leave no word here, so the store is asked about what seems left."""
         while self._leaving:
             for session_id in self._ports.residency.session_ids():
-                await self._ports.residency.look(self._ports.store, session_id)
+                await self._runs.settle(session_id)
             if not self.session_ids():
                 self._on_empty()
                 return
             await anyio.sleep(LOOK_PERIOD_S)
 
     async def reconcile(self) -> None:
-        """Asks the store what became of the sessions held here, a few at a time, for ever (I9)."""
+        """Asks the store what became of the sessions held here, a few at a time, for ever (I9), and
+        puts back what it lost of them (P1): soon, if it was seen to have lost anything."""
+        in_doubt = False
         while True:
-            await anyio.sleep(RECONCILE_S)
-            for count, session_id in enumerate(self._ports.residency.idle_ids(), 1):
-                if not await self._ports.residency.look(self._ports.store, session_id):
-                    break
-                if count % RECONCILE_SESSIONS == 0:
-                    await anyio.sleep(RECONCILE_S)
+            period_s = DOUBT_PERIOD_S if in_doubt else RECONCILE_S
+            in_doubt |= await self._ports.residency.doubted(period_s)
+            in_doubt = await self._look_at_idle(DOUBT_PERIOD_S if in_doubt else RECONCILE_S)
+
+    async def _look_at_idle(self, period_s: float) -> bool:
+        """Asks for all idle sessions. True if it has to be done again soon: a store that does not
+        answer may come back without its last writes."""
+        for count, session_id in enumerate(self._ports.residency.idle_ids(), 1):
+            if not await self._runs.settle(session_id):
+                return True
+            if count % RECONCILE_SESSIONS == 0 and await self._ports.residency.doubted(period_s):
+                return True
+        return False
+
+    def doubt(self) -> None:
+        """The store has lost writes: what it has of the sessions held here is looked at soon."""
+        self._ports.residency.doubt()
 
     def load(self) -> ReplicaLoad:
         """For the heartbeat."""

@@ -482,7 +482,7 @@ async def test_a_lost_registration_is_written_back_by_the_next_heartbeat(
     saved = await backend.save()
     ref = await store.register_replica(ReplicaRegistration("r1", '{"k":1}'))
     await backend.roll_back(saved)
-    assert await store.heartbeat(ref, 7, "{}")
+    assert await store.heartbeat(ref, 7, "{}") in (0, 7)
     (record,) = await store.fleet()
     assert (record.ref, record.details, record.heartbeat) == (ref, '{"k":1}', 7)
 

@@ -180,6 +180,7 @@ class TurnOpening:
             )
             if isinstance(outcome, store.Fenced | store.Refused | store.Missing):
                 raise refusal(session.session_id, outcome)
+            self._ports.residency.doubt()
             if isinstance(outcome, store.TurnEnded) and outcome.turn.output_end != resident.head:
                 # The store went on from what it had: what this replica holds is another history.
                 raise NotOwner(

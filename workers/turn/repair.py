@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import anyio
+
 from gateway.core.errors import DataLoss, Unavailable
 from statestore.ports import Fenced, HeadMismatch, JournalPort, Repair, RepairOutcome
 from statestore.records import Epoch, ReplicaRef, Session, Turn, TurnStatus
@@ -51,8 +53,13 @@ async def repair(
     epoch: Epoch,
     active: Turn | None,
     give_up_at: float,
+    *,
+    unasked: bool = False,
 ) -> RepairOutcome:
     """Makes the ledger what ``resident`` holds, with ``active`` as the running turn.
+
+    ``unasked``: nobody wants this history rather than the store's. Then it is HeadMismatch if
+    the store has anything that would be given up for it: somebody went on from what was left.
 
     ``resident`` is untouched. Raises DataLoss if it does not reach back far enough to close the
     gap, or if the store has more than it of the same history; Unavailable if the store kept
@@ -76,10 +83,39 @@ async def repair(
         request = await until_answered(
             partial(_request, store, session, resident, owner, epoch, active), give_up_at
         )
+        if unasked and not await _gives_up_nothing(store, session, resident, request):
+            return HeadMismatch(session.head, session.epoch)
         outcome = await until_answered(partial(store.repair, request), give_up_at)
         if not isinstance(outcome, HeadMismatch):
             return outcome
     raise Unavailable(f"session {resident.session_id}: its record keeps changing under a repair")
+
+
+async def put_back_unasked(
+    store: JournalPort, session: Session, resident: ResidentSession, owner: ReplicaRef
+) -> RepairOutcome | None:
+    """Repairs a session that no turn runs of here if the store is behind what this replica holds as
+    its owner; None if it is not. ``session`` is the record as read just now. Raises as
+    :func:`repair` does, and what the store raises the first time that it does not answer."""
+    if session.turn_index >= resident.turn_index and session.head.length >= len(resident.tokens):
+        return None
+    last = await store.get_turns(session, resident.turn_index, 1)
+    turn = last[0] if last else None
+    if not is_behind(session, turn, resident):
+        return None
+    held, now = broken_off(session, turn, resident), anyio.current_time()
+    return await repair(store, resident, owner, resident.epoch, held, now, unasked=True)
+
+
+async def _gives_up_nothing(
+    store: JournalPort, session: Session, resident: ResidentSession, request: Repair
+) -> bool:
+    """Whether the store's tokens and turns, ended or active, are all among ours."""
+    recent = resident.recent
+    first = recent[0].index if recent else resident.turn_index
+    stored = await store.get_turns(session, first, len(recent) + 1)
+    ours = {request.active_turn_id, *(turn.spec.turn_id for turn in recent)}
+    return request.keep == session.head.length and {t.spec.turn_id for t in stored} <= ours
 
 
 async def _request(

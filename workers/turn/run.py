@@ -385,6 +385,7 @@ class TurnRun:
         match outcome:
             case store.Appended():
                 log.warning("session %s: repaired after lost writes", self.session_id)
+                self._ports.residency.doubt()
                 return None
             case store.TurnEnded(turn=turn):
                 return await self._ended_by_store(opened, turn)

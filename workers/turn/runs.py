@@ -7,6 +7,7 @@ replicas).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import anyio
@@ -14,16 +15,26 @@ from anyio.abc import TaskGroup
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1 import types_pb2
 
-from gateway.core.errors import NotFound, NotOwner, Overloaded, TurnInProgress, Unavailable
-from statestore.ports import Missing
+from gateway.core.errors import (
+    NotFound,
+    NotOwner,
+    Overloaded,
+    SessileError,
+    TurnInProgress,
+    Unavailable,
+)
+from statestore.ports import Appended, Missing, StoreError, StoreUnavailable, TurnEnded
 from statestore.records import Epoch, Position, Session, SessionState, Turn, TurnContext
+from workers.residency import ResidentSession
 from workers.turn.cursor import Replay, TurnView, accepted_event
 from workers.turn.ending import Broken, Redirected
 from workers.turn.opening import Opened, TurnOpening, check_input, read_output, resume_index
 from workers.turn.ports import TurnPorts, read_context, refusal
-from workers.turn.repair import is_behind
+from workers.turn.repair import is_behind, put_back_unasked
 from workers.turn.request import body_of
 from workers.turn.run import TurnRun
+
+log = logging.getLogger(__name__)
 
 MAX_RACES = 4
 """Times a call looks again because the session's run changed under it."""
@@ -126,6 +137,34 @@ class TurnRuns:
             if found is not None:
                 return found
         raise Unavailable(f"session {turn.session_id} keeps changing; try again")
+
+    async def settle(self, session_id: str) -> bool:
+        """Asks the store what became of a session that no turn runs of here: lets go of it if it is
+        not this replica's any more, else puts back what the store lost of it, though nobody asks
+        for it (P1). False if the store does not answer."""
+        try:
+            session = await self._ports.store.get_session(session_id)
+            if session_id not in self._runs:
+                resident = self._ports.residency.sort_out(session_id, session)
+                if resident is not None and session is not None:
+                    await self._put_back(session, resident)
+        except StoreUnavailable as error:
+            log.warning("the store cannot tell what became of %s: %s", session_id, error)
+            return False
+        except (StoreError, SessileError) as error:
+            log.warning("session %s is not put right: %s", session_id, error)
+        return True
+
+    async def _put_back(self, session: Session, resident: ResidentSession) -> None:
+        """A turn may be asked for meanwhile: then it puts the same back, and the later write finds
+        that done."""
+        outcome = await put_back_unasked(self._ports.store, session, resident, self._ports.ref)
+        if isinstance(outcome, Appended):
+            log.warning("session %s: put back after lost writes", session.session_id)
+        elif isinstance(outcome, TurnEnded) and outcome.turn.output_end != resident.head:
+            log.warning("session %s: the store went on from what it had", session.session_id)
+            if session.session_id not in self._runs:
+                self._ports.residency.disown(session.session_id, resident.epoch)
 
     def _start(
         self,

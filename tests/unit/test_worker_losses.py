@@ -1,0 +1,255 @@
+"""What the store loses of a session at rest, its owner puts back though nobody asks for it."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+from sessile.v1 import replica_pb2 as pb
+from sessile.v1 import types_pb2
+
+from gateway.core import errors
+from loadtest.simulation.redis import Fault
+from statestore.executor import ScriptCall
+from statestore.records import FinishReason, TurnStatus
+from tests.support.replica_world import (
+    SESSION,
+    Heard,
+    RunningReplica,
+    World,
+    in_virtual_time,
+    listen,
+    world,
+)
+from workers.service import RECONCILE_S
+from workers.turn.ending import Broken
+
+SOON = 1.5
+"""A heartbeat tells of the loss within half a second; long before the sessions' turn comes."""
+assert SOON < RECONCILE_S / 2
+
+
+async def owner(w: World, name: str = "r1") -> RunningReplica:
+    replica = await w.start(name)
+    await w.open()
+    await w.give(replica)
+    await anyio.sleep(SOON)  # what it has beaten by then is what the store can go back behind
+    return replica
+
+
+async def statuses(w: World) -> dict[str, TurnStatus]:
+    turns = await w.store.get_turns(await w.session(), 0, 9)
+    return {turn.spec.turn_id: turn.status for turn in turns}
+
+
+async def cut_off(w: World, replica: RunningReplica, timeout_ms: int = 60_000) -> Heard:
+    """A whole turn t1, of which the store then has some tokens only."""
+    heard = Heard()
+    kept = w.executor.snapshot()
+
+    async def remember() -> None:
+        nonlocal kept
+        if 3 <= len(heard.tokens) < 5:
+            kept = w.executor.snapshot()
+
+    await listen(replica, await w.request(replica, timeout_ms=timeout_ms), heard, between=remember)
+    await anyio.sleep(SOON)
+    w.executor.restore(kept)
+    assert (await w.turn()).status is TurnStatus.RUNNING
+    assert (await w.session()).head.length < heard.finished.end.length
+    return heard
+
+
+async def check_is_back(w: World, heard: Heard) -> None:
+    stored = await w.turn()
+    assert stored.status is TurnStatus.COMMITTED
+    assert stored.output_end.length == heard.finished.end.length
+    assert (await w.ledger())[heard.accepted.output_start.length :] == heard.tokens
+    assert (await w.session()).active_turn_id is None
+
+
+@in_virtual_time
+async def test_the_end_of_a_turn_is_put_back_soon_though_nobody_asks() -> None:
+    async with world() as w:
+        heard = await cut_off(w, await owner(w))
+        await anyio.sleep(SOON)
+        await check_is_back(w, heard)
+
+
+@in_virtual_time
+async def test_so_are_whole_turns_and_the_ownership_under_which_they_ran() -> None:
+    async with world() as w:
+        kept = w.executor.snapshot()
+        replica = await w.start()
+        await w.open()
+        kept = w.executor.snapshot()
+        session = await w.give(replica)
+        await listen(replica, await w.request(replica))
+        await listen(replica, await w.request(replica, "More", "t2"))
+        await anyio.sleep(SOON)
+        ledger = await w.ledger()
+        w.executor.restore(kept)
+        await anyio.sleep(SOON)
+        committed = TurnStatus.COMMITTED
+        assert await statuses(w) == {"t1": committed, "t2": committed}
+        assert await w.ledger() == ledger
+        assert (await w.session()).owner == session.owner
+
+
+@in_virtual_time
+async def test_so_is_the_end_of_a_turn_whose_deadline_came_first() -> None:
+    async with world() as w:
+        heard = await cut_off(w, await owner(w), timeout_ms=1000)
+        await w.store.sweep(9)
+        assert (await w.turn()).status is TurnStatus.FAILED
+        await anyio.sleep(SOON)
+        await check_is_back(w, heard)
+
+
+@pytest.mark.parametrize("overdue", [False, True])
+def test_so_are_tokens_of_a_turn_that_broke_off(overdue: bool) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        async with world() as w:
+            replica = await owner(w)
+            heard = Heard()
+            kept = w.executor.snapshot()
+
+            async def remember() -> None:
+                nonlocal kept
+                if 3 <= len(heard.tokens) < 5:
+                    kept = w.executor.snapshot()
+
+            request = await w.request(replica, timeout_ms=1000 if overdue else 60_000)
+            await listen(
+                replica, request, heard, between=remember, until=lambda h: len(h.tokens) > 9
+            )
+            run = replica.app._runs.get(SESSION)
+            assert run is not None
+            run.leave(Broken(errors.Unavailable("the engine makes no progress")))
+            await anyio.sleep(SOON)
+            w.executor.restore(kept)
+            await w.store.sweep(9)
+            await anyio.sleep(SOON)
+            start = heard.accepted.output_start.length
+            assert (await w.ledger())[start:][: len(heard.tokens)] == heard.tokens
+            turn = await w.turn()
+            if overdue:
+                assert turn.result is not None
+                assert turn.result.reason is FinishReason.DEADLINE
+            else:
+                assert turn.status is TurnStatus.RUNNING
+
+    test()
+
+
+@in_virtual_time
+async def test_a_loss_that_no_heartbeat_tells_of_is_noticed_when_the_sessions_turn_comes() -> None:
+    async with world() as w:
+        replica = await owner(w)
+        heard = await cut_off(w, replica)
+        w.executor.fault = lambda call: (
+            Fault.REQUEST_LOST if call.script.name == "heartbeat" else Fault.NONE
+        )
+        await anyio.sleep(RECONCILE_S + SOON)
+        await check_is_back(w, heard)
+
+
+@pytest.mark.parametrize(("turn_id", "text"), [("t3", "More"), ("t3", "Else"), ("t2", "Else")])
+def test_another_history_that_went_on_meanwhile_is_left_alone(turn_id: str, text: str) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        async with world() as w:
+            first, second = await owner(w), await w.start("r2")
+            await listen(first, await w.request(first))
+            await anyio.sleep(SOON)
+            kept = w.executor.snapshot()
+            await w.give(second)
+            await listen(second, await w.request(second, "More", "t2"))
+            await listen(second, await w.request(second, "Still more", "t4"))
+            w.executor.restore(kept)
+            heard = Heard()
+
+            async def tell() -> None:
+                if 3 <= len(heard.tokens) < 5:
+                    second.app.doubt()
+
+            await listen(first, await w.request(first, text, turn_id), heard, between=tell)
+            ledger = await w.ledger()
+            assert ledger[heard.accepted.output_start.length :] == heard.tokens
+            await anyio.sleep(2 * RECONCILE_S)
+            assert list(await statuses(w)) == ["t1", turn_id]
+            assert await w.ledger() == ledger
+
+    test()
+
+
+@pytest.mark.parametrize("after_ms", range(0, 500, 25))
+def test_a_turn_that_is_asked_for_while_that_is_done_follows_it(after_ms: int) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        async with world(delay_s=0.03) as w:
+            replica = await owner(w)
+            await listen(replica, await w.request(replica))
+            request = await w.request(replica, "Else", "t3")
+            await anyio.sleep(SOON)
+            kept = w.executor.snapshot()
+            await listen(replica, await w.request(replica, "More", "t2"))
+            w.executor.restore(kept)
+            replica.app.doubt()
+            await anyio.sleep(after_ms / 1000)
+            heard = await listen(replica, request)
+            assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
+            await anyio.sleep(SOON)
+            assert list(await statuses(w)) == ["t1", "t2", "t3"]
+            assert (await w.session()).active_turn_id is None
+            start = heard.accepted.output_start.length
+            assert (await w.ledger())[start:] == heard.tokens
+
+    test()
+
+
+@in_virtual_time
+async def test_an_answer_to_a_heartbeat_that_gets_lost_is_no_loss_of_writes() -> None:
+    async with world() as w:
+        replica = await owner(w)
+        await listen(replica, await w.request(replica))
+        lost, asked = False, 0
+
+        def fault(call: ScriptCall) -> Fault:
+            nonlocal asked
+            asked += call.script.name == "read_session"
+            beat = call.script.name == "heartbeat"
+            return Fault.REPLY_LOST if beat and lost else Fault.NONE
+
+        lost, asked = True, 0
+        w.executor.fault = fault
+        await anyio.sleep(RECONCILE_S / 4)
+        lost = False
+        await anyio.sleep(RECONCILE_S / 4)
+        assert asked == 0
+
+
+@in_virtual_time
+async def test_who_tells_of_a_cancel_has_the_session_put_back_at_once() -> None:
+    async with world() as w:
+        replica = await owner(w)
+        heard = await cut_off(w, replica)
+        await replica.app.stop_turn(pb.StopTurnRequest(session_id=SESSION, turn_id="t1"))
+        await check_is_back(w, heard)
+
+
+@in_virtual_time
+async def test_a_session_at_rest_is_handed_over_with_what_was_lost() -> None:
+    async with world() as w:
+        replica = await owner(w)
+        heard = await cut_off(w, replica)
+        epoch = (await w.session()).epoch
+        given = await replica.app.hand_over(
+            pb.HandOverRequest(
+                session_id=SESSION,
+                epoch=types_pb2.Epoch(number=epoch.number, nonce=epoch.nonce),
+                migration_id="m1",
+                lease_ms=1000,
+            )
+        )
+        assert given.head == heard.finished.end
