@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 
 import anyio
+from sessile.v1 import types_pb2 as pb
 
 from loadtest.simulation.aftermath import (
     check_agent,
@@ -23,6 +24,7 @@ from loadtest.simulation.bounds import Bounds, check_idle
 from loadtest.simulation.client import TURN_S
 from loadtest.simulation.faults import Storm
 from loadtest.simulation.forks import Forks, check_forks
+from loadtest.simulation.heard import TurnHeard
 from loadtest.simulation.lifecycle import close, live
 from loadtest.simulation.loop import true_time
 from loadtest.simulation.witness import Witness
@@ -96,23 +98,39 @@ async def _work_in_a_storm(
 
 
 async def _liveness(agents: list[Agent]) -> list[str]:
-    """Every session that is open runs one more turn, and it succeeds."""
+    """Every session that is open runs one more turn, and it succeeds: those too whose client has
+    left, for another client that knows nothing."""
     found: list[str] = []
 
     async def again(agent: Agent) -> None:
         started, agent.stalls = true_time(), False
+        if agent.vanished:
+            agent.asked_twice, agent.known_head = True, None
         await agent.turn()
         took = true_time() - started
+        why = _needless_failure(agent.turns[-1])
+        if why is not None:
+            found.append(f"{agent.session_id}: I7: a healthy turn failed: {why}")
         # Another turn that it asked for and gave up may be in the way until its deadline (P4).
         if took > LIVENESS_S + (TURN_S if agent.asked_twice else 0.0):
             found.append(f"{agent.session_id}: I7: a healthy turn took {took:.1f} s")
 
     async with anyio.create_task_group() as tasks:
         for agent in agents:
-            if not (agent.closed or agent.brief or agent.vanished):
+            if not (agent.closed or agent.brief):
                 tasks.start_soon(again, agent, name=f"{agent.name} again")
     await anyio.sleep(SETTLE_S)
     return found
+
+
+def _needless_failure(heard: TurnHeard) -> str | None:
+    """How a turn failed while nothing was broken; None if it did not, or had a short limit."""
+    done = heard.finished
+    if done is None or done.status != pb.TURN_STATUS_FAILED:
+        return None
+    if done.reason == pb.FINISH_REASON_DEADLINE and heard.request.timeout_ms < 1000 * LIVENESS_S:
+        return None
+    return done.error or pb.FinishReason.Name(done.reason)
 
 
 async def _check_deadlines(

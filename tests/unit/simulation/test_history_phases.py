@@ -1,4 +1,4 @@
-"""Turns end by their deadline, whoever has given them up."""
+"""Turns end by their deadline, whoever has given them up, and sessions go on once all is mended."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import random
 from types import SimpleNamespace
 from typing import cast
 
+import anyio
 import pytest
+from sessile.v1 import types_pb2 as pb
 
 from loadtest.simulation.agents import Agent
+from loadtest.simulation.heard import TurnHeard
 from loadtest.simulation.loop import run, true_time
-from loadtest.simulation.phases import DEADLINE_SLACK_S, _check_deadlines
+from loadtest.simulation.phases import DEADLINE_SLACK_S, LIVENESS_S, _check_deadlines, _liveness
 from loadtest.simulation.witness import TurnTimes, Witness
 from loadtest.simulation.world import START_US, World
 
@@ -56,3 +59,54 @@ def test_a_turn_that_outlives_its_deadline_is_told(
 ) -> None:
     wrong = found(runs=runs, ended_s=ended_s, healed_s=healed_s)
     assert [what.split(": ")[1] for what in wrong] == rules
+
+
+class Healthy(Agent):
+    """Its next turn ends like this after so long."""
+
+    end = pb.TurnFinished(status=pb.TURN_STATUS_COMMITTED)
+    timeout_ms = 20_000
+    takes_s = 1.0
+
+    async def turn(self) -> None:
+        await anyio.sleep(self.takes_s)
+        request = pb.RunTurnRequest(timeout_ms=self.timeout_ms)
+        self.turns.append(TurnHeard("ses_a", "t9", request, finished=self.end))
+
+
+def healthy(**what: object) -> tuple[Healthy, list[str]]:
+    """An agent with these fields, and what is wrong with its next turn while nothing is broken."""
+    agent = Healthy(cast(World, None), "a0", random.Random(1))
+    for name, value in what.items():
+        setattr(agent, name, value)
+    return agent, run(lambda: _liveness([agent]), 1, None)
+
+
+LATE = pb.TurnFinished(status=pb.TURN_STATUS_FAILED, reason=pb.FINISH_REASON_DEADLINE)
+STUCK = pb.TurnFinished(status=pb.TURN_STATUS_FAILED, reason=pb.FINISH_REASON_ERROR)
+
+
+@pytest.mark.parametrize(
+    ("what", "wrong"),
+    [
+        ({}, 0),
+        ({"takes_s": LIVENESS_S + 1}, 1),
+        ({"end": STUCK}, 1),
+        ({"end": LATE}, 1),
+        ({"end": LATE, "timeout_ms": 500}, 0),
+        ({"end": STUCK, "timeout_ms": 500}, 1),
+        ({"end": pb.TurnFinished(status=pb.TURN_STATUS_CANCELLED)}, 0),
+    ],
+)
+def test_a_turn_that_is_slow_or_fails_though_nothing_is_broken_is_told(
+    what: dict[str, object], wrong: int
+) -> None:
+    _, found = healthy(**what)
+    assert [it.split(": ")[1] for it in found] == ["I7"] * wrong
+
+
+@pytest.mark.parametrize(("field", "asks"), [("vanished", 1), ("closed", 0), ("brief", 0)])
+def test_a_session_whose_client_has_left_goes_on_for_another_one(field: str, asks: int) -> None:
+    agent, _ = healthy(known_head=pb.Precondition(turn_index=1), **{field: True})
+    assert len(agent.turns) == asks
+    assert (agent.known_head is None) == (field == "vanished")
