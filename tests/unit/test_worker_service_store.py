@@ -27,6 +27,7 @@ from workers.config import TurnLimits
 from workers.engines.port import Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.model import expected_output
+from workers.residency import MAX_RECENT_TURNS
 from workers.text.bytes_codec import BytesCodec
 from workers.turn.ending import Broken
 
@@ -367,6 +368,26 @@ async def test_lost_turns_are_put_back_before_the_next_one_begins() -> None:
 
 
 @in_virtual_time
+async def test_a_session_of_which_more_is_lost_than_its_owner_holds_goes_on_once_that_is_told() -> (
+    None
+):
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        kept = w.executor.snapshot()
+        for number in range(MAX_RECENT_TURNS + 1):
+            await listen(replica, await w.request(replica, turn_id=f"t{number}"))
+        w.executor.restore(kept)
+        with pytest.raises(errors.DataLoss):
+            await listen(replica, await w.request(replica, "x", "again"))
+        heard = await listen(replica, await w.request(replica, "x", "again"))
+        ledger = await w.ledger()
+        start = heard.accepted.output_start.length
+        assert heard.tokens == ledger[start:] == expected(ledger, start, 20)
+
+
+@in_virtual_time
 async def test_a_dispatch_under_an_earlier_epoch_costs_the_owner_nothing_that_it_holds() -> None:
     async with world() as w:
         replica = await w.start()
@@ -506,10 +527,15 @@ async def test_who_heard_of_a_turn_that_is_lost_as_a_whole_does_not_begin_it_ane
         await w.give(second)
         request = await w.request(second)
         request.turn.resume_from.CopyFrom(heard.end)
+        without_messages = await w.request(second)
+        without_messages.turn.resume_from.CopyFrom(heard.end)
+        without_messages.turn.ClearField("messages")
         for _ in range(2):
             before = await w.session()
             with pytest.raises(errors.DataLoss):
                 await listen(second, request)
+            with pytest.raises(errors.DataLoss):
+                await listen(second, without_messages)
             after = await w.session()
             assert (after.head, after.active_turn_id) == (before.head, None)
             params = {"max_tokens": 60, "ignore_eos": True}

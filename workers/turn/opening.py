@@ -175,9 +175,14 @@ class TurnOpening:
         ours = resident is not None and resident.epoch == self._epoch
         if ours and resident is not None and is_behind(session, context.turn, resident):
             held = broken_off(session, context.turn, resident)
-            outcome = await repair(
-                self._ports.store, resident, self._ports.ref, self._epoch, held, give_up_at
-            )
+            try:
+                outcome = await repair(
+                    self._ports.store, resident, self._ports.ref, self._epoch, held, give_up_at
+                )
+            except DataLoss:
+                # It is told once, and the session goes on from what the store has (I6).
+                self._ports.residency.disown(session.session_id, self._epoch)
+                raise
             if isinstance(outcome, store.Fenced | store.Refused | store.Missing):
                 raise refusal(session.session_id, outcome)
             self._ports.residency.doubt()
@@ -212,6 +217,8 @@ class TurnOpening:
         resident = await self._ports.residency.load(
             self._ports.store, session, salt, context.ledger
         )
+        if not self._turn.messages:
+            self._check_nothing_heard(resident.head)  # who goes on with a turn may leave them out
         tokens = await self._render(session, resident)
         state = resident.digest.copy()
         state.update(tokens)
