@@ -301,6 +301,8 @@ async def play(fleet: Fleet, cls: FaultClass, index: int, seed: str) -> Outcome:
         outcome.fleet_lost = True
         mend(fleet)
     outcome.tally.violations += watch.violations
+    if not watch.looks:
+        outcome.tally.violations.append("nobody looked at the sessions while things broke")
     with anyio.CancelScope(shield=True):
         if round_ is not None:
             outcome.proofs = round_.proofs
