@@ -177,13 +177,14 @@ class Client:
         heard.begin_stream()
         if any(heard is turn for turn in self.turns):
             self.lags = stalls or slow_s > 0
+        gateway = self._gateway()
+        serving = self.world.gateways[gateway]
         try:
-            stream = self.world.network.stream(
-                self._gateway(), handler, CALL_S, repeatable=repeatable
-            )
+            stream = self.world.network.stream(gateway, handler, CALL_S, repeatable=repeatable)
             async with aclosing(stream):
                 async for message in stream:
                     for event in pb.TurnStream.FromString(message).events:
+                        self._count_going_on(heard, event, gateway)
                         await self._hear(heard, event)
                     messages += 1
                     if messages == leave_after:
@@ -199,6 +200,8 @@ class Client:
                 await anyio.sleep(self.draw.uniform(0.0, longest_s))
         except TRY_AGAIN as error:
             note(self.session_id, f"{self.name} is to try again", error.message)
+            if messages and serving.ended:
+                heard.cut_off_by = gateway
             if isinstance(error, Overloaded) and error.retry_after_ms:
                 self.world.coverage[Row.OVERLOAD] += 1
             await self.back_off()
@@ -214,6 +217,11 @@ class Client:
             await self.back_off()
         except SessileError as error:
             heard.error = error
+
+    def _count_going_on(self, heard: TurnHeard, event: pb.TurnEvent, gateway: str) -> None:
+        if event.HasField("tokens") and heard.cut_off_by:
+            self.world.coverage[Row.GATEWAY_DIES] += heard.cut_off_by != gateway
+            heard.cut_off_by = ""
 
     async def _hear(self, heard: TurnHeard, event: pb.TurnEvent) -> None:
         kind = str(event.WhichOneof("event"))

@@ -35,7 +35,7 @@ class Row(enum.StrEnum):
 
     REPLICA_DIES = "a replica dies in a turn: another one continues it"
     REPLICA_HANGS = "a replica hangs and wakes: its late write is refused"
-    GATEWAY_DIES = "a gateway dies with streams open: the clients go on through another"
+    GATEWAY_DIES = "a gateway dies with a stream open: its client goes on through another"
     STORE_RESTARTS = "the store restarts while turns run: they go on"
     STORE_FAILS_OVER = "the store loses writes: their owner repairs the ledger"
     STORE_AND_OWNER = "the store loses writes and their owner is gone: the client is told"

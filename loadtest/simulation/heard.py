@@ -26,6 +26,8 @@ class TurnHeard:
     finished: pb.TurnFinished | None = None
     error: SessileError | None = None
     moves: int = 0
+    cut_off_by: str = ""
+    """The gateway that died under its last stream, until tokens come again."""
     given_up: bool = False
     """Its client was told since that the store lost what it knows: the ledger need not have this
     any more. What is wrong with the streams themselves stays wrong."""

@@ -6,7 +6,6 @@ import random
 
 import anyio
 
-from loadtest.simulation.coverage import Row
 from loadtest.simulation.faults.scene import RESTART_S, Scene
 
 
@@ -54,8 +53,6 @@ async def kill_gateway(scene: Scene, draw: random.Random) -> None:
     live = scene.world.live_gateways()
     if len(live) > 1:
         victim = draw.choice(live)
-        if victim.app.turns.open_streams:
-            scene.saw(Row.GATEWAY_DIES)
         scene.world.kill(victim)
         await scene.pause(draw, 0.05, 1.0)
         while scene.world.gateways[victim.name] is victim:
