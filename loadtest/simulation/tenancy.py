@@ -7,7 +7,7 @@ from typing import Any
 from sessile.v1 import session_pb2
 from sessile.v1 import types_pb2 as pb
 
-from gateway.core.errors import NotFound, NotOwner
+from gateway.core.errors import NotFound, NotOwner, SessileError
 from loadtest.simulation.agents import Agent
 from loadtest.simulation.client import CALL_S
 
@@ -60,8 +60,8 @@ async def _touch(agent: Agent, session_id: str) -> None:
 
     try:
         await agent.ask(theft)
-    except NotFound as error:
-        same = error.message == f"no session {session_id!r}"
+    except SessileError as error:
+        same = isinstance(error, NotFound) and error.message == f"no session {session_id!r}"
         agent.expect(same, f"I10: {what} of another tenant's session tells: {error.message}")
         return
     agent.expect(False, f"I10: {agent.tenant} may {what} {session_id}")
