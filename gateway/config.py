@@ -58,6 +58,9 @@ class Times:
     """Unary calls to replicas, imports aside."""
     stop_turn_s: float = 2.0
     """Telling an owner to stop or release; the store has decided already."""
+    settle_s: float = 0.5
+    """Asking an owner to put back what the store lost, before the session is suspended, closed or
+    forked. Short: an owner that is gone must not be in the way."""
     progress_s: float = 1.0
     """A silent stream whose owner is DOWN for this long is given up."""
     waiting_event_s: float = 1.0

@@ -137,7 +137,8 @@ class Sessions:
                 return session_pb2.CancelTurnResponse(status=pb.TURN_STATUS_UNSPECIFIED)
             case TurnEnded(turn):
                 if known.owner is not None:
-                    await self._stop(known.owner, request.session_id, request.turn_id)
+                    limit_s = self._config.times.stop_turn_s
+                    await self._tell(known.owner, request.session_id, request.turn_id, limit_s)
                 return session_pb2.CancelTurnResponse(status=TURN_STATUSES[turn.status])
 
     async def fork(
@@ -146,7 +147,7 @@ class Sessions:
         """At a turn boundary; idempotent by request id."""
         self._check_request_id(request.request_id)
         self._check_labels(request.labels)
-        parent = await self._directory.read(tenant, request.session_id)
+        parent = await self._settled(tenant, request.session_id)
         at = request.at_turn_index if request.HasField("at_turn_index") else None
         if at is not None and at > parent.turn_index:
             raise InvalidRequest(f"the session has {parent.turn_index} ended turns only")
@@ -173,7 +174,7 @@ class Sessions:
         self, tenant: str, request: session_pb2.SuspendSessionRequest
     ) -> session_pb2.SuspendSessionResponse:
         """Frees what replicas hold; refused while a turn runs."""
-        before = await self._directory.read(tenant, request.session_id)
+        before = await self._settled(tenant, request.session_id)
         session = self._written(before, await self._store.suspend(request.session_id))
         await self._release(before, session)
         return session_pb2.SuspendSessionResponse(session=session_to_pb(session))
@@ -192,7 +193,7 @@ class Sessions:
         """Idempotent. A running turn ends CANCELLED; replicas drop the session's KV."""
         if request.retention_ms > MAX_RETENTION_MS:
             raise InvalidRequest(f"retention_ms is at most {MAX_RETENTION_MS}")
-        before = await self._directory.read(tenant, request.session_id)
+        before = await self._settled(tenant, request.session_id)
         retention = 0 if request.purge else (request.retention_ms or None)
         outcome = await self._store.close(request.session_id, retention)
         if isinstance(outcome, SessionWritten):
@@ -266,6 +267,20 @@ class Sessions:
             case Refused(state, turn_id):
                 raise refusal(before, state, turn_id)
 
+    async def _settled(self, tenant: str, session_id: str) -> Session:
+        """The record, after its owner has put back what the store may have lost of it: what is
+        done to a session next can make such a loss final (P1). An owner that does not answer soon
+        is not waited for."""
+        limit_s = self._config.times.settle_s
+        known = (await self._directory.find(tenant, session_id)).owner
+        if known is not None:
+            await self._tell(known, session_id, "", limit_s)
+        session = await self._directory.read(tenant, session_id)
+        if session.owner is not None and session.owner != known:
+            await self._tell(session.owner, session_id, "", limit_s)
+            session = await self._directory.read(tenant, session_id)
+        return session
+
     async def _release(self, before: Session, after: Session) -> None:
         """Tells whoever holds something of the session to drop it. The store has decided already: a
         replica that cannot be told learns it with its next write, or when it next asks the store.
@@ -286,18 +301,18 @@ class Sessions:
             except SessileError as error:
                 log.info("%s could not be told to drop %s: %s", ref, after.session_id, error)
 
-    async def _stop(self, owner: Owner, session_id: str, turn_id: str) -> None:
+    async def _tell(self, owner: Owner, session_id: str, turn_id: str, limit_s: float) -> None:
+        """Has the owner look at what the store has: of a turn, that it was cancelled; of a session
+        at rest, less than it holds."""
         replica = self._fleet.snapshot.get(owner.replica)
         if replica is None or replica.stale:
             return
         request = replica_pb2.StopTurnRequest(session_id=session_id, turn_id=turn_id)
         try:
-            await self._replicas.at(replica.details.endpoint).stop_turn(
-                request, self._config.times.stop_turn_s
-            )
+            await self._replicas.at(replica.details.endpoint).stop_turn(request, limit_s)
         except SessileError as error:
             # It learns it from its next append.
-            log.info("%s could not be told to stop %s: %s", owner.replica, turn_id, error)
+            log.info("%s could not be told to look at %s: %s", owner.replica, session_id, error)
 
     def _check_request_id(self, value: str) -> None:
         limit = self._config.admission.max_id_chars

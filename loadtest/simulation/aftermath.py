@@ -16,6 +16,7 @@ from gateway.core.errors import (
 )
 from loadtest.simulation.agents import LOSS, Agent
 from loadtest.simulation.checks import body_of, check_session
+from loadtest.simulation.finality import UNREPAIRED
 from loadtest.simulation.heard import TurnHeard
 from loadtest.simulation.world import World
 from statestore import keys
@@ -78,6 +79,8 @@ def check_losses(
     ]
     if set(kinds) != {"lose_writes"}:
         return found
+    if any(agent.world.coverage[UNREPAIRED] for agent in agents):
+        found.append(f"P1: though every owner lives, {UNREPAIRED}")
     return found + [
         f"{agent.session_id}: P1: told of a loss though every owner lives"
         for agent in agents

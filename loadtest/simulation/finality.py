@@ -1,10 +1,9 @@
 """What a suspend or a close makes final, where the store loses writes.
 
-The owner of a session puts back what the store lost when it next has to do with it. Once a session
-is suspended or closed it has no owner and its record takes no repair: what was lost before, and not
-put back by then, is lost for good, and no answer of these calls says so. Of these turns, and only
-of these, clients cannot ask any more that the ledger has them. What the store had when it was asked
-must stay.
+Once a session is suspended or closed it has no owner and its record takes no repair: what was lost
+before, and not put back by then, is lost for good, and no answer of these calls says so. So the
+gateway asks the owner first. Only what was missing before and after is given up: its owner was gone
+or could not be asked. Of a session that is gone at once nobody can see what was put back.
 """
 
 from __future__ import annotations
@@ -27,8 +26,10 @@ async def made_final(agent: Agent) -> AsyncIterator[None]:
         missing = await _missing(agent) if agent.lossy else set()
         yield
         session = await agent.world.store.get_session(agent.session_id)
+        if session is not None:
+            missing &= await _missing(agent) if missing else set()
         if missing and (session is None or session.state is not SessionState.OPEN):
-            agent.world.coverage[UNREPAIRED] += 1
+            agent.world.coverage[UNREPAIRED] += session is not None
             agent.known_head = None
             for turn_id in sorted(missing):
                 agent.give_up(turn_id)

@@ -134,6 +134,9 @@ async def _resume(agent: Agent, before: Session) -> None:
     resume = session_pb2.ResumeSessionRequest(session_id=agent.session_id)
     async with agent.unforgotten():
         await agent.ask(lambda app: app.sessions.resume(agent.tenant, resume), repeatable=False)
+        # As good as new: were its next placement lost, another gateway could place it anew before
+        # its owner has noticed, and the owner would be fenced with what it alone holds.
+        agent.opened_at = anyio.current_time()
 
 
 async def close(agent: Agent, *, purge: bool) -> None:

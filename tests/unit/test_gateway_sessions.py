@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from sessile.v1 import fleet_pb2, session_pb2, types_pb2
+from sessile.v1 import fleet_pb2, replica_pb2, session_pb2, types_pb2
 
 from gateway.app.sessions import leading_digest
 from gateway.config import Admission, GatewayConfig
@@ -235,6 +235,32 @@ async def test_closing_ends_the_turn_drops_the_kv_and_may_be_repeated() -> None:
                 TENANT,
                 session_pb2.CloseSessionRequest(session_id=session_id, retention_ms=1 << 40),
             )
+
+
+@simulated
+async def test_an_owner_is_asked_to_put_back_lost_writes_before_they_would_be_final() -> None:
+    async with world(a=2) as w:
+        session_id = await w.open()
+        await w.finish(w.turn(session_id))
+        replica, states = w.fleet.replicas["a"], list[SessionState]()
+        stop_turn = replica.stop_turn
+
+        async def look(request: replica_pb2.StopTurnRequest, timeout_s: float) -> object:
+            session = await w.store.get_session(request.session_id)
+            assert session is not None
+            states.append(session.state)
+            return await stop_turn(request, timeout_s)
+
+        replica.stop_turn = look  # type: ignore[method-assign, assignment]
+        sessions = w.gateway.sessions
+        await sessions.fork(
+            TENANT, session_pb2.ForkSessionRequest(session_id=session_id, request_id="f")
+        )
+        await sessions.suspend(TENANT, session_pb2.SuspendSessionRequest(session_id=session_id))
+        await sessions.resume(TENANT, session_pb2.ResumeSessionRequest(session_id=session_id))
+        await w.finish(w.turn(session_id, "t2"))
+        await sessions.close(TENANT, session_pb2.CloseSessionRequest(session_id=session_id))
+        assert states == [SessionState.OPEN] * 3
 
 
 @simulated

@@ -257,6 +257,7 @@ def test_only_what_was_missing_before_a_close_is_given_up() -> None:
     closed = replace(behind, session=replace(whole.session, state=SessionState.CLOSED))
     cases = [
         (behind, closed, True, [False, True]),
+        (behind, replace(closed, turns=whole.turns), True, [False, False]),  # its owner was asked
         (whole, closed, True, [False, False]),  # the close itself loses it: that is judged
         (behind, behind, True, [False, False]),  # it was refused: its owner can put it back
         (behind, closed, False, [False, False]),
@@ -282,6 +283,15 @@ def test_no_client_is_told_of_a_loss_while_every_owner_lives(
 ) -> None:
     agent = SmallWorld().agent(usual(), lossy=True, losses=losses)
     assert len(aftermath.check_losses(kinds, [agent], lambda _: True)) == wrong
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [("lose_writes", 1), ("lose_writes_and_owner", 0)])
+def test_nothing_is_made_final_before_it_is_put_back_while_every_owner_lives(
+    kind: str, wrong: int
+) -> None:
+    agent = SmallWorld().agent(usual(), lossy=True)
+    agent.world.coverage[UNREPAIRED] += 1
+    assert len(aftermath.check_losses((kind,), [agent], lambda _: True)) == wrong
 
 
 @pytest.mark.parametrize(("losses", "wrong"), [(0, 0), (1, 1)])

@@ -51,6 +51,30 @@ STORE = (
         LOSSES,
     ),
     Mutant(
+        "an owner at rest puts nothing back unasked",
+        "P1",
+        (
+            Edit(
+                "workers/turn/runs.py",
+                "                    await self._put_back(session, resident)\n",
+                "                    pass\n",
+            ),
+        ),
+        LOSSES,
+    ),
+    Mutant(
+        "a session is suspended and closed without asking its owner what was lost",
+        "P1",
+        (
+            Edit(
+                "gateway/app/sessions.py",
+                "        limit_s = self._config.times.settle_s\n",
+                "        return await self._directory.read(tenant, session_id)\n",
+            ),
+        ),
+        LOSSES,
+    ),
+    Mutant(
         "a turn that was cancelled short of lost tokens stays so",
         "P1",
         (
