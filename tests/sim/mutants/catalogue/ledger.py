@@ -60,7 +60,8 @@ STORE = (
                 "                    pass\n",
             ),
         ),
-        LOSSES,
+        CANCELS_AND_LOSSES,
+        seeds=20,
     ),
     Mutant(
         "a session is suspended and closed without asking its owner what was lost",
@@ -72,7 +73,8 @@ STORE = (
                 "        return await self._directory.read(tenant, session_id)\n",
             ),
         ),
-        LOSSES,
+        CANCELS_AND_LOSSES,
+        seeds=20,
     ),
     Mutant(
         "a turn that was cancelled short of lost tokens stays so",
