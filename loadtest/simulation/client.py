@@ -143,15 +143,14 @@ class Client:
     def new_request(self, turn_id: str) -> pb.RunTurnRequest:
         """A turn that follows what this client knows."""
         request = draw_request(self.draw, self.session_id, turn_id, brief=self.brief)
-        request.timeout_ms = int(1000 * (TURN_S if self.lossy else self._limit_s()))
+        request.timeout_ms = int(1000 * self._limit_s())
         tell = self.lossy or self.draw.random() < 0.5
         if self.known_head is not None and not self.asked_twice and tell:
             request.precondition.CopyFrom(self.known_head)
         return request
 
     def _limit_s(self) -> float:
-        """A turn's time limit: ample, or now and then too short. Never where the store loses
-        writes: a turn whose end was lost would end FAILED before its owner comes to repair it."""
+        """A turn's time limit: ample, or now and then too short."""
         return self.draw.uniform(0.3, 2.0) if self.draw.random() < SHORT_SHARE else TURN_S
 
     async def listen(
