@@ -17,7 +17,7 @@ from typing import Any
 
 import anyio
 
-from loadtest.simulation.imports import WatchedImport
+from loadtest.simulation.checkers.imports import WatchedImport
 from workers.engines.scheduling import Generation, Work
 from workers.engines.sim.config import SimConfig
 from workers.engines.sim.engine import SimEngine

@@ -12,25 +12,25 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from gateway.config import GatewayConfig, Tables
-from loadtest.simulation.aftermath import check_losses
-from loadtest.simulation.agents import TENANTS, Agent
-from loadtest.simulation.bounds import Bounds
+from loadtest.simulation.checkers.aftermath import check_losses
+from loadtest.simulation.checkers.bounds import Bounds
+from loadtest.simulation.checkers.forks import Forks
+from loadtest.simulation.checkers.moves import MoveWatch
+from loadtest.simulation.checkers.parking import Parking
+from loadtest.simulation.checkers.pins import judged_pins
+from loadtest.simulation.checkers.placements import judged_placements
+from loadtest.simulation.checkers.progress import Progress
+from loadtest.simulation.checkers.repeats import judged_repeats
+from loadtest.simulation.checkers.streams import StreamWatch
+from loadtest.simulation.checkers.verdicts import Verdicts
+from loadtest.simulation.checkers.witness import Witness
+from loadtest.simulation.clients.agents import TENANTS, Agent
 from loadtest.simulation.coverage import counted
 from loadtest.simulation.faults import FAULTS, LOSSY, LOSSY_SHARE, Storm
-from loadtest.simulation.forks import Forks
 from loadtest.simulation.loop import TraceHook, run, true_time
-from loadtest.simulation.moves import MoveWatch
-from loadtest.simulation.parking import Parking
 from loadtest.simulation.phases import live_and_judge
-from loadtest.simulation.pins import judged_pins
-from loadtest.simulation.placements import judged_placements
-from loadtest.simulation.progress import Progress
-from loadtest.simulation.repeats import judged_repeats
 from loadtest.simulation.schedule import Fault, draw_kinds, draw_schedule, minimise
-from loadtest.simulation.streams import StreamWatch
 from loadtest.simulation.tally import Tally
-from loadtest.simulation.verdicts import Verdicts
-from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import ENGINE, START_US, World, world
 from statestore.records import Turn, TurnStatus
 

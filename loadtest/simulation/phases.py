@@ -11,7 +11,7 @@ import random
 import anyio
 from sessile.v1 import types_pb2 as pb
 
-from loadtest.simulation.aftermath import (
+from loadtest.simulation.checkers.aftermath import (
     check_agent,
     check_closed,
     check_gone,
@@ -19,15 +19,15 @@ from loadtest.simulation.aftermath import (
     check_replicas,
     check_seeds,
 )
-from loadtest.simulation.agents import PATIENCE_S, Agent
-from loadtest.simulation.bounds import Bounds, check_idle
-from loadtest.simulation.client import TURN_S
+from loadtest.simulation.checkers.bounds import Bounds, check_idle
+from loadtest.simulation.checkers.forks import Forks, check_forks
+from loadtest.simulation.checkers.witness import Witness
+from loadtest.simulation.clients.agents import PATIENCE_S, Agent
+from loadtest.simulation.clients.client import TURN_S
+from loadtest.simulation.clients.heard import TurnHeard
+from loadtest.simulation.clients.lifecycle import close, live
 from loadtest.simulation.faults import Storm
-from loadtest.simulation.forks import Forks, check_forks
-from loadtest.simulation.heard import TurnHeard
-from loadtest.simulation.lifecycle import close, live
 from loadtest.simulation.loop import true_time
-from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import START_US, World
 from statestore.records import Turn
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 
 import anyio
 
+from loadtest.simulation.checkers.witness import Witness
 from loadtest.simulation.database import Value
 from loadtest.simulation.loop import current_process, outside, true_time
 from loadtest.simulation.network import STORE, Network
 from loadtest.simulation.redis import Fault, FaultHook, LuaExecutor
-from loadtest.simulation.witness import Witness
 from statestore import keys
 from statestore.executor import Reply, ScriptCall
 from statestore.ports import StoreError, StoreUnavailable

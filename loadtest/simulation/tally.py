@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from gateway.core.machines import SESSION, SessionEvent, SessionPhase, TurnEvent, TurnPhase
+from loadtest.simulation.checkers.stored import ENDED, Ref, Seen
 from loadtest.simulation.coverage import Row, transition
 from loadtest.simulation.loop import Process
-from loadtest.simulation.stored import ENDED, Ref, Seen
 from statestore.executor import ScriptCall
 
 MOVED_ON = frozenset({"take", "switch_migration"})

@@ -19,12 +19,12 @@ from anyio.abc import TaskGroup
 
 from gateway.app.gateway import GatewayApp
 from gateway.config import GatewayConfig
+from loadtest.simulation.checkers.stored import Ref
 from loadtest.simulation.coverage import Row
 from loadtest.simulation.engine import WatchedEngine
 from loadtest.simulation.loop import Process, VirtualClock, true_time
 from loadtest.simulation.network import KvPort, Listener, Network, SimReplicaClients
 from loadtest.simulation.server import StoreWeather, WatchedExecutor, simulated_server
-from loadtest.simulation.stored import Ref
 from loadtest.simulation.timeline import Timeline
 from statestore.ports import StoreMisconfigured, StoreUnavailable
 from statestore.records import ReplicaRef, StoreLimits

@@ -20,8 +20,8 @@ from gateway.core.errors import (
     Unavailable,
 )
 from gateway.rpc.status import error_from_rpc
-from loadtest.simulation.agents import LOSS
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.clients.agents import LOSS
+from loadtest.simulation.clients.heard import TurnHeard
 
 TURN_S = 40.0
 PATIENCE_S = 20.0

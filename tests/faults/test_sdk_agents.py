@@ -8,7 +8,7 @@ from sessile.events import TurnFold
 from sessile.v1 import types_pb2 as pb
 
 from gateway.core import errors
-from loadtest.simulation.agents import LOSS
+from loadtest.simulation.clients.agents import LOSS
 from tests.faults.agents import Heard
 from tests.faults.sdk_agents import as_told, on_the_wire
 

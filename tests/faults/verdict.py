@@ -13,7 +13,7 @@ import anyio
 from redis.exceptions import RedisError
 from sessile.v1 import fleet_pb2
 
-from loadtest.simulation import checks
+from loadtest.simulation.checkers import checks
 from statestore import keys
 from statestore.digest import unpack_tokens
 from statestore.records import Turn

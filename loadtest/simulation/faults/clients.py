@@ -7,10 +7,10 @@ import random
 
 import anyio
 
-from loadtest.simulation.agents import TENANTS, Agent
+from loadtest.simulation.clients.agents import TENANTS, Agent
+from loadtest.simulation.clients.lifecycle import run_once
 from loadtest.simulation.faults.losses import LOSSY
 from loadtest.simulation.faults.scene import RESTART_S, Scene
-from loadtest.simulation.lifecycle import run_once
 from loadtest.simulation.loop import current_process, outside
 from loadtest.simulation.world import SimReplica
 

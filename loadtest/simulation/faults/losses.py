@@ -10,13 +10,13 @@ import anyio
 from sessile.v1 import types_pb2
 
 from gateway.core.errors import DataLoss, SessileError, StaleClient, TurnInProgress
-from loadtest.simulation.agents import Agent
-from loadtest.simulation.client import TRY_AGAIN
+from loadtest.simulation.clients.agents import Agent
+from loadtest.simulation.clients.client import TRY_AGAIN
+from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.coverage import Row
 from loadtest.simulation.faults.operators import move
 from loadtest.simulation.faults.processes import kill_replica
 from loadtest.simulation.faults.scene import Scene
-from loadtest.simulation.heard import TurnHeard
 from loadtest.simulation.network import Call
 from loadtest.simulation.world import SimReplica
 from statestore.digest import RollingDigest

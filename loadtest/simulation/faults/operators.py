@@ -10,11 +10,11 @@ from sessile.v1 import replica_pb2, session_pb2
 
 from gateway.app.migration import MoveOptions
 from gateway.core.errors import NotFound, SessileError
-from loadtest.simulation.agents import Agent
+from loadtest.simulation.checkers.finality import made_final
+from loadtest.simulation.clients.agents import Agent
+from loadtest.simulation.clients.lifecycle import fork
 from loadtest.simulation.coverage import Row
 from loadtest.simulation.faults.scene import OPERATOR_S, Scene
-from loadtest.simulation.finality import made_final
-from loadtest.simulation.lifecycle import fork
 from loadtest.simulation.network import Call, SimReplicaClient
 from loadtest.simulation.world import SimReplica
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import anyio
 
-from loadtest.simulation.agents import Agent
+from loadtest.simulation.clients.agents import Agent
 from loadtest.simulation.coverage import Row
 from loadtest.simulation.network import Call, Network
 from loadtest.simulation.schedule import Fault

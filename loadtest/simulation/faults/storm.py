@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import anyio
 from anyio.abc import TaskGroup
 
-from loadtest.simulation.agents import Agent
+from loadtest.simulation.clients.agents import Agent
 from loadtest.simulation.faults import clients, connections, losses, operators, processes
 from loadtest.simulation.faults.scene import FaultKind, Scene
 from loadtest.simulation.schedule import Fault

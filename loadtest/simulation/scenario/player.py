@@ -9,7 +9,7 @@ from anyio.abc import TaskGroup
 
 from gateway.config import GatewayConfig
 from gateway.core.errors import DataLoss, SessileError
-from loadtest.simulation import aftermath, checks
+from loadtest.simulation.checkers import aftermath, checks
 from loadtest.simulation.loop import run
 from loadtest.simulation.phases import EXPORT_LEASE_S, SETTLE_S
 from loadtest.simulation.scenario import processes, sessions, show, turns

@@ -10,7 +10,7 @@ from sessile.v1 import types_pb2 as pb
 from gateway.app.directory import SessionDirectory
 from gateway.app.migration import MoveOptions
 from gateway.core.placement import Decision, PlacementRequest, place
-from loadtest.simulation.agents import TENANT
+from loadtest.simulation.clients.agents import TENANT
 from loadtest.simulation.scenario.script import BadScript, Command
 from loadtest.simulation.scenario.stage import CommandTable, Stage, table_of
 

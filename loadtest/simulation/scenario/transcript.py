@@ -11,7 +11,7 @@ from sessile.v1 import types_pb2 as pb
 
 from gateway.app.ports import ReplicaLost
 from gateway.core.errors import SessileError
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.clients.heard import TurnHeard
 from statestore.records import ReplicaRef
 
 

@@ -9,8 +9,8 @@ import anyio
 from sessile.v1 import types_pb2 as pb
 
 from gateway.core.errors import SessileError
-from loadtest.simulation.agents import TENANT
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.clients.agents import TENANT
+from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.network import Call
 from loadtest.simulation.scenario.script import Command
 from loadtest.simulation.scenario.stage import CALL_S, CommandTable, Stage, table_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from loadtest.simulation.witness import Witness
+from loadtest.simulation.checkers.witness import Witness
 from loadtest.simulation.world import World
 from statestore import keys
 from statestore.executor import Reply, ScriptCall

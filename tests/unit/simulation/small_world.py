@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from sessile.v1 import session_pb2
 from sessile.v1 import types_pb2 as pb
 
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.clients.heard import TurnHeard
 from statestore.digest import RollingDigest
 from statestore.records import (
     NO_EPOCH,

@@ -10,9 +10,9 @@ import pytest
 from sessile.v1 import types_pb2 as pb
 
 from gateway.core import errors
-from loadtest.simulation.aftermath import check_answers
-from loadtest.simulation.agents import Agent
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.checkers.aftermath import check_answers
+from loadtest.simulation.clients.agents import Agent
+from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.world import World
 from tests.unit.simulation.small_world import asked
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from gateway.core.errors import SessionClosed
-from loadtest.simulation import companions
-from loadtest.simulation.agents import Agent
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.clients import companions
+from loadtest.simulation.clients.agents import Agent
+from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.loop import run
 from loadtest.simulation.world import World
 from tests.unit.simulation.small_world import asked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sessile.v1 import types_pb2 as pb
 
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.clients.heard import TurnHeard
 from tests.unit.simulation.small_world import accepted, asked
 
 START = pb.Position(length=10, digest=b"d10")

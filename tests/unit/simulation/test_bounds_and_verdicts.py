@@ -9,9 +9,9 @@ import pytest
 
 from gateway.config import GatewayConfig
 from gateway.core.machines import ReplicaState
-from loadtest.simulation import bounds, verdicts
+from loadtest.simulation.checkers import bounds, verdicts
+from loadtest.simulation.checkers.witness import Witness
 from loadtest.simulation.loop import Process, run
-from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import SimGateway, SimReplica, World
 from statestore.records import ReplicaRef
 from statestore.replica_info import MAX_LEADING

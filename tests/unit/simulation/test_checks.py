@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 from sessile.v1 import types_pb2 as pb
 
-from loadtest.simulation.checks import body_of, check_session
-from loadtest.simulation.heard import TurnHeard
-from loadtest.simulation.reference import Digests
+from loadtest.simulation.checkers.checks import body_of, check_session
+from loadtest.simulation.checkers.reference import Digests
+from loadtest.simulation.clients.heard import TurnHeard
 from statestore.digest import RollingDigest
 from statestore.records import FinishReason, Position, TurnStatus
 from tests.unit.simulation.small_world import ENGINE, SALT, Told, asked, other_tokens, told

@@ -12,9 +12,9 @@ import anyio
 import pytest
 from sessile.v1 import session_pb2
 
-from loadtest.simulation import aftermath
-from loadtest.simulation.agents import Agent
-from loadtest.simulation.finality import UNREPAIRED, made_final
+from loadtest.simulation.checkers import aftermath
+from loadtest.simulation.checkers.finality import UNREPAIRED, made_final
+from loadtest.simulation.clients.agents import Agent
 from loadtest.simulation.world import World
 from statestore import keys
 from statestore.records import ReplicaRef, Session, SessionState, Turn

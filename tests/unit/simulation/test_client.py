@@ -12,9 +12,9 @@ import pytest
 from sessile.v1 import types_pb2 as pb
 
 from gateway.core.errors import Unavailable
-from loadtest.simulation.agents import Agent
+from loadtest.simulation.clients.agents import Agent
+from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.coverage import Row
-from loadtest.simulation.heard import TurnHeard
 from loadtest.simulation.loop import run
 from loadtest.simulation.world import World
 from tests.unit.simulation.small_world import asked

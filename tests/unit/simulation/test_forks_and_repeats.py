@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from loadtest.simulation.forks import Forks, _check_reading
-from loadtest.simulation.parking import Parking
-from loadtest.simulation.repeats import judged_repeats
+from loadtest.simulation.checkers.forks import Forks, _check_reading
+from loadtest.simulation.checkers.parking import Parking
+from loadtest.simulation.checkers.repeats import judged_repeats
 from statestore import keys
 from statestore.executor import Script, ScriptCall
 from statestore.redis_store import RedisStore

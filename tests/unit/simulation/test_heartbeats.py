@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from loadtest.simulation.heartbeats import ACTS_S, Heartbeats
+from loadtest.simulation.checkers.heartbeats import ACTS_S, Heartbeats
 from loadtest.simulation.loop import Process
 
 R1 = (b"r1", b"1")

@@ -10,11 +10,11 @@ import anyio
 import pytest
 from sessile.v1 import types_pb2 as pb
 
-from loadtest.simulation.agents import Agent
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.checkers.witness import TurnTimes, Witness
+from loadtest.simulation.clients.agents import Agent
+from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.loop import run, true_time
 from loadtest.simulation.phases import DEADLINE_SLACK_S, LIVENESS_S, _check_deadlines, _liveness
-from loadtest.simulation.witness import TurnTimes, Witness
 from loadtest.simulation.world import START_US, World
 
 DUE_S = 30.0

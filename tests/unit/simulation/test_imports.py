@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from loadtest.simulation.imports import WatchedImport
+from loadtest.simulation.checkers.imports import WatchedImport
 from loadtest.simulation.loop import run
 from workers.engines.port import PageMeta
 from workers.kv.pages import IncomingPages

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.simulation.ledgers import Ledgers, digest_of
+from loadtest.simulation.checkers.ledgers import Ledgers, digest_of
 from statestore.digest import RollingDigest, pack_tokens
 from statestore.keys import ledger_key, salt_key
 

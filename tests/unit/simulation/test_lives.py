@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from loadtest.simulation.lives import Lives
+from loadtest.simulation.checkers.lives import Lives
+from loadtest.simulation.checkers.stored import Seen
 from loadtest.simulation.loop import Process
-from loadtest.simulation.stored import Seen
 from statestore.executor import Script, ScriptCall
 
 OWNER = Process("r1")

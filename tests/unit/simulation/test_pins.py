@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.simulation.pins import judged_pins
+from loadtest.simulation.checkers.pins import judged_pins
 from workers.engines.paged import PagedEngine
 from workers.engines.port import PagesExhausted
 from workers.kv.prefix_cache import PrefixCache

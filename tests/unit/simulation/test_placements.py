@@ -14,10 +14,10 @@ import gateway.core.migration
 from gateway.core.fleet import AssumedLoad, FleetSnapshot, Replica
 from gateway.core.machines import ReplicaState
 from gateway.core.placement import Cost, Decision, NoCandidate, PlacementModel, PlacementRequest
-from loadtest.simulation import placements
+from loadtest.simulation.checkers import placements
+from loadtest.simulation.checkers.placements import Placements, judged_placements
+from loadtest.simulation.checkers.witness import Witness
 from loadtest.simulation.loop import Process
-from loadtest.simulation.placements import Placements, judged_placements
-from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import OtherTokens, World
 from statestore.records import ReplicaRef
 from statestore.replica_info import ReplicaDetails, ReplicaLoad

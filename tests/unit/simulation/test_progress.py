@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import pytest
 
-from loadtest.simulation import progress
-from loadtest.simulation.agents import Agent
+from loadtest.simulation.checkers import progress
+from loadtest.simulation.checkers.progress import CALM_S, STALL_S, Progress
+from loadtest.simulation.checkers.stored import Ref
+from loadtest.simulation.checkers.witness import Witness
+from loadtest.simulation.clients.agents import Agent
 from loadtest.simulation.loop import Process
-from loadtest.simulation.progress import CALM_S, STALL_S, Progress
-from loadtest.simulation.stored import Ref
-from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World
 
 STEP_S = 0.25

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from loadtest.simulation.rules import illegal
-from loadtest.simulation.stored import Seen, SeenTurn
+from loadtest.simulation.checkers.rules import illegal
+from loadtest.simulation.checkers.stored import Seen, SeenTurn
 from statestore.executor import Script, ScriptCall
 
 OLD, NEW = (5, b"n"), (6, b"m")

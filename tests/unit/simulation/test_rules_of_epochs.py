@@ -3,8 +3,8 @@ has gone, also where the store has lost that it knew."""
 
 from __future__ import annotations
 
-from loadtest.simulation.ledgers import digest_of
-from loadtest.simulation.witness import Witness
+from loadtest.simulation.checkers.ledgers import digest_of
+from loadtest.simulation.checkers.witness import Witness
 from statestore import keys
 from statestore.executor import Script, ScriptCall
 

@@ -9,9 +9,9 @@ import pytest
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1.types_pb2 import TurnEvent, TurnStream, TurnTokens
 
-from loadtest.simulation.lives import Life
-from loadtest.simulation.streams import StreamWatch
-from loadtest.simulation.witness import Witness
+from loadtest.simulation.checkers.lives import Life
+from loadtest.simulation.checkers.streams import StreamWatch
+from loadtest.simulation.checkers.witness import Witness
 from loadtest.simulation.world import World
 from statestore.digest import pack_tokens
 

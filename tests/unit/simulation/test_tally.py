@@ -9,9 +9,9 @@ import anyio
 import pytest
 
 from gateway.core.machines import TurnEvent, TurnPhase
+from loadtest.simulation.checkers.stored import Ref, Seen, SeenTurn
 from loadtest.simulation.coverage import Row, transition
 from loadtest.simulation.loop import Process, run, true_time
-from loadtest.simulation.stored import Ref, Seen, SeenTurn
 from loadtest.simulation.tally import Tally
 from statestore.script_runner import script_call
 

@@ -13,10 +13,10 @@ from sessile.v1 import session_pb2
 from sessile.v1 import types_pb2 as pb
 
 from gateway.core.errors import NotFound, SessileError, SessionClosed
-from loadtest.simulation.agents import Agent
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.clients.agents import Agent
+from loadtest.simulation.clients.heard import TurnHeard
+from loadtest.simulation.clients.tenancy import look_round
 from loadtest.simulation.loop import run
-from loadtest.simulation.tenancy import look_round
 from loadtest.simulation.world import World
 from tests.unit.simulation.small_world import asked
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gateway.core.machines import ReplicaState
+from loadtest.simulation.checkers.witness import Witness
 from loadtest.simulation.loop import Process, true_time
-from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World
 from statestore.records import ReplicaRef
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loadtest.simulation.ledgers import TOKEN_BYTES
-from loadtest.simulation.stored import ENDED_BY_STORE, Seen, SeenTurn, as_bytes
+from loadtest.simulation.checkers.ledgers import TOKEN_BYTES
+from loadtest.simulation.checkers.stored import ENDED_BY_STORE, Seen, SeenTurn, as_bytes
 from statestore.executor import ScriptCall
 
 KEEP, TOKENS, HEAD = 8, 9, slice(10, 12)

@@ -25,10 +25,10 @@ from gateway.core.errors import (
     TurnInProgress,
     Unavailable,
 )
+from loadtest.simulation.clients.heard import TurnHeard
+from loadtest.simulation.clients.requests import draw_request, is_long
 from loadtest.simulation.coverage import Row
-from loadtest.simulation.heard import TurnHeard
 from loadtest.simulation.network import Call
-from loadtest.simulation.requests import draw_request, is_long
 from loadtest.simulation.world import World
 from statestore import keys
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from loadtest.simulation.agents import Agent
-from loadtest.simulation.checks import check_heard
+from loadtest.simulation.checkers.checks import check_heard
+from loadtest.simulation.clients.agents import Agent
 from statestore.records import SessionState
 
 UNREPAIRED = "a session is suspended or closed before what the store lost is put back"

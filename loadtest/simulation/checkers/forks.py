@@ -17,8 +17,8 @@ from unittest import mock
 from sessile.v1 import session_pb2
 
 from gateway.core.errors import SessileError
-from loadtest.simulation.checks import check_output
-from loadtest.simulation.ledgers import TOKEN_BYTES, Ledgers
+from loadtest.simulation.checkers.checks import check_output
+from loadtest.simulation.checkers.ledgers import TOKEN_BYTES, Ledgers
 from loadtest.simulation.world import World
 from statestore import keys
 from statestore.executor import Reply, ScriptCall

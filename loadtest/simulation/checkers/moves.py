@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from loadtest.simulation.checkers.stored import Ref
+from loadtest.simulation.checkers.witness import Witness
 from loadtest.simulation.engine import page_of
 from loadtest.simulation.loop import Process, current_process, true_time
-from loadtest.simulation.stored import Ref
-from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World
 from statestore import keys
 from statestore.digest import unpack_tokens

@@ -1,14 +1,14 @@
 """Watches what replicas send: only tokens that the ledger has at that moment (I2), whoever owns the
 session by then (I4: a fenced run emits nothing of its own). Where the store has lost what it had,
-see :mod:`loadtest.simulation.lives`."""
+see :mod:`loadtest.simulation.checkers.lives`."""
 
 from __future__ import annotations
 
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1.types_pb2 import TurnStream, TurnTokens
 
+from loadtest.simulation.checkers.witness import Witness
 from loadtest.simulation.loop import current_process
-from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World
 from statestore.digest import pack_tokens
 

@@ -19,10 +19,10 @@ import gateway.core.migration
 from gateway.core import placement
 from gateway.core.fleet import FleetSnapshot, Replica
 from gateway.core.placement import Decision, NoCandidate, PlacementModel, PlacementRequest
-from loadtest.simulation.fleet_facts import replica_of, same_kv, understands
+from loadtest.simulation.checkers.fleet_facts import replica_of, same_kv, understands
+from loadtest.simulation.checkers.stored import Ref
+from loadtest.simulation.checkers.witness import Witness
 from loadtest.simulation.loop import current_process, true_time
-from loadtest.simulation.stored import Ref
-from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import World
 from statestore.records import ReplicaRef
 

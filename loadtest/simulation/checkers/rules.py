@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gateway.core.machines import SessionPhase
-from loadtest.simulation.repairs import of_repair
-from loadtest.simulation.stored import Seen, as_bytes
+from loadtest.simulation.checkers.repairs import of_repair
+from loadtest.simulation.checkers.stored import Seen, as_bytes
 from statestore.executor import ScriptCall
 
 OBEYS_DEADLINES = {

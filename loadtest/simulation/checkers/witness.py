@@ -16,7 +16,7 @@
 * P12: a move is switched at the ledger and turn that its target verified.
 * P14: a session goes only where its tokens are understood.
 
-What a step between two records must not be is in :mod:`loadtest.simulation.rules`.
+What a step between two records must not be is in :mod:`loadtest.simulation.checkers.rules`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from loadtest.simulation.heartbeats import REGULAR_S, Heartbeats
-from loadtest.simulation.ledgers import Ledgers, Stored
-from loadtest.simulation.lives import Life, Lives
+from loadtest.simulation.checkers.heartbeats import REGULAR_S, Heartbeats
+from loadtest.simulation.checkers.ledgers import Ledgers, Stored
+from loadtest.simulation.checkers.lives import Life, Lives
+from loadtest.simulation.checkers.rules import illegal
+from loadtest.simulation.checkers.stored import ENDED, Ref, Seen, as_bytes, seen
 from loadtest.simulation.loop import Process, current_process
-from loadtest.simulation.rules import illegal
-from loadtest.simulation.stored import ENDED, Ref, Seen, as_bytes, seen
 from loadtest.simulation.tally import Tally
 from loadtest.simulation.timeline import Timeline
 from statestore import keys

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from loadtest.simulation.checkers.stored import Ref
 from loadtest.simulation.loop import Process
-from loadtest.simulation.stored import Ref
 
 BEATS_KEPT = 32
 OUTAGE_S = 1.0

@@ -3,10 +3,10 @@ while, a turn that a client waits for adds tokens if its owner lives, and is tak
 
 from __future__ import annotations
 
-from loadtest.simulation.agents import Agent
-from loadtest.simulation.fleet_facts import understands
+from loadtest.simulation.checkers.fleet_facts import understands
+from loadtest.simulation.checkers.witness import Witness
+from loadtest.simulation.clients.agents import Agent
 from loadtest.simulation.loop import Process, true_time
-from loadtest.simulation.witness import Witness
 from loadtest.simulation.world import SimGateway, SimReplica, World
 
 CALM_S = 6.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loadtest.simulation.stored import Ref
+from loadtest.simulation.checkers.stored import Ref
 from loadtest.simulation.world import OtherTokens, SimReplica, World
 from workers.text.bytes_codec import BytesCodec
 

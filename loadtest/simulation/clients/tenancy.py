@@ -8,8 +8,8 @@ from sessile.v1 import session_pb2
 from sessile.v1 import types_pb2 as pb
 
 from gateway.core.errors import NotFound, NotOwner, SessileError
-from loadtest.simulation.agents import Agent
-from loadtest.simulation.client import CALL_S
+from loadtest.simulation.clients.agents import Agent
+from loadtest.simulation.clients.client import CALL_S
 
 
 async def look_round(agent: Agent) -> None:

@@ -14,10 +14,10 @@ from gateway.core.errors import (
     TurnCancelled,
     TurnInProgress,
 )
-from loadtest.simulation.agents import LOSS, Agent
-from loadtest.simulation.checks import body_of, check_session
-from loadtest.simulation.finality import UNREPAIRED
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.checkers.checks import body_of, check_session
+from loadtest.simulation.checkers.finality import UNREPAIRED
+from loadtest.simulation.clients.agents import LOSS, Agent
+from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.world import World
 from statestore import keys
 from statestore.records import ReplicaRef

@@ -6,8 +6,8 @@ from __future__ import annotations
 import anyio
 
 from gateway.core.errors import NotFound
-from loadtest.simulation.client import Client
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.clients.client import Client
+from loadtest.simulation.clients.heard import TurnHeard
 
 REPEATS = 3
 

@@ -10,9 +10,9 @@ import anyio
 from sessile.v1 import session_pb2
 
 from gateway.core.errors import NotFound, SessionClosed, SessionSuspended, TurnInProgress
-from loadtest.simulation.agents import Agent
-from loadtest.simulation.finality import made_final
-from loadtest.simulation.tenancy import look_round
+from loadtest.simulation.checkers.finality import made_final
+from loadtest.simulation.clients.agents import Agent
+from loadtest.simulation.clients.tenancy import look_round
 from statestore.records import Session, SessionState
 
 FORK_TURNS = 2

@@ -20,9 +20,9 @@ from gateway.core.errors import (
     TurnCancelled,
     TurnInProgress,
 )
-from loadtest.simulation.client import TURN_S, Client
-from loadtest.simulation.companions import ask_twice, cancel_later, listen_too, repeat_late
-from loadtest.simulation.heard import TurnHeard
+from loadtest.simulation.clients.client import TURN_S, Client
+from loadtest.simulation.clients.companions import ask_twice, cancel_later, listen_too, repeat_late
+from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.world import World
 
 TENANT = "acme"

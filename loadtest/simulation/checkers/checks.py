@@ -7,8 +7,14 @@ from collections.abc import Sequence
 
 from sessile.v1 import types_pb2 as pb
 
-from loadtest.simulation.heard import TurnHeard
-from loadtest.simulation.reference import Digests, answer, rendered, stop_string_at, text_of
+from loadtest.simulation.checkers.reference import (
+    Digests,
+    answer,
+    rendered,
+    stop_string_at,
+    text_of,
+)
+from loadtest.simulation.clients.heard import TurnHeard
 from statestore.records import FinishReason, Session, Turn, TurnStatus
 from workers.engines.sim.config import SimConfig
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loadtest.simulation.checkers.repairs import KEEP
+from loadtest.simulation.checkers.stored import Seen, as_bytes
 from loadtest.simulation.loop import Process
-from loadtest.simulation.repairs import KEEP
-from loadtest.simulation.stored import Seen, as_bytes
 from statestore.executor import ScriptCall
 
 
