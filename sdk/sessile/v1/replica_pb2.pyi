@@ -104,7 +104,10 @@ Global___DispatchTurnRequest: _TypeAlias = DispatchTurnRequest  # noqa: Y015
 
 @_typing.final
 class StopTurnRequest(_message.Message):
-    """Asks the owner to end a turn at once (the store already has the cancel)."""
+    """Asks the owner to look at once at what the store has of a session. If this turn runs there and
+    the store has ended it (a cancel), it ends. If no turn runs there, what the store lost of the
+    session is put back before the answer.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -113,7 +116,7 @@ class StopTurnRequest(_message.Message):
     session_id: _builtins.str
     """The session."""
     turn_id: _builtins.str
-    """The turn."""
+    """The turn. Empty: no turn is to end, as before a suspend, a close or a fork."""
     def __init__(
         self,
         *,

@@ -95,7 +95,7 @@ class ReplicaServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StopTurn(self, request, context):
-        """Ends a turn.
+        """Looks at what the store has: ends a turn, or puts back what was lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,7 @@ class ReplicaServiceStub:
     DispatchTurn: _grpc.UnaryStreamMultiCallable[_replica_pb2.DispatchTurnRequest, _types_pb2.TurnStream]
     """Runs a turn of an owned session, or attaches to it."""
     StopTurn: _grpc.UnaryUnaryMultiCallable[_replica_pb2.StopTurnRequest, _replica_pb2.StopTurnResponse]
-    """Ends a turn."""
+    """Looks at what the store has: ends a turn, or puts back what was lost."""
     HandOver: _grpc.UnaryUnaryMultiCallable[_replica_pb2.HandOverRequest, _replica_pb2.HandOverResponse]
     """Holds a running turn for a move."""
     AbortHandOver: _grpc.UnaryUnaryMultiCallable[_replica_pb2.AbortHandOverRequest, _replica_pb2.AbortHandOverResponse]
@@ -65,7 +65,7 @@ class ReplicaServiceAsyncStub(ReplicaServiceStub):
     DispatchTurn: _aio.UnaryStreamMultiCallable[_replica_pb2.DispatchTurnRequest, _types_pb2.TurnStream]  # type: ignore[assignment]
     """Runs a turn of an owned session, or attaches to it."""
     StopTurn: _aio.UnaryUnaryMultiCallable[_replica_pb2.StopTurnRequest, _replica_pb2.StopTurnResponse]  # type: ignore[assignment]
-    """Ends a turn."""
+    """Looks at what the store has: ends a turn, or puts back what was lost."""
     HandOver: _aio.UnaryUnaryMultiCallable[_replica_pb2.HandOverRequest, _replica_pb2.HandOverResponse]  # type: ignore[assignment]
     """Holds a running turn for a move."""
     AbortHandOver: _aio.UnaryUnaryMultiCallable[_replica_pb2.AbortHandOverRequest, _replica_pb2.AbortHandOverResponse]  # type: ignore[assignment]
@@ -98,7 +98,7 @@ class ReplicaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _replica_pb2.StopTurnRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replica_pb2.StopTurnResponse, _abc.Awaitable[_replica_pb2.StopTurnResponse]]:
-        """Ends a turn."""
+        """Looks at what the store has: ends a turn, or puts back what was lost."""
 
     @_abc_1.abstractmethod
     def HandOver(
