@@ -267,6 +267,7 @@ class RedisJournal:
                 repair.active_turn_id or "",
                 repair.turn_index,
                 session_id,
+                repair.token_fingerprint,
                 *(arg for turn in repair.turns for arg in replies.turn_args(turn)),
             ],
         )

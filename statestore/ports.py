@@ -227,6 +227,7 @@ class Repair:
     had lost gets these back and ends after them (as it is given, if as ended: the store had lost
     that end too), if nothing was built on its end since (no turn, no fork); if it is the active one
     here, the outcome is TurnEnded with that end. A tombstone ends the active turn, as a cancel.
+    ``token_fingerprint``: what the tokens are; the store knows it only from the first turn's begin.
     CLOSED and missing sessions are never re-created.
     """
 
@@ -241,6 +242,7 @@ class Repair:
     turns: tuple[Turn, ...]
     active_turn_id: str | None
     turn_index: int
+    token_fingerprint: bytes
 
 
 class JournalPort(Protocol):

@@ -228,10 +228,10 @@ class Residency:
 
     def disown(self, session_id: str, epoch: Epoch | None = None) -> None:
         """Somebody else owns the session now: what is held is a mere copy. ``epoch``: that of the
-        run that was told so. What is held under a later one stays this replica's: nobody else could
-        put it back if the store lost it."""
+        run that was told so. What is held under another one stays this replica's: nobody else could
+        put it back if the store lost it, and the store may have lost that run's epoch itself."""
         resident = self._sessions.get(session_id)
-        if resident is not None and (epoch is None or resident.epoch <= epoch):
+        if resident is not None and (epoch is None or resident.epoch == epoch):
             resident.own(NO_EPOCH, resident.turn_index)
             self._engine.unpin(session_id)
 

@@ -35,6 +35,7 @@ from gateway.app.tracing import tracer
 from gateway.config import GatewayConfig
 from gateway.core import failover
 from gateway.core.errors import (
+    DataLoss,
     InternalError,
     InvalidRequest,
     NotOwner,
@@ -256,13 +257,25 @@ class _TurnStream:
         """A session that nobody owns: what has ended can be read by anybody."""
         turn = await self._s.store.get_turn(session.session_id, self._request.turn_id)
         if turn is None and session.state is SessionState.OPEN:
-            raise unknown_turn(session.session_id, self._request.turn_id)
+            raise self._missing_turn()
         if not ended(turn):
             if session.state is SessionState.OPEN:
                 return await self._s.assigner.assign(session, self._lost, 0)
             raise not_open(session.session_id, session.state)
         reader = self._s.assigner.reader_for(session)
         return reader or NoCandidate((), overloaded=False)
+
+    def _missing_turn(self) -> SessileError:
+        """Whether the turn was ever accepted, only a client that has some of it can tell (P1)."""
+        session_id, turn_id = self._request.session_id, self._request.turn_id
+        heard = self._cursor.position()
+        if heard is None or not heard.length:
+            return unknown_turn(session_id, turn_id)
+        return DataLoss(
+            f"the client has output of turn {turn_id} up to {heard.length}, the ledger does not "
+            "have the turn",
+            metadata={"session_id": session_id, "turn_id": turn_id},
+        )
 
     # -- one dispatch ------------------------------------------------------------------------
 

@@ -93,8 +93,9 @@ class Session:
         on_abandon: OnAbandon = "detach",
     ) -> Turn:
         """Reads a turn that exists, running or ended, from ``resume_from`` (a ``Tokens.end`` or
-        ``turn.position``) or from its first output. NotFound if there is no such turn. Abandoning
-        detaches by default: the turn may be somebody else's."""
+        ``turn.position``) or from its first output. NotFound if there is no such turn, DataLoss
+        if ``resume_from`` says that there was. Abandoning detaches by default: the turn may be
+        somebody else's."""
         request = built(
             lambda: pb.RunTurnRequest(
                 session_id=self.session_id,

@@ -1,8 +1,9 @@
 -- The owner writes back what the server lost in a restart or a fail-over.
 -- KEYS: session, ledger, refs.  ARGV: epoch, nonce, owner, incarnation, observed epoch,
 -- observed nonce, observed length, observed digest, tokens to keep, tokens, head length,
--- head digest, active turn or '', turn index, session id, then each turn as its TURN_FIELDS.
-local FIRST = 16
+-- head digest, active turn or '', turn index, session id, token fingerprint, then each turn as its
+-- TURN_FIELDS.
+local FIRST = 17
 local s, none = load(KEYS[1])
 if not s then return none end
 if s.state ~= 'OPEN' then return refused(s) end
@@ -123,6 +124,7 @@ set_head(s, ARGV[11], ARGV[12])
 put(s, 'active', active)
 put(s, 'deadline', deadline)
 put(s, 'turn_index', turn_index)
+put(s, 'fingerprint', ARGV[16])
 s.active, s.turn_index = active, tonumber(turn_index)
 if active ~= '' and tonumber(tombstone or '0') > s.now then
   -- A cancel that came while the server had lost the very begin of the turn.

@@ -30,7 +30,17 @@ from statestore.records import (
 )
 from statestore.records import Owner as Ownership
 from statestore.redis_store import RedisStore
-from tests.support.owners import EMPTY, STOP, A, B, Owner, position_of, session_of, taken
+from tests.support.owners import (
+    EMPTY,
+    FINGERPRINT,
+    STOP,
+    A,
+    B,
+    Owner,
+    position_of,
+    session_of,
+    taken,
+)
 from tests.support.stores import ANSWERING, Backend, store_on
 
 pytestmark = pytest.mark.anyio
@@ -46,6 +56,7 @@ async def check(store: RedisStore, owner: Owner) -> None:
     assert session is not None
     assert session.owner == Ownership(owner.ref, owner.epoch)
     assert session.head == owner.head
+    assert session.token_fingerprint == FINGERPRINT
     assert await store.read_tokens(session, 0, 1 << 30) == owner.tokens
 
 

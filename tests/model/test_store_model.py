@@ -406,6 +406,7 @@ class StoreMachine(RuleBasedStateMachine):
                     turns=ours.turns,
                     active_turn_id=active,
                     turn_index=len(model.boundaries) - 1,
+                    token_fingerprint=FINGERPRINT,
                 )
             )
         )

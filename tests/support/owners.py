@@ -164,6 +164,7 @@ class Owner:
             turns=tuple(turns),
             active_turn_id=active,
             turn_index=turn_index,
+            token_fingerprint=FINGERPRINT,
         )
 
 

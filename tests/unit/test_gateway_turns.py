@@ -9,6 +9,7 @@ from sessile.v1 import session_pb2, types_pb2
 
 from gateway.config import Admission, GatewayConfig, Tables
 from gateway.core.errors import (
+    DataLoss,
     InternalError,
     NotFound,
     Overloaded,
@@ -325,6 +326,16 @@ async def test_attaching_to_an_unknown_turn_is_not_found() -> None:
         client = await w.finish(w.turn(session_id, "nope", attach_only=True))
         assert isinstance(client.error, NotFound)
         assert client.error.reason == "TURN_NOT_FOUND"
+        assert (await w.session(session_id)).owner is None
+
+
+@simulated
+async def test_who_attaches_to_an_unknown_turn_with_some_of_it_is_told_of_the_loss() -> None:
+    async with world(a=4) as w:
+        session_id = await w.open()
+        heard = types_pb2.Position(length=9, digest=b"d" * 16)
+        client = await w.finish(w.turn(session_id, "lost", attach_only=True, resume_from=heard))
+        assert isinstance(client.error, DataLoss)
         assert (await w.session(session_id)).owner is None
 
 

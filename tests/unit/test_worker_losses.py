@@ -10,7 +10,9 @@ from sessile.v1 import types_pb2
 from gateway.core import errors
 from loadtest.simulation.redis import Fault
 from statestore.executor import ScriptCall
-from statestore.records import FinishReason, TurnStatus
+from statestore.ports import Appended
+from statestore.records import FinishReason, Session, Turn, TurnStatus
+from statestore.redis_store import RedisStore
 from tests.support.replica_world import (
     SESSION,
     Heard,
@@ -22,6 +24,7 @@ from tests.support.replica_world import (
 )
 from workers.service import RECONCILE_S
 from workers.turn.ending import Broken
+from workers.turn.repair import repair
 
 SOON = 1.5
 """A heartbeat tells of the loss within half a second; long before the sessions' turn comes."""
@@ -83,7 +86,7 @@ async def test_so_are_whole_turns_and_the_ownership_under_which_they_ran() -> No
         await w.open()
         kept = w.executor.snapshot()
         session = await w.give(replica)
-        await listen(replica, await w.request(replica))
+        first = await listen(replica, await w.request(replica))
         await listen(replica, await w.request(replica, "More", "t2"))
         await anyio.sleep(SOON)
         ledger = await w.ledger()
@@ -93,6 +96,8 @@ async def test_so_are_whole_turns_and_the_ownership_under_which_they_ran() -> No
         assert await statuses(w) == {"t1": committed, "t2": committed}
         assert await w.ledger() == ledger
         assert (await w.session()).owner == session.owner
+        again = await listen(replica, await w.request(replica))
+        assert again.tokens == first.tokens
 
 
 @in_virtual_time
@@ -206,6 +211,46 @@ def test_a_turn_that_is_asked_for_while_that_is_done_follows_it(after_ms: int) -
             assert (await w.ledger())[start:] == heard.tokens
 
     test()
+
+
+@in_virtual_time
+async def test_a_turn_that_begins_and_ends_meanwhile_is_put_back_whole_or_not_at_all() -> None:
+    """Also if the store then loses that turn, too, and is where it was found."""
+    async with world() as w:
+        replica = await owner(w)
+        await listen(replica, await w.request(replica))
+        kept = w.executor.snapshot()
+        second = await listen(replica, await w.request(replica, "More", "t2"))
+        third = await w.request(replica, "Still more", "t3")
+        w.executor.restore(kept)
+        resident = replica.app._ports.residency.get(SESSION)
+        assert resident is not None
+        begun: list[Heard] = []
+
+        class SlowStore(RedisStore):
+            async def get_turns(self, session: Session, start: int, count: int) -> tuple[Turn, ...]:
+                if not begun:
+                    begun.append(await listen(replica, third))
+                    w.executor.restore(kept)
+                return await super().get_turns(session, start, count)
+
+        outcome = await repair(
+            SlowStore(w.executor),
+            resident,
+            replica.ref,
+            resident.epoch,
+            None,
+            anyio.current_time(),
+            token_fingerprint=(await w.session()).token_fingerprint,
+            unasked=True,
+        )
+        assert isinstance(outcome, Appended)
+        session = await w.session()
+        assert list(await statuses(w)) == ["t1", "t2"]
+        assert (session.turn_index, session.head.length) == (2, second.finished.end.length)
+        await anyio.sleep(SOON)
+        assert list(await statuses(w)) == ["t1", "t2", "t3"]
+        assert (await w.session()).head.length == begun[0].finished.end.length
 
 
 @in_virtual_time

@@ -409,6 +409,28 @@ async def test_a_dispatch_under_an_earlier_epoch_costs_the_owner_nothing_that_it
 
 
 @in_virtual_time
+async def test_neither_does_one_under_a_later_epoch_whose_grant_the_store_lost() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        kept = w.executor.snapshot()
+        first = await listen(replica, await w.request(replica))
+        known = types_pb2.Precondition(head=first.finished.end, turn_index=1)
+        own = await w.request(replica, "x", "t2", precondition=known)
+        await w.give(replica)
+        lost = await w.request(replica, "Lost", "t3")
+        w.executor.restore(kept)
+        with pytest.raises(errors.NotOwner):
+            await listen(replica, lost)
+        second = await listen(replica, own)
+        ledger = await w.ledger()
+        for heard in (first, second):
+            start = heard.accepted.output_start.length
+            assert heard.tokens == ledger[start : start + 20]
+
+
+@in_virtual_time
 async def test_a_repair_replaces_another_historys_turn_even_of_the_same_tokens() -> None:
     async with world() as w:
         first, second = await w.start("r1"), await w.start("r2")
@@ -540,6 +562,46 @@ async def test_who_heard_of_a_turn_that_is_lost_as_a_whole_does_not_begin_it_ane
             assert (after.head, after.active_turn_id) == (before.head, None)
             params = {"max_tokens": 60, "ignore_eos": True}
             await listen(second, await w.request(second, "Other", "t2", params=params))
+
+
+@in_virtual_time
+async def test_who_only_attaches_to_a_lost_turn_is_told_of_the_loss_if_it_has_some_of_it() -> None:
+    async with world() as w:
+        first, second = await w.start("r1"), await w.start("r2")
+        await w.open()
+        await w.give(first)
+        kept = w.executor.snapshot()
+        heard = await listen(first, await w.request(first), until=lambda h: len(h.tokens) > 4)
+        await first.kill()
+        w.executor.restore(kept)
+        await w.give(second)
+        request = await w.request(second, "", attach_only=True)
+        with pytest.raises(errors.NotFound):
+            await listen(second, request)
+        request.turn.resume_from.CopyFrom(heard.end)
+        with pytest.raises(errors.DataLoss):
+            await listen(second, request)
+        assert (await w.session()).head.length == 0
+
+
+@in_virtual_time
+async def test_who_attaches_to_a_lost_turn_that_its_owner_holds_reads_it() -> None:
+    async with world() as w:
+        replica = await w.start()
+        await w.open()
+        await w.give(replica)
+        kept = w.executor.snapshot()
+        heard = await listen(replica, await w.request(replica))
+        for turn_id, text in (("t1", ""), ("t1", "Hello")):
+            w.executor.restore(kept)
+            request = await w.request(replica, text, turn_id, attach_only=True)
+            request.turn.resume_from.CopyFrom(heard.accepted.output_start)
+            again = await listen(replica, request)
+            assert (again.tokens, again.finished.end) == (heard.tokens, heard.finished.end)
+        w.executor.restore(kept)
+        with pytest.raises(errors.NotFound):
+            await listen(replica, await w.request(replica, "", "t2", attach_only=True))
+        assert (await w.turn()).output_end.length == heard.finished.end.length
 
 
 @in_virtual_time

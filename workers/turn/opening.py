@@ -15,7 +15,9 @@ from gateway.core.errors import (
     DataLoss,
     InternalError,
     InvalidRequest,
+    NotFound,
     NotOwner,
+    SessileError,
     StaleClient,
     TurnCancelled,
     TurnConflict,
@@ -86,6 +88,21 @@ def check_input(turn: types_pb2.RunTurnRequest, known: Turn, salt: bytes) -> Non
     """A repeat brings the same input or none; raises TurnConflict."""
     if turn.messages and input_digest(salt, turn) != known.spec.input_digest:
         raise TurnConflict(f"turn {turn.turn_id} exists with other input")
+
+
+def missing_turn(request: types_pb2.RunTurnRequest) -> SessileError:
+    """The answer to who only attaches to a turn that the ledger does not have: whether it was ever
+    accepted, only a client that has some of it can tell (P1)."""
+    heard = request.resume_from.length
+    if heard:
+        return _lost_turn(request.turn_id, heard)
+    return NotFound(f"turn {request.turn_id} does not exist", reason="TURN_NOT_FOUND")
+
+
+def _lost_turn(turn_id: str, heard: int) -> DataLoss:
+    return DataLoss(
+        f"the client has output of turn {turn_id} up to {heard}, the ledger does not have the turn"
+    )
 
 
 def resume_index(output: TurnOutput, journalled: int, resume_from: Position | None) -> int:
@@ -177,7 +194,13 @@ class TurnOpening:
             held = broken_off(session, context.turn, resident)
             try:
                 outcome = await repair(
-                    self._ports.store, resident, self._ports.ref, self._epoch, held, give_up_at
+                    self._ports.store,
+                    resident,
+                    self._ports.ref,
+                    self._epoch,
+                    held,
+                    give_up_at,
+                    token_fingerprint=self._ports.codec.token_fingerprint,
                 )
             except DataLoss:
                 # It is told once, and the session goes on from what the store has (I6).
@@ -207,6 +230,8 @@ class TurnOpening:
         self, context: TurnContext, salt: bytes, give_up_at: float
     ) -> Opened | Turn | None:
         """None: the session changed meanwhile; look again."""
+        if self._turn.attach_only:
+            raise missing_turn(self._turn)
         session = context.session
         known = self._turn.precondition.turn_index
         if session.active_turn_id is not None and known <= session.turn_index:
@@ -278,10 +303,7 @@ class TurnOpening:
             start.length,
             start.digest,
         ):
-            raise DataLoss(
-                f"the client has output of turn {self._turn.turn_id} up to {heard.length}, the "
-                "ledger does not have the turn"
-            )
+            raise _lost_turn(self._turn.turn_id, heard.length)
 
     async def _render(self, session: Session, resident: ResidentSession) -> list[int]:
         """The turn's input tokens. Raises InvalidRequest for what the template cannot render."""

@@ -7,19 +7,40 @@ common prefix, and writes the rest again in one compare-and-set against what it 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import anyio
 
 from gateway.core.errors import DataLoss, Unavailable
 from statestore.ports import Fenced, HeadMismatch, JournalPort, Repair, RepairOutcome
-from statestore.records import Epoch, ReplicaRef, Session, Turn, TurnStatus
+from statestore.records import Epoch, Position, ReplicaRef, Session, Turn, TurnStatus
 from workers.journal import until_answered
 from workers.residency import ResidentSession
 
 MAX_TRIES = 4
 """Times a repair starts over because the store changed between look and write."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What this replica holds of a session, taken at one moment: a turn may begin and end here
+    while a repair waits for the store, and its record without its tokens fits nowhere."""
+
+    turns: tuple[Turn, ...]
+    """The last that ended, then the active one."""
+    active_turn_id: str | None
+    end: Position
+    turn_index: int
+
+    @classmethod
+    def of(cls, resident: ResidentSession, active: Turn | None) -> _Held:
+        recent, end = tuple(resident.recent), resident.head
+        if active is not None:
+            turns = (*recent, replace(active, output_end=end))
+            return cls(turns, active.spec.turn_id, end, resident.turn_index)
+        # What was journalled of a turn that broke off here is in no record that could be put back.
+        return cls(recent, None, recent[-1].output_end if recent else end, resident.turn_index)
 
 
 def is_behind(session: Session, turn: Turn | None, resident: ResidentSession) -> bool:
@@ -54,9 +75,12 @@ async def repair(
     active: Turn | None,
     give_up_at: float,
     *,
+    token_fingerprint: bytes,
     unasked: bool = False,
 ) -> RepairOutcome:
     """Makes the ledger what ``resident`` holds, with ``active`` as the running turn.
+
+    ``token_fingerprint``: this replica's, for what it holds as the owner are tokens of its own.
 
     ``unasked``: nobody wants this history rather than the store's. Then it is HeadMismatch if
     the store has anything that would be given up for it: somebody went on from what was left.
@@ -65,6 +89,7 @@ async def repair(
     gap, or if the store has more than it of the same history; Unavailable if the store kept
     changing; and what the store raises past ``give_up_at`` (the loop's clock).
     """
+    held = _Held.of(resident, active)
     for _ in range(MAX_TRIES):
         session = await until_answered(lambda: store.get_session(resident.session_id), give_up_at)
         if session is None:
@@ -81,9 +106,10 @@ async def repair(
                 "that it never wrote"
             )
         request = await until_answered(
-            partial(_request, store, session, resident, owner, epoch, active), give_up_at
+            partial(_request, store, session, resident, held, owner, epoch, token_fingerprint),
+            give_up_at,
         )
-        if unasked and not await _gives_up_nothing(store, session, resident, request):
+        if unasked and not await _gives_up_nothing(store, session, held, request):
             return HeadMismatch(session.head, session.epoch)
         outcome = await until_answered(partial(store.repair, request), give_up_at)
         if not isinstance(outcome, HeadMismatch):
@@ -92,7 +118,11 @@ async def repair(
 
 
 async def put_back_unasked(
-    store: JournalPort, session: Session, resident: ResidentSession, owner: ReplicaRef
+    store: JournalPort,
+    session: Session,
+    resident: ResidentSession,
+    owner: ReplicaRef,
+    token_fingerprint: bytes,
 ) -> RepairOutcome | None:
     """Repairs a session that no turn runs of here if the store is behind what this replica holds as
     its owner; None if it is not. ``session`` is the record as read just now. Raises as
@@ -104,17 +134,25 @@ async def put_back_unasked(
     if not is_behind(session, turn, resident):
         return None
     held, now = broken_off(session, turn, resident), anyio.current_time()
-    return await repair(store, resident, owner, resident.epoch, held, now, unasked=True)
+    return await repair(
+        store,
+        resident,
+        owner,
+        resident.epoch,
+        held,
+        now,
+        token_fingerprint=token_fingerprint,
+        unasked=True,
+    )
 
 
 async def _gives_up_nothing(
-    store: JournalPort, session: Session, resident: ResidentSession, request: Repair
+    store: JournalPort, session: Session, held: _Held, request: Repair
 ) -> bool:
     """Whether the store's tokens and turns, ended or active, are all among ours."""
-    recent = resident.recent
-    first = recent[0].index if recent else resident.turn_index
-    stored = await store.get_turns(session, first, len(recent) + 1)
-    ours = {request.active_turn_id, *(turn.spec.turn_id for turn in recent)}
+    first = held.turns[0].index if held.turns else held.turn_index
+    stored = await store.get_turns(session, first, len(held.turns) + 1)
+    ours = {turn.spec.turn_id for turn in held.turns}
     return request.keep == session.head.length and {t.spec.turn_id for t in stored} <= ours
 
 
@@ -122,32 +160,31 @@ async def _request(
     store: JournalPort,
     session: Session,
     resident: ResidentSession,
+    held: _Held,
     owner: ReplicaRef,
     epoch: Epoch,
-    active: Turn | None,
+    token_fingerprint: bytes,
 ) -> Repair:
-    held = [*resident.recent, *([active] if active is not None else [])]
-    # What was journalled of a turn that broke off here is in no record that could be put back.
-    end = resident.head if active is not None or not held else held[-1].output_end
-    keep = min(await _common_prefix(store, session, resident), end.length)
-    if not held or held[0].index > session.turn_index or held[0].input_start > keep:
+    keep = min(await _common_prefix(store, session, resident), held.end.length)
+    first = held.turns[0] if held.turns else None
+    if first is None or first.index > session.turn_index or first.input_start > keep:
         raise DataLoss(
             f"session {resident.session_id}: of the turns that the store lost, from token {keep} "
             f"or index {session.turn_index}, this replica holds "
-            + (f"only those from index {held[0].index}" if held else "none")
+            + (f"only those from index {first.index}" if first else "none")
         )
     # Ended turns are given if the store has another or none at their index, or if tokens of theirs
     # are to be written again: where it ended one otherwise (a cancel after the loss), that end
     # stands and the repair must not go on.
-    stored = await store.get_turns(session, held[0].index, len(held))
+    stored = await store.get_turns(session, first.index, len(held.turns))
     known = {(turn.index, turn.spec.turn_id) for turn in stored if turn.status.ended}
     turns = [
         turn
-        for turn in resident.recent
-        if (turn.index, turn.spec.turn_id) not in known or turn.output_end.length > keep
+        for turn in held.turns
+        if turn.spec.turn_id == held.active_turn_id
+        or (turn.index, turn.spec.turn_id) not in known
+        or turn.output_end.length > keep
     ]
-    if active is not None:
-        turns.append(replace(active, output_end=end))
     return Repair(
         session_id=resident.session_id,
         epoch=epoch,
@@ -155,11 +192,12 @@ async def _request(
         observed_epoch=session.epoch,
         observed=session.head,
         keep=keep,
-        tokens=resident.tokens[keep : end.length],
-        head=end,
+        tokens=resident.tokens[keep : held.end.length],
+        head=held.end,
         turns=tuple(turns),
-        active_turn_id=active.spec.turn_id if active else None,
-        turn_index=resident.turn_index,
+        active_turn_id=held.active_turn_id,
+        turn_index=held.turn_index,
+        token_fingerprint=token_fingerprint,
     )
 
 

@@ -405,6 +405,7 @@ class TurnRun:
             self.epoch,
             replace(opened.turn, output_end=self._head),
             max(opened.deadline_at, give_up_at),
+            token_fingerprint=self._ports.codec.token_fingerprint,
         )
 
     def _result(

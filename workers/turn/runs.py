@@ -16,7 +16,6 @@ from sessile.v1 import replica_pb2 as pb
 from sessile.v1 import types_pb2
 
 from gateway.core.errors import (
-    NotFound,
     NotOwner,
     Overloaded,
     SessileError,
@@ -28,7 +27,14 @@ from statestore.records import Epoch, Position, Session, SessionState, Turn, Tur
 from workers.residency import ResidentSession
 from workers.turn.cursor import Replay, TurnView, accepted_event
 from workers.turn.ending import Broken, Redirected
-from workers.turn.opening import Opened, TurnOpening, check_input, read_output, resume_index
+from workers.turn.opening import (
+    Opened,
+    TurnOpening,
+    check_input,
+    missing_turn,
+    read_output,
+    resume_index,
+)
 from workers.turn.ports import TurnPorts, read_context, refusal
 from workers.turn.repair import is_behind, put_back_unasked
 from workers.turn.request import body_of
@@ -107,8 +113,8 @@ class TurnRuns:
                 kept = not self._holds_more(session, stored, epoch)
                 if kept and stored is not None and stored.status.ended:
                     return await self._replay(request, session, stored, give_up_at)
-                if stored is None and turn.attach_only:
-                    raise NotFound(f"turn {turn.turn_id} does not exist", reason="TURN_NOT_FOUND")
+                if kept and stored is None and turn.attach_only:
+                    raise missing_turn(turn)
                 salt = await self._ports.salts.of(session.tenant, give_up_at)
                 run = self._runs.get(turn.session_id)
                 if run is None:
@@ -158,7 +164,13 @@ class TurnRuns:
     async def _put_back(self, session: Session, resident: ResidentSession) -> None:
         """A turn may be asked for meanwhile: then it puts the same back, and the later write finds
         that done."""
-        outcome = await put_back_unasked(self._ports.store, session, resident, self._ports.ref)
+        outcome = await put_back_unasked(
+            self._ports.store,
+            session,
+            resident,
+            self._ports.ref,
+            self._ports.codec.token_fingerprint,
+        )
         if isinstance(outcome, Appended):
             log.warning("session %s: put back after lost writes", session.session_id)
         elif isinstance(outcome, TurnEnded) and outcome.turn.output_end != resident.head:

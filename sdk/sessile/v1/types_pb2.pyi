@@ -864,7 +864,9 @@ class RunTurnRequest(_message.Message):
     timeout_ms: _builtins.int
     """The turn ends FAILED (DEADLINE) if it runs longer. Default 600,000, at most 86,400,000."""
     attach_only: _builtins.bool
-    """Attach or replay only: NOT_FOUND if the turn does not exist."""
+    """Attach or replay only: NOT_FOUND if the turn does not exist, DATA_LOSS if resume_from says that
+    it did.
+    """
     accepts_redirect: _builtins.bool
     """The client follows TurnRedirect itself."""
     @_builtins.property
