@@ -81,6 +81,7 @@ class TurnCursor:
     def __init__(self, resume_from: pb.Position | None, accepts_redirect: bool) -> None:
         self._resume_from = resume_from
         self._accepts_redirect = accepts_redirect
+        self._began: pb.Position | None = None
         self._last_tokens = b""
         self._replica = pb.ReplicaRef()
         self.accepted = False
@@ -108,10 +109,10 @@ class TurnCursor:
         return message if whole else b"".join(kept)
 
     def position(self) -> pb.Position | None:
-        """Where to resume: after the last token received; None: from the turn's first output.
-        Raises BadFrame."""
+        """Where to resume: after the last token received, else where the turn's output was said to
+        begin; None: from the turn's first output. Raises BadFrame."""
         if not self._last_tokens:
-            return self._resume_from
+            return self._resume_from or self._began
         tokens = event_of(self._last_tokens).tokens
         length = tokens.position + len(tokens.token_ids)
         if length > MAX_POSITION:
@@ -136,6 +137,7 @@ class TurnCursor:
         before, self._replica = self._replica, accepted.replica
         if not self.accepted:
             self.accepted = True
+            self._began = accepted.output_start
             return event
         if before == accepted.replica:
             return None

@@ -337,6 +337,9 @@ class _TurnStream:
         position = self._cursor.position()
         if position is not None:
             dispatch.turn.resume_from.CopyFrom(position)
+        # What the client was told of the turn holds of no other: it must not begin anew.
+        if self._cursor.accepted:
+            dispatch.turn.attach_only = True
         if assignment.pull_from is not None:
             dispatch.prefix.source_endpoint = assignment.pull_from.details.endpoint
             dispatch.prefix.source.CopyFrom(ref_to_pb(assignment.pull_from.ref))

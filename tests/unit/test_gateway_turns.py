@@ -34,6 +34,24 @@ async def test_a_turn_is_placed_run_and_delivered_whole() -> None:
 
 
 @simulated
+async def test_a_turn_that_its_client_knows_to_be_accepted_is_not_begun_anew_elsewhere() -> None:
+    async with world(a=40, b=40) as w:
+        session_id = await w.open()
+        client = w.turn(session_id)
+        await anyio.sleep(0.01)
+        assert client.kinds == ["accepted"]
+        owner = (await w.session(session_id)).owner
+        assert owner is not None
+        first = w.fleet.replicas[owner.replica.replica_id]
+        first.dead = True
+        await w.finish(client)
+        (again,) = [d for r in w.fleet.replicas.values() if r is not first for d in r.dispatches]
+        assert again.turn.attach_only
+        assert again.turn.resume_from == client.only("accepted")[0].accepted.output_start
+        assert client.kinds == ["accepted", "moved", "tokens", "finished"]
+
+
+@simulated
 async def test_every_turn_of_a_session_goes_to_its_owner() -> None:
     async with world(a=2, b=2, c=2) as w:
         session_id = await w.open()
