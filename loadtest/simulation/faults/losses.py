@@ -101,6 +101,9 @@ async def lose_a_turn(scene: Scene, draw: random.Random) -> None:
         scene.world.kill(victim)
     again = await _say(scene, agent, gateway, "t1", 8, PATIENCE_S)
     repeated = again.finished is not None or isinstance(again.error, NOT_YET)
+    # Of the repeat, too, the store may lose what this client has heard.
+    lost = isinstance(again.error, DataLoss) and again.resume_from is not None
+    repeated = repeated or (lost and not await _holds(scene, agent, again))
     agent.expect(repeated, f"P1: the repeat of a lost turn was told {again.error!r}")
     if await _is_told(scene, agent, gateway, first):
         scene.saw(Row.STORE_AND_OWNER)
