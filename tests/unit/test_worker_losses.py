@@ -298,3 +298,29 @@ async def test_a_session_at_rest_is_handed_over_with_what_was_lost() -> None:
             )
         )
         assert given.head == heard.finished.end
+
+
+@in_virtual_time
+async def test_what_is_lost_again_while_it_is_put_back_is_put_back_again() -> None:
+    """Who goes on with the session is not told of a loss that its owner can repair."""
+    async with world() as w:
+        replica = await owner(w)
+        heard = await cut_off(w, replica)
+        kept, repairs = w.executor.snapshot(), 0
+
+        def fault(call: ScriptCall) -> Fault:
+            nonlocal repairs
+            if repairs == 1 and call.script.name != "repair":
+                w.executor.restore(kept)
+                repairs += 1
+            repairs += call.script.name == "repair"
+            return Fault.NONE
+
+        w.executor.fault = fault
+        request = await w.request(replica, "More", "t2")
+        request.turn.precondition.head.CopyFrom(heard.finished.end)
+        request.turn.precondition.turn_index = 1
+        more = await listen(replica, request)
+        assert more.finished.status == types_pb2.TURN_STATUS_COMMITTED
+        assert repairs == 3
+        assert await statuses(w) == {"t1": TurnStatus.COMMITTED, "t2": TurnStatus.COMMITTED}

@@ -215,7 +215,11 @@ class TurnOpening:
                     f"session {session.session_id}: turn {outcome.turn.spec.turn_id} ended "
                     "otherwise after the store lost writes"
                 )
-            return await self._look(give_up_at)
+            context = await self._look(give_up_at)
+            written = outcome.head.length if isinstance(outcome, store.Appended) else 0
+            if context.session.head.length < written:
+                return await self._restored(context, give_up_at)  # it was lost once more
+            return context
         owner = session.owner
         if owner is None or owner.replica != self._ports.ref or owner.epoch != self._epoch:
             raise NotOwner(f"session {session.session_id} is not owned under this epoch")
