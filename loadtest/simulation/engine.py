@@ -3,9 +3,10 @@
 Whenever a generation goes on from cached pages, what is in them is compared with the states of the
 generation's own tokens (I5), and whether the pages were computed for the same tenant (I10).
 Whenever a page is sent, what is in it is compared with the states of the tokens that its name
-stands for (P13). All of it is recomputed from tokens by the model and a chain of names of its own;
-the names that the code under test gives to pages say only which page it believes to send, and its
-checksums play no part.
+stands for, and it must be held by somebody: else it is right only because nobody has needed the
+page yet (P13). What pages hold is recomputed from tokens by the model and a chain of names of its
+own; the names that the code under test gives to pages say only which page it believes to send, and
+its checksums play no part.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ class WatchedEngine(SimEngine):
                 self._complain(
                     f"P13: a page is sent that does not hold what its name says ({index})"
                 )
+        if not source.holds(page):
+            self._complain(f"P13: a page is sent that nobody holds ({index})")
         if source.info.kv_fingerprint != self.info.kv_fingerprint:
             self._complain("P14: KV of another model arrives")
         self._watched.arriving_for.pop(target, None)
@@ -128,6 +131,12 @@ class WatchedEngine(SimEngine):
         """How many of these pages' contents are cached nowhere here."""
         cached = {bytes(self._watched.page(page)) for page in self._cache.sealed_pages()}
         return sum(state not in cached for state in states)
+
+    def holds(self, page: int) -> bool:
+        """Whether this page is cached and referred to, so that it cannot be evicted; a soft pin
+        does not keep it."""
+        block = self._cache._by_page.get(page)
+        return block is not None and block.refs > 0
 
     @property
     def as_usual(self) -> bool:

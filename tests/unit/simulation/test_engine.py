@@ -114,6 +114,30 @@ async def test_a_name_of_no_tokens_is_told(pair: Pair) -> None:
 
 
 @in_virtual_time
+async def test_a_page_that_could_be_evicted_is_told_before_it_is(pair: Pair) -> None:
+    export = pair.source.export_pages(pair.names)
+    pair.source.pin("pinned", pair.names, 60)
+    arriving = pair.target.reserve_import(pair.names, 0, 3)
+    pair.target.page_arrives(pair.source, export, arriving, 0)
+    assert pair.complaints == []
+    export.release()
+    pair.target.page_arrives(pair.source, export, arriving, 1)
+    assert pair.complaints == ["P13: a page is sent that nobody holds (1)"]
+
+
+@in_virtual_time
+async def test_a_page_that_was_evicted_is_told_though_its_bytes_are_still_there(
+    pair: Pair,
+) -> None:
+    export = pair.source.export_pages(pair.names)
+    arriving = pair.target.reserve_import(pair.names, 0, 3)
+    export.release()
+    assert pair.source.evict_all() == 3
+    pair.target.page_arrives(pair.source, export, arriving, 1)
+    assert pair.complaints == ["P13: a page is sent that nobody holds (1)"]
+
+
+@in_virtual_time
 async def test_cached_pages_of_other_tokens_are_told_when_they_are_used(pair: Pair) -> None:
     pair.page(pair.source, 2)[5] ^= 1
     await pair.generate(pair.source)

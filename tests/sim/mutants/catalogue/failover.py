@@ -154,7 +154,7 @@ FAILOVER = (
             ),
         ),
         EVICTIONS,
-        40,
+        20,
     ),
     Mutant(
         "KV of another model is used",

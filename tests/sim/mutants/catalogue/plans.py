@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loadtest.simulation.history import HistoryPlan
 
 ANY = HistoryPlan()
@@ -26,7 +24,15 @@ CROWDED = HistoryPlan(
     replicas=2, agents=10, turns=3, kinds=("migrate", "slow_network"), capacity_pages=128
 )
 CROWD = HistoryPlan(replicas=1, agents=4, kinds=("slow_network",))
-EVICTIONS = replace(CROWDED, kinds=("migrate", "slow_network", "evict"), storm_s=8.0)
+EVICTIONS = HistoryPlan(
+    replicas=2,
+    agents=6,
+    turns=3,
+    storm_s=8.0,
+    kinds=("migrate", "slow_network", "evict"),
+    tight=False,
+    mixed="",
+)
 LATE_MOVES = HistoryPlan(
     agents=6, turns=6, storm_s=12.0, kinds=("migrate", "late_switch"), capacity_pages=2048
 )
