@@ -21,7 +21,7 @@ BAD_PAGES = HistoryPlan(kinds=("corrupt_pages", "migrate", "drain"))
 SILENCES = HistoryPlan(storm_s=12.0, kinds=("half_open", "slow_engine"))
 SLOW = HistoryPlan(kinds=("slow_network",))
 CROWDED = HistoryPlan(
-    replicas=2, agents=10, turns=3, kinds=("migrate", "slow_network"), capacity_pages=128
+    replicas=2, agents=10, turns=3, kinds=("migrate", "slow_network"), capacity_pages=160
 )
 CROWD = HistoryPlan(replicas=1, agents=4, kinds=("slow_network",))
 EVICTIONS = HistoryPlan(
