@@ -314,7 +314,7 @@ class Residency:
         """Hex leading digest -> tokens of that prefix whose KV is resident now."""
         page_size = self._engine.info.page_size
         resident = {
-            digest.hex(): self._engine.resident_pages(hashes) * page_size
+            digest.hex(): self._engine.reusable_pages(hashes) * page_size
             for digest, hashes in self._leading.items()
         }
         return {digest: tokens for digest, tokens in resident.items() if tokens}

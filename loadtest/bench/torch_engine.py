@@ -33,10 +33,10 @@ import anyio
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from workers.engines.model_store import BUNDLED_MODEL, model_folder, silence_progress_bars
 from workers.engines.port import GenerateRequest, Sampling, StepOutput
 from workers.engines.torch.config import TorchEngineConfig
 from workers.engines.torch.engine import TorchEngine
-from workers.engines.torch.model_store import BUNDLED_MODEL, model_folder, silence_progress_bars
 from workers.kv.channel import KvServer, pull_pages
 
 NAMESPACE = b"bench"

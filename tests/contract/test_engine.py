@@ -20,7 +20,6 @@ from workers.engines.port import (
 
 pytestmark = pytest.mark.anyio
 
-NOISY = Sampling(temperature=1.0, seed=11)
 Start = Callable[[EngineSize], AbstractAsyncContextManager[EngineHarness]]
 
 
@@ -93,11 +92,11 @@ async def test_namespaces_share_nothing(it: EngineHarness) -> None:
 
 async def test_output_does_not_depend_on_the_batch(start: Start, it: EngineHarness) -> None:
     prompts = [it.prompt(seed, 10 + 9 * seed) for seed in range(6)]
-    ids = [it.request(p, 10, sampling=NOISY) for p in prompts]
+    ids = [it.request(p, 10, sampling=it.noise) for p in prompts]
     together = [await it.end_of(i) for i in ids]
     async with start(EngineSize(max_running=1)) as alone:
         for prompt, output in zip(prompts, together, strict=True):
-            assert (await alone.generate(prompt, 10, sampling=NOISY)).tokens == output.tokens
+            assert (await alone.generate(prompt, 10, sampling=it.noise)).tokens == output.tokens
 
 
 async def test_the_same_context_twice_at_once(it: EngineHarness) -> None:
@@ -129,9 +128,9 @@ async def test_stop_ids_cannot_be_sampled_before_min_new_tokens(it: EngineHarnes
 
 async def test_noise_is_a_function_of_seed_and_position(it: EngineHarness) -> None:
     prompt = it.prompt(1, 13)
-    output = await it.generate(prompt, 16, sampling=NOISY)
+    output = await it.generate(prompt, 16, sampling=it.noise)
     for cut in (1, 7, 15):
-        rest = await it.generate([*prompt, *output.tokens[:cut]], 16 - cut, sampling=NOISY)
+        rest = await it.generate([*prompt, *output.tokens[:cut]], 16 - cut, sampling=it.noise)
         assert rest.tokens == output.tokens[cut:]
     other = await it.generate(prompt, 16, sampling=Sampling(temperature=1.0, seed=12))
     assert other.tokens != output.tokens
@@ -139,9 +138,9 @@ async def test_noise_is_a_function_of_seed_and_position(it: EngineHarness) -> No
 
 async def test_another_engine_continues_from_the_tokens(start: Start, it: EngineHarness) -> None:
     prompt = it.prompt(1, 13)
-    output = await it.generate(prompt, 16, sampling=NOISY)
+    output = await it.generate(prompt, 16, sampling=it.noise)
     async with start(EngineSize()) as other:
-        rest = await other.generate([*prompt, *output.tokens[:9]], 7, sampling=NOISY)
+        rest = await other.generate([*prompt, *output.tokens[:9]], 7, sampling=it.noise)
     assert rest.tokens == output.tokens[9:]
 
 
@@ -285,14 +284,14 @@ async def test_exported_pages_continue_identically_elsewhere(
     start: Start, it: EngineHarness
 ) -> None:
     prompt = it.prompt(1, 5 * it.engine.info.page_size + 2)
-    output = await it.generate(prompt, 16, sampling=NOISY)
+    output = await it.generate(prompt, 16, sampling=it.noise)
     ledger = [*prompt, *output.tokens[:8]]
     async with start(EngineSize()) as other:
         assert other.engine.info.kv_fingerprint == it.engine.info.kv_fingerprint
         taken = await copy_pages(it, other, ledger)
         assert taken == len(ledger) // it.engine.info.page_size
         assert other.engine.resident_pages(other.hashes(ledger)) == taken
-        rest = await other.generate(ledger, 8, sampling=NOISY)
+        rest = await other.generate(ledger, 8, sampling=it.noise)
         assert rest.tokens == output.tokens[8:]
         assert rest.cached_tokens == (len(ledger) - 1) // it.engine.info.page_size * (
             it.engine.info.page_size

@@ -49,6 +49,9 @@ class Output:
 class EngineHarness:
     """A started engine, and the outputs it has delivered."""
 
+    noise = Sampling(temperature=1.0, seed=11)
+    """What repeats on this engine, with noise if that does."""
+
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.outputs: dict[str, list[StepOutput]] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.engines.torch.model_store import ModelUnavailable, model_folder
+from workers.engines.model_store import ModelUnavailable, model_folder
 
 
 def bundled_model() -> Path:

@@ -15,7 +15,7 @@ def tiny_llama(seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from workers.engines.torch.model_store import silence_progress_bars
+    from workers.engines.model_store import silence_progress_bars
 
     silence_progress_bars()
     torch.manual_seed(seed)

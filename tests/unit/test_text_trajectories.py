@@ -118,7 +118,7 @@ def test_trajectories_are_appended_as_they_are_rendered(name: str, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_trajectories_with_the_bundled_models_own_tokenizer() -> None:
-    from workers.engines.torch.model_store import ModelUnavailable, model_folder
+    from workers.engines.model_store import ModelUnavailable, model_folder
 
     sessions(every=1000)  # skips before a model is converted
     try:

@@ -14,11 +14,11 @@ import pytest
 from tests.support.engines import EngineHarness, EngineSize, started
 from tests.support.models import bundled_model
 from tests.support.tiny_llama import tiny_llama
+from workers.engines.model_store import BUNDLED_MODEL, ModelUnavailable
 from workers.engines.port import EngineFailed
 from workers.engines.registry import create_backend
 from workers.engines.torch.config import TorchEngineConfig
 from workers.engines.torch.engine import TorchEngine
-from workers.engines.torch.model_store import BUNDLED_MODEL, ModelUnavailable
 from workers.engines.torch.runner import ModelRunner, Part, StepResult
 
 pytestmark = [pytest.mark.anyio, pytest.mark.model]

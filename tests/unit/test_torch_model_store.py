@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.models import bundled_model
-from workers.engines.torch import model_store
-from workers.engines.torch.model_store import BUNDLED_MODEL, ModelUnavailable, model_folder
+from workers.engines import model_store
+from workers.engines.model_store import BUNDLED_MODEL, ModelUnavailable, model_folder
 
 pytestmark = pytest.mark.model
 

@@ -1,4 +1,4 @@
-"""What engines with a paged pool have in common: everything of the port but the computing.
+"""What engines that run their own steps have in common: everything of the port but the computing.
 
 All bookkeeping happens on the event loop's thread. Steps follow one another: planned, computed by
 the engine in its own way, entered, delivered.
@@ -10,27 +10,24 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+from workers.engines.cached_pages import CachedPages
 from workers.engines.port import (
     EngineFailed,
     EngineInfo,
     EngineLoad,
     GenerateRequest,
     OnStep,
-    PageExport,
-    PageImport,
     StepOutput,
 )
 from workers.engines.rates import StepRates
 from workers.engines.scheduling import Scheduler, Work
-from workers.kv.blocks import block_hashes
-from workers.kv.pages import HeldPages, IncomingPages, PageMemory, checksum
-from workers.kv.prefix_cache import PrefixCache
+from workers.kv.pages import PageMemory
 
 MIN_RETRY_MS, MAX_RETRY_MS = 100, 10_000
 """Bounds of the delay that an overloaded engine asks for."""
 
 
-class PagedEngine(ABC):
+class PagedEngine(CachedPages, ABC):
     """Base of engines (see the port :class:`workers.engines.port.Engine`). A subclass calls
     :meth:`_equip` before anything else is used, :meth:`_serve` at the end of ``start`` and
     :meth:`_stop` in ``aclose``. ``clock`` gives monotonic seconds (pins expire by it)."""
@@ -43,7 +40,6 @@ class PagedEngine(ABC):
         self._works: list[Work] = []
         """Of the step under way."""
         self._wake_due = False
-        self._exports: dict[HeldPages, None] = {}
         self._rates = StepRates()
 
     def _equip(
@@ -55,9 +51,7 @@ class PagedEngine(ABC):
         chunk_multiple: int = 1,
     ) -> None:
         """See :class:`Scheduler` for the last two."""
-        self._info = info
-        self._memory = memory
-        self._cache = PrefixCache(info.capacity_pages, self._clock)
+        self._keep_pages(info, memory, self._clock)
         self._scheduler = Scheduler(
             info, self._cache, max_prefill_tokens=max_prefill_tokens, chunk_multiple=chunk_multiple
         )
@@ -67,10 +61,6 @@ class PagedEngine(ABC):
         """Begins to compute a step; :meth:`_finish_step` must be called once it is done."""
 
     # -- life ---------------------------------------------------------------------------------
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._info
 
     def _serve(self, on_step: OnStep, on_failure: Callable[[EngineFailed], None]) -> None:
         self._on_step = on_step
@@ -113,36 +103,7 @@ class PagedEngine(ABC):
         self._scheduler.cancel(generation_id)
         self._wake()
 
-    # -- cached pages -------------------------------------------------------------------------
-
-    def block_hashes(self, namespace: bytes, tokens: Sequence[int]) -> list[bytes]:
-        return block_hashes(self._info.kv_fingerprint, namespace, tokens, self._info.page_size)
-
-    def resident_pages(self, block_hashes: Sequence[bytes]) -> int:
-        return len(self._cache.match(block_hashes))
-
-    def pin(self, pin_id: str, block_hashes: Sequence[bytes], ttl_s: float) -> int:
-        return self._cache.pin(pin_id, block_hashes, ttl_s)
-
-    def unpin(self, pin_id: str) -> None:
-        self._cache.unpin(pin_id)
-
-    def drop(self, block_hashes: Sequence[bytes]) -> int:
-        return self._cache.drop(block_hashes)
-
-    def export_pages(self, block_hashes: Sequence[bytes]) -> PageExport:
-        export = HeldPages(self._memory, self._cache, block_hashes, self._forget_export)
-        self._exports[export] = None
-        return export
-
-    def reserve_import(
-        self, block_hashes: Sequence[bytes], first_page: int, pages: int
-    ) -> PageImport:
-        reservation = self._cache.reserve(block_hashes, first_page, pages)
-        return IncomingPages(self._memory, reservation, self._wake)
-
-    def _forget_export(self, export: HeldPages) -> None:
-        del self._exports[export]
+    def _pages_freed(self) -> None:
         self._wake()
 
     # -- reports ------------------------------------------------------------------------------
@@ -160,12 +121,7 @@ class PagedEngine(ABC):
 
     def check_integrity(self) -> None:
         """Also compares the bytes of every cached page with the checksum taken when sealed."""
-        exported = [export.held for export in self._exports]
-        self._cache.check_integrity([*self._scheduler.holders(), *exported])
-        for page in self._cache.sealed_pages():
-            assert checksum(self._memory.read(page)) == self._cache.meta(page).checksum, (
-                f"page {page} was overwritten after it was sealed"
-            )
+        self._check_pages(self._scheduler.holders())
 
     def _retry_after_ms(self) -> int:
         rate = self._rates.prefill or 1.0

@@ -13,8 +13,8 @@ generations that gained tokens.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -96,6 +96,10 @@ class GenerateRequest:
     stop_token_ids: frozenset[int] = frozenset()
     priority: int = 0
     """Higher first in the queue; 0 is normal."""
+    retention_id: str = ""
+    """The pin that will be asked for what this computes (see :meth:`Engine.pin`); empty: none."""
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """W3C trace headers of the turn, for an engine that traces by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +212,13 @@ class Engine(Protocol):
         ...
 
     def resident_pages(self, block_hashes: Sequence[bytes]) -> int:
-        """Longest run of these blocks, from the first, that is sealed and resident; in pages."""
+        """Longest run of these blocks, from the first, that is sealed and resident, so that it can
+        be exported, pinned and added to; in pages."""
+        ...
+
+    def reusable_pages(self, block_hashes: Sequence[bytes]) -> int:
+        """The same, wherever the engine keeps them: what a generation would find. At least
+        :meth:`resident_pages`."""
         ...
 
     def pin(self, pin_id: str, block_hashes: Sequence[bytes], ttl_s: float) -> int:

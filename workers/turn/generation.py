@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from opentelemetry import propagate
+
 from workers.engines.port import EngineOverloaded, GenerateRequest, StepOutput
 from workers.turn.opening import Opened
 from workers.turn.ports import TurnPorts
@@ -38,7 +40,7 @@ class Generation:
         """Takes the estimate: what of the prefix is in the cache now. An engine computes at least
         the last token."""
         engine, resident = self._ports.engine, self._opened.resident
-        pages = engine.resident_pages(resident.block_hashes(engine.info))
+        pages = engine.reusable_pages(resident.block_hashes(engine.info))
         self.cached_tokens = min(pages * engine.info.page_size, len(resident.tokens) - 1)
 
     def start(self, now: float) -> None:
@@ -51,6 +53,8 @@ class Generation:
         turn, plan, done = opened.turn, opened.plan, len(opened.output.tokens)
         session_id, turn_id = opened.resident.session_id, turn.spec.turn_id
         generation_id = f"{session_id}/{turn_id}/{turn.attempt}/{self._starts}"
+        trace: dict[str, str] = {}
+        propagate.inject(trace)
         request = GenerateRequest(
             generation_id=generation_id,
             tokens=opened.resident.tokens[:],
@@ -59,6 +63,8 @@ class Generation:
             max_new_tokens=plan.rules.max_tokens - done,
             min_new_tokens=max(0, plan.rules.min_tokens - done),
             stop_token_ids=plan.rules.stop_token_ids,
+            retention_id=session_id,
+            trace=trace,
         )
         self._ports.dispatcher.expect(generation_id, self._deliver)
         try:

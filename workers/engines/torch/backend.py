@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
+from workers.engines.model_store import model_folder
 from workers.engines.registry import Backend, parse_options
 from workers.engines.torch.config import TorchEngineConfig
 from workers.engines.torch.engine import TorchEngine
-from workers.engines.torch.model_store import model_folder
 from workers.text.hf_codec import load_hf_codec
 
 

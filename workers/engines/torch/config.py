@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.engines.torch.model_store import BUNDLED_MODEL
+from workers.engines.model_store import BUNDLED_MODEL
 
 PAGE_SIZE = 16
 """Tokens in a KV page."""

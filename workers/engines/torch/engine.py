@@ -16,11 +16,11 @@ from pathlib import Path
 
 import anyio
 
+from workers.engines.model_store import model_folder
 from workers.engines.paged import PagedEngine
 from workers.engines.port import EngineFailed, EngineInfo, OnStep, StepOutput
 from workers.engines.scheduling import Work
 from workers.engines.torch.config import CHUNK_ALIGNMENT, PAGE_SIZE, TorchEngineConfig
-from workers.engines.torch.model_store import model_folder
 from workers.engines.torch.runner import ModelRunner, Part, StepResult
 from workers.engines.torch.sampling import Draw
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from workers.engines.model_store import silence_progress_bars, weights_digest
 from workers.engines.port import EngineFailed, Sampling
 from workers.engines.torch.attention import ATTENTION_NAME, PagedStep, Span
 from workers.engines.torch.config import PAGE_SIZE, TorchEngineConfig
 from workers.engines.torch.kv_pool import LAYOUT_VERSION, KvPool
-from workers.engines.torch.model_store import silence_progress_bars
 from workers.engines.torch.packed_linear import pack_linear_layers
 from workers.engines.torch.sampling import Draw, choose
 from workers.kv.pages import checksum
@@ -209,22 +208,12 @@ def _refuse_partial_attention(config: Any) -> None:
 
 def _kv_fingerprint(folder: Path, config: Any, dtype: torch.dtype) -> bytes:
     """Over what makes KV pages exchangeable: weights, architecture, dtype, page size, layout."""
-    weights = {p.name: _file_hash(p) for p in sorted(folder.glob("*.safetensors"))}
     incidental = {"transformers_version", "dtype", "torch_dtype", "architectures"}
     architecture = {
         name: value
         for name, value in config.to_dict().items()
         if not name.startswith("_") and name not in incidental
     }
-    facts = [architecture, weights, str(dtype), PAGE_SIZE, LAYOUT_VERSION]
+    facts = [architecture, weights_digest(folder), str(dtype), PAGE_SIZE, LAYOUT_VERSION]
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16, person=b"kv-fingerprint").digest()
-
-
-def _file_hash(path: Path) -> str:
-    """xxh3-128: gigabytes a second, and the peers' files are trusted, only possibly different."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

