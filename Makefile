@@ -8,6 +8,7 @@
 #   make soak MINUTES=… agents under steady faults for so long; fails if memory grows too much
 #   make mutants        deliberate bugs in copies of the code: the simulation must find each of them
 #   make nightly        all of these with other seeds and more of them, for hours; see .ci/nightly
+#   make test-sglang    the tests with the real sglang on the CPU, in an environment of their own
 #   make lint           ruff, mypy --strict, import layers
 #   make protos         regenerate sdk/sessile/v1 from proto/
 #   make check-protos   fail if sdk/sessile/v1 is not what proto/ generates
@@ -36,6 +37,8 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SGLANG_VENV := .cache/sglang-venv
+SGLANG_INSTALLED := $(SGLANG_VENV)/.installed
 PROTOS_VENV := .cache/protos-venv
 PROTOS_INSTALLED := $(PROTOS_VENV)/.installed
 PROTOS_FRESH := .cache/protos-fresh
@@ -46,7 +49,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test sim faults soak mutants nightly lint protos check-protos clean install
+.PHONY: demo test test-sglang sim faults soak mutants nightly lint protos check-protos clean install
 
 install: $(INSTALLED)
 
@@ -76,6 +79,17 @@ $(PROTOS_INSTALLED): proto/tools.txt
 	$(PROTOS_VENV)/bin/python -m pip install --no-input --quiet -r proto/tools.txt
 	touch $@
 
+# Everything by its exact version and nothing resolved: sglang's own requirements name CUDA packages.
+$(SGLANG_INSTALLED): pyproject.toml sdk/pyproject.toml tests/sglang/requirements.txt \
+    $(wildcard tests/sglang/cpu/*.* tests/sglang/cpu/*/*.py)
+	mkdir -p .cache
+	$(call make-venv,$(SGLANG_VENV))
+	$(SGLANG_VENV)/bin/python -m pip install --no-input --quiet $(TORCH_ARGS) $(TORCH)
+	$(SGLANG_VENV)/bin/python -m pip install --no-input --quiet --no-deps -r tests/sglang/requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install --no-input --quiet --no-deps \
+	  -e ./sdk -e . ./tests/sglang/cpu
+	touch $@
+
 define generate-protos
 PATH="$(abspath $(PROTOS_VENV))/bin:$$PATH" $(PROTOS_VENV)/bin/python -m grpc_tools.protoc -Iproto \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) $(PROTOS)
@@ -99,6 +113,9 @@ lint: $(INSTALLED)
 
 test: lint check-protos
 	$(BIN)/python -m pytest $(PYTEST_ARGS) </dev/null
+
+test-sglang: $(SGLANG_INSTALLED)
+	$(SGLANG_VENV)/bin/python -m pytest tests/sglang $(PYTEST_ARGS) </dev/null
 
 sim: $(INSTALLED)
 	$(BIN)/python -m loadtest.simulation --seeds $(SEEDS) $(SIM_ARGS)

@@ -158,12 +158,18 @@ class Cluster:
         return await self._start("gateway", f"gateway-{len(self.gateways) + 1}", arguments)
 
     async def start_worker(
-        self, replica_id: str, *, engine_options: Mapping[str, str] | None = None
+        self,
+        replica_id: str,
+        *,
+        engine: str = "",
+        engine_options: Mapping[str, str] | None = None,
     ) -> Child:
         """Starts a worker as this replica (again: as its next incarnation); returns when it
-        serves. Raises LaunchFailed."""
-        arguments = ["--redis", self.redis_url, "--id", replica_id, "--engine", self.engine]
-        for name, value in {**self.engine_options, **(engine_options or {})}.items():
+        serves. With an ``engine`` of its own it has only these options. Raises LaunchFailed."""
+        arguments = ["--redis", self.redis_url, "--id", replica_id]
+        arguments += ["--engine", engine or self.engine]
+        usual = {} if engine else self.engine_options
+        for name, value in {**usual, **(engine_options or {})}.items():
             arguments += ["--engine-option", f"{name}={value}"]
         return await self._start("worker", replica_id, arguments)
 

@@ -35,6 +35,8 @@ class Engine(enum.StrEnum):
 
     SIM = "sim"
     TORCH = "torch"
+    SGLANG = "sglang"
+    SGLANG_SERVER = "sglang-server"
 
 
 RedisOption = Annotated[
@@ -43,16 +45,30 @@ RedisOption = Annotated[
         envvar="SESSILE_REDIS", help="Store: redis://, rediss://, redis+cluster://, unix://."
     ),
 ]
-EngineOption = Annotated[Engine, typer.Option(help="The embedded engine, or a simulated one.")]
+EngineOption = Annotated[
+    Engine,
+    typer.Option(
+        help="torch: embedded; sglang: in the worker; sglang-server: one that runs elsewhere; "
+        "sim: simulated."
+    ),
+]
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="torch: a known name or a folder; sim: any name to serve under. Default: its own."
+        help="A known name or a model's folder; sim: any name to serve under. Default: its own."
     ),
 ]
 EngineOptions = Annotated[
     list[str] | None,
     typer.Option("--engine-option", metavar="NAME=VALUE", help="May be repeated."),
+]
+EngineArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[-- ARGUMENTS]",
+        help="sglang: any arguments of its server, as in: -- --tp-size 2 --enable-metrics",
+        show_default=False,
+    ),
 ]
 DataOption = Annotated[
     Path | None,
@@ -74,6 +90,7 @@ LogLevel = Annotated[str, typer.Option(envvar="SESSILE_LOG_LEVEL")]
 
 
 def up(
+    engine_arguments: EngineArguments = None,
     engine: EngineOption = Engine.SIM,
     model: ModelOption = "",
     replicas: Annotated[int, typer.Option(min=1)] = 2,
@@ -98,7 +115,7 @@ def up(
     _checked(GatewayConfig, listen=listen, redis_url=redis, data_directory=data_directory)
     cluster = Cluster(
         engine=engine,
-        engine_options=dict(parse_options(engine_option, model)),
+        engine_options=dict(parse_options(engine_option, model, engine_arguments)),
         redis_url=redis,
         data_directory=data_directory,
         log_directory=log_directory,
@@ -147,6 +164,7 @@ def worker(
     engine: EngineOption = Engine.SIM,
     model: ModelOption = "",
     engine_option: EngineOptions = None,
+    engine_arguments: EngineArguments = None,
     listen: Annotated[str, typer.Option(help="host:port of the replica service.")] = "127.0.0.1:0",
     kv_listen: Annotated[str, typer.Option(help="host:port of the KV channel.")] = "127.0.0.1:0",
     advertise_host: Annotated[
@@ -179,7 +197,7 @@ def worker(
             redis_url=redis,
             replica=settings,
             engine=str(engine),
-            engine_options=parse_options(engine_option, model),
+            engine_options=parse_options(engine_option, model, engine_arguments),
             listen=listen,
             kv_listen=kv_listen,
             advertise_host=advertise_host,
@@ -204,14 +222,26 @@ def _announcer(kind: str, name: str, as_json: bool) -> Announce:
     return announce
 
 
-def parse_options(options: list[str] | None, model: str) -> tuple[tuple[str, str], ...]:
-    """``NAME=VALUE`` pairs, with the model among them; a usage error for anything else."""
+def parse_options(
+    options: list[str] | None, model: str, arguments: list[str] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """``NAME=VALUE`` pairs, with the model and ``--name value`` arguments among them (a flag is
+    ``true``); a usage error for anything else."""
     pairs = [("model", model)] if model else []
     for option in options or ():
         name, equals, value = option.partition("=")
         if not name or not equals:
             raise typer.BadParameter(f"an engine option is NAME=VALUE, not {option!r}")
         pairs.append((name, value))
+    words = list(arguments or ())
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            raise typer.BadParameter(f"an engine's argument is --name value, not {word!r}")
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        pairs.append((name.replace("-", "_"), value))
     return tuple(pairs)
 
 

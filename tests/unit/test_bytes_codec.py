@@ -79,7 +79,7 @@ def test_a_backend_is_made_by_name_from_text_options() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "complaint"),
     [
-        ("quantum", {}, "not one of sim, torch"),
+        ("quantum", {}, "not one of sglang, sglang-server, sim, torch"),
         ("sim", {"pages": "8"}, "'pages' is not one of .*capacity_pages.*step_ms"),
         ("sim", {"page_size": "many"}, "page_size='many' must be int"),
         ("sim", {"page_size": "0"}, "positive"),

@@ -18,6 +18,8 @@ from workers.engines.port import Engine
 from workers.text.port import TextCodec
 
 ENGINES = {
+    "sglang": "workers.engines.sglang.backend",
+    "sglang-server": "workers.engines.sglang_server.backend",
     "sim": "workers.engines.sim.backend",
     "torch": "workers.engines.torch.backend",
 }

@@ -1,0 +1,1 @@
+"""What sglang lacks on the CPU; see pyproject.toml."""

@@ -1,0 +1,148 @@
+"""What is sglang's own: its traces, its storages, its retention, the end of its processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import grpc
+import psutil
+import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+from tests.sglang.engines import SglangHarness
+from workers.engines.model_store import model_folder
+from workers.engines.port import EngineFailed
+from workers.engines.sglang.config import SglangConfig
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+
+
+@asynccontextmanager
+async def running(**options: str) -> AsyncIterator[SglangHarness]:
+    """A real engine for one test."""
+    from workers.engines.sglang.engine import SglangEngine
+
+    usual = {"max_total_tokens": "2048", "max_running": "4", "host_pages": "256"}
+    config = SglangConfig.from_options({**usual, **options})
+    engine = SglangEngine(config, model_folder(), anyio.current_time)
+    harness = SglangHarness(engine)
+    try:
+        await engine.start(harness.on_step, harness.failures.append)
+        yield harness
+        engine.check_integrity()
+    finally:
+        await engine.aclose()
+    assert not [c for c in psutil.Process().children() if "sglang" in " ".join(c.cmdline())]
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """Keeps the names of spans by trace."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, list[str]] = {}
+
+    def Export(
+        self, request: trace_service_pb2.ExportTraceServiceRequest, context: object
+    ) -> trace_service_pb2.ExportTraceServiceResponse:
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    self.spans.setdefault(span.trace_id.hex(), []).append(span.name)
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+async def test_its_spans_are_in_the_trace_of_the_turn() -> None:
+    collector = Collector()
+    server = grpc.server(ThreadPoolExecutor(2))
+    add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
+    add(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        endpoint = f"127.0.0.1:{port}"
+        async with running(enable_trace="true", otlp_traces_endpoint=endpoint) as it:
+            trace = {"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01"}
+            await it.generate(it.prompt(1, 40), 4, trace=trace)
+            for _ in range(100):
+                if len(collector.spans.get(TRACE_ID, [])) > 2:
+                    break
+                await anyio.sleep(0.1)  # exporters send in batches
+    finally:
+        server.stop(None)
+    assert len(collector.spans.get(TRACE_ID, [])) > 2, collector.spans
+
+
+async def test_its_own_storage_may_be_chosen(tmp_path: Path) -> None:
+    os.environ["SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"] = str(tmp_path)
+    try:
+        async with running(storage="own", hicache_storage_backend="file") as it:
+            prompt = it.prompt(1, 40)
+            output = await it.generate(prompt, 4)
+            assert len(output.tokens) == 4
+            assert it.engine.resident_pages(it.hashes(prompt)) == 0
+            assert len(it.engine.export_pages(it.hashes(prompt)).pages) == 0
+            assert it.engine.reusable_pages(it.hashes(prompt)) == 2
+            for _ in range(100):
+                if written := os.listdir(tmp_path):
+                    break
+                await anyio.sleep(0.1)
+            assert written
+    finally:
+        del os.environ["SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"]
+
+
+async def test_what_a_session_keeps_is_evicted_last_and_its_end_ends_that() -> None:
+    async with running(max_total_tokens="512", host_pages="32") as it:
+        kept, other = it.prompt(1, 97), it.prompt(2, 97)
+        await it.generate(kept, 1, retention_id="kept")
+        await it.generate(other, 1)
+        it.engine.pin("kept", it.hashes(kept), 60.0)
+
+        async def press(*seeds: int) -> None:
+            for seed in seeds:
+                await it.generate(it.prompt(seed, 97), 1)
+
+        await press(*range(3, 21))  # more than the device and sglang's host memory hold
+        assert it.engine._view.run(it.hashes(kept)) == 6
+        assert it.engine._view.run(it.hashes(other)) < 6
+        it.engine.unpin("kept")
+        await press(*range(21, 39))
+        assert it.engine._view.run(it.hashes(kept)) < 6
+
+
+async def test_the_end_of_a_scheduler_is_the_end_of_the_engine() -> None:
+    async with running() as it:
+        going = it.request(it.prompt(1, 40), 400)
+        await it.until(going, 1)
+        scheduler = next(
+            c for c in psutil.Process().children() if "scheduler" in " ".join(c.cmdline())
+        )
+        scheduler.send_signal(signal.SIGKILL)
+        with anyio.fail_after(20):
+            while not it.failures:
+                await anyio.lowlevel.checkpoint()
+        assert "ended with -9" in str(it.failures[0])
+        with pytest.raises(EngineFailed):
+            it.request(it.prompt(2, 9), 4)
+        it.failures.clear()
+
+
+async def test_an_argument_that_sglang_does_not_know_is_refused_by_name() -> None:
+    with pytest.raises(EngineFailed, match="no_such_thing"):
+        async with running(no_such_thing="1"):
+            pass
+
+
+async def test_a_pool_smaller_than_the_device_is_refused() -> None:
+    with pytest.raises(EngineFailed, match="host_memory_mb"):
+        async with running(host_pages="4"):
+            pass

@@ -1,0 +1,132 @@
+"""A replica before a real server of sglang's, started by itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from statestore.embedded import dies_with_parent
+from tests.support.engines import EngineHarness
+from workers.engines.model_store import model_folder
+from workers.engines.port import EngineFinish, PagesExhausted
+from workers.engines.sglang_server.config import SglangServerConfig
+from workers.engines.sglang_server.engine import SglangServerEngine
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
+
+START_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port = free_port()
+    arguments = {
+        "--model-path": str(model_folder()),
+        "--device": "cpu",
+        "--attention-backend": "torch_native",
+        "--dtype": "float32",
+        "--max-total-tokens": "2048",
+        "--max-running-requests": "4",
+        "--host": "127.0.0.1",
+        "--port": str(port),
+    }
+    words = [word for pair in arguments.items() for word in pair]
+    words += ["--sleep-on-idle", "--skip-tokenizer-init", "--enable-session-radix-cache"]
+    command = [sys.executable, "-m", "sglang.launch_server", *words]
+    log = tmp_path_factory.mktemp("sglang") / "server.log"
+    environment = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            dies_with_parent(command),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+        )
+    address = f"http://127.0.0.1:{port}"
+    give_up_at = time.monotonic() + START_S
+    try:
+        while not _healthy(address):
+            assert server.poll() is None, log.read_text(errors="replace")[-3000:]
+            assert time.monotonic() < give_up_at, log.read_text(errors="replace")[-3000:]
+            time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+@pytest.fixture
+async def it(url: str) -> AsyncIterator[EngineHarness]:
+    folder = model_folder()
+    engine = SglangServerEngine(SglangServerConfig(url=url, model=str(folder)), folder)
+    harness = EngineHarness(engine)
+    await engine.start(harness.on_step, harness.failures.append)
+    yield harness
+    assert not harness.failures
+    await engine.aclose()
+
+
+async def test_generations_repeat_stop_and_reuse_their_prefix(it: EngineHarness) -> None:
+    prompt = it.prompt(1, 60)
+    first = await it.generate(prompt, 12, retention_id="s")
+    assert (len(first.tokens), first.finish) == (12, EngineFinish.MAX_TOKENS)
+    again = await it.generate(prompt, 12)
+    assert again.tokens == first.tokens
+    assert again.cached_tokens
+    stop = first.tokens[5]
+    stopped = await it.generate(prompt, 12, stop_token_ids=frozenset({stop}))
+    assert stopped.tokens == first.tokens[: first.tokens.index(stop) + 1]
+    other = await it.generate(prompt, 12, namespace=b"another tenant")
+    assert (other.tokens, other.cached_tokens) == (first.tokens, 0)
+
+
+async def test_a_cancelled_generation_ends_at_the_server_too(it: EngineHarness) -> None:
+    running = it.request(it.prompt(2, 60), 1000)
+    await it.until(running, 3)
+    it.engine.cancel(running)
+    assert (await it.generate(it.prompt(3, 9), 4)).finish is EngineFinish.MAX_TOKENS
+    assert it.engine.load().running == 0
+
+
+async def test_a_parked_generation_goes_on_the_same(it: EngineHarness) -> None:
+    prompt = it.prompt(4, 20)
+    expected = await it.generate(prompt, 20)
+    parked = it.request(prompt, 20)
+    await it.until(parked, 3)
+    it.engine.park(parked)
+    await it.generate(it.prompt(5, 9), 4)
+    it.engine.unpark(parked)
+    assert (await it.end_of(parked)).tokens == expected.tokens
+
+
+async def test_its_kv_cannot_be_had(it: EngineHarness) -> None:
+    hashes = it.hashes(it.prompt(1, 60))
+    assert len(it.engine.export_pages(hashes).pages) == 0
+    with pytest.raises(PagesExhausted):
+        it.engine.reserve_import(hashes, 0, 1)

@@ -1,0 +1,159 @@
+"""The view of what sglang's own tiers hold, from its KV events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from workers.engines.sglang.events import ResidentView
+from workers.kv.blocks import block_hashes
+
+SIZE = 4
+FINGERPRINT = b"kv"
+TENANT = b"tenant"
+TOKENS = list(range(4 * SIZE))
+NAMES = block_hashes(FINGERPRINT, TENANT, TOKENS, SIZE)
+HASHES = [101, 102, 103, 104]
+"""As sglang calls the pages."""
+
+
+def stored(
+    first: int, last: int, *, medium: str = "GPU", salt: str | None = TENANT.hex()
+) -> dict[str, Any]:
+    event: dict[str, Any] = {
+        "type": "BlockStored",
+        "block_hashes": HASHES[first:last],
+        "parent_block_hash": HASHES[first - 1] if first else None,
+        "token_ids": TOKENS[first * SIZE : last * SIZE],
+        "block_size": SIZE,
+        "medium": medium,
+    }
+    return event if salt is None else {**event, "cache_salt": salt}
+
+
+def removed(*hashes: int, medium: str = "GPU") -> dict[str, Any]:
+    return {"type": "BlockRemoved", "block_hashes": hashes, "medium": medium}
+
+
+def batch(*events: dict[str, Any]) -> bytes:
+    return msgspec.msgpack.encode([0.0, events, 0])
+
+
+class View:
+    """A view, and the publisher's buffer."""
+
+    def __init__(self) -> None:
+        self.view = ResidentView(FINGERPRINT, SIZE)
+        self.buffer: list[tuple[int, bytes]] = []
+        self.asked: list[int] = []
+        self._count = 0
+
+    def publish(self, *events: dict[str, Any], heard: bool = True, kept: bool = True) -> None:
+        number, payload = self._count, batch(*events)
+        self._count += 1
+        if kept:
+            self.buffer.append((number, payload))
+        if heard:
+            self.view.feed(number, payload, self._replay)
+
+    def _replay(self, first: int) -> list[tuple[int, bytes]]:
+        self.asked.append(first)
+        return [(number, payload) for number, payload in self.buffer if number >= first]
+
+    @property
+    def run(self) -> int:
+        return self.view.run(NAMES)
+
+
+@pytest.fixture
+def it() -> View:
+    return View()
+
+
+def test_stored_pages_are_resident_under_our_names(it: View) -> None:
+    it.publish(stored(0, 2))
+    it.publish(stored(2, 4))
+    assert it.run == 4
+    assert it.asked == []
+
+
+def test_a_page_is_gone_with_the_last_tier_that_holds_it(it: View) -> None:
+    it.publish(stored(0, 3), stored(0, 3, medium="CPU_PINNED"))
+    it.publish(removed(HASHES[2]))
+    assert it.run == 3
+    it.publish(removed(HASHES[2], medium="CPU_PINNED"), removed(HASHES[2]))
+    assert it.run == 2
+
+
+def test_the_same_page_stored_twice_is_removed_once(it: View) -> None:
+    it.publish(stored(0, 1), stored(0, 1), removed(HASHES[0]))
+    assert it.run == 0
+
+
+def test_everything_is_gone_when_the_cache_is_cleared(it: View) -> None:
+    it.publish(stored(0, 4), {"type": "AllBlocksCleared"})
+    assert (it.run, len(it.view)) == (0, 0)
+
+
+def test_pages_of_another_tenant_or_of_none_are_others(it: View) -> None:
+    it.publish(stored(0, 2, salt=b"another".hex()), stored(0, 2, salt=None))
+    assert it.run == 0
+
+
+def test_what_was_missed_is_asked_for_again(it: View) -> None:
+    it.publish(stored(0, 2))
+    it.publish(stored(2, 3), heard=False)
+    it.publish(removed(HASHES[1]), heard=False)
+    it.publish(stored(3, 4))
+    assert it.asked == [1]
+    assert it.run == 1
+    assert it.view.resyncs == 0
+
+
+def test_what_cannot_be_had_again_makes_the_view_unknown_never_stale(it: View) -> None:
+    it.publish(stored(0, 4))
+    it.publish(removed(HASHES[1]), heard=False, kept=False)
+    it.publish(stored(0, 1, medium="CPU_PINNED"))
+    assert it.view.resyncs == 1
+    assert it.run == 1  # of page 1 nothing is known: it is not counted on
+    it.publish(stored(1, 2))
+    assert it.run == 2
+
+
+def test_a_gap_in_what_is_sent_again_makes_the_view_unknown(it: View) -> None:
+    it.publish(stored(0, 4))
+    it.publish(removed(HASHES[0]), heard=False, kept=False)
+    it.publish(stored(3, 4), heard=False)
+    it.publish()
+    assert it.view.resyncs == 1
+    assert it.run == 0
+
+
+def test_the_first_batches_may_have_been_missed_too(it: View) -> None:
+    it.publish(stored(0, 2), heard=False)
+    it.publish(stored(2, 4))
+    assert it.asked == [0]
+    assert it.run == 4
+
+
+def test_a_batch_heard_twice_counts_once(it: View) -> None:
+    it.publish(stored(0, 2))
+    it.publish(removed(HASHES[1]))
+    it.view.feed(0, it.buffer[0][1], lambda first: [])
+    assert it.run == 1
+
+
+def test_pages_whose_beginning_is_unknown_are_passed_over(it: View) -> None:
+    it.publish(stored(2, 4))
+    it.publish(removed(HASHES[3]))
+    assert len(it.view) == 0
+
+
+def test_what_is_dropped_is_not_counted_on_any_more(it: View) -> None:
+    it.publish(stored(0, 4))
+    it.view.forget(NAMES[1:])
+    assert it.run == 1
+    it.publish(removed(*HASHES))
+    assert it.run == 0

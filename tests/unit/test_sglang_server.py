@@ -1,0 +1,155 @@
+"""A replica before an sglang server that somebody else runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from tests.support.engines import EngineHarness
+from tests.support.fake_sglang import FakeSglang, fake_sglang
+from workers.engines.port import EngineFailed, EngineFinish, PagesExhausted
+from workers.engines.sglang_server import engine as engine_module
+from workers.engines.sglang_server.config import SglangServerConfig
+from workers.engines.sglang_server.engine import SglangServerEngine
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FakeSglang]:
+    async with fake_sglang() as fake:
+        yield fake
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = {"vocab_size": 1000, "eos_token_id": [2, 3]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def config_of(server: FakeSglang, folder: Path) -> SglangServerConfig:
+    return SglangServerConfig(url=server.url, model=str(folder), api_key="secret", timeout_s=5.0)
+
+
+@pytest.fixture
+async def it(server: FakeSglang, folder: Path) -> AsyncIterator[EngineHarness]:
+    engine = SglangServerEngine(config_of(server, folder), folder)
+    harness = EngineHarness(engine)
+    await engine.start(harness.on_step, harness.failures.append)
+    yield harness
+    await engine.aclose()
+
+
+async def test_it_is_what_its_server_says(it: EngineHarness, folder: Path) -> None:
+    info = it.engine.info
+    assert (info.engine, info.model) == ("sglang-server", folder.name)
+    assert (info.page_size, info.capacity_pages, info.max_context_tokens) == (16, 64, 1007)
+    assert (info.vocab_size, info.eos_token_ids) == (1000, (2, 3))
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+async def test_a_generation_streams_what_is_new(
+    server: FakeSglang, folder: Path, incremental: bool
+) -> None:
+    server.info["incremental_streaming_output"] = incremental
+    engine = SglangServerEngine(config_of(server, folder), folder)
+    it = EngineHarness(engine)
+    await engine.start(it.on_step, it.failures.append)
+    trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    output = await it.generate([10, 20], 5, retention_id="s", trace=trace)
+    assert output.tokens == (21, 22, 23, 24, 25)
+    assert (output.finish, output.cached_tokens) == (EngineFinish.MAX_TOKENS, 16)
+    path, headers, body = server.asked[-1]
+    assert (path, headers["authorization"]) == ("/generate", "Bearer secret")
+    assert headers["traceparent"] == trace["traceparent"]
+    assert (body["input_ids"], body["session_id"]) == ([10, 20], "s")
+    assert body["cache_salt"] == b"tenant".hex()
+    await engine.aclose()
+
+
+async def test_a_cancelled_generation_is_aborted_at_the_server(
+    server: FakeSglang, it: EngineHarness
+) -> None:
+    server.hold = asyncio.Event()
+    running = it.request([10], 100)
+    await it.until(running, 1)
+    it.engine.cancel(running)
+    await _until_asked(server, "/abort_request")
+    assert server.asked[-1][2] == {"rid": server.asked[1][2]["rid"]}
+    server.hold.set()
+
+
+async def test_a_refusal_and_a_broken_stream_end_the_generation_alone(
+    server: FakeSglang, it: EngineHarness
+) -> None:
+    server.refusal = 400, b'{"error": "too long"}'
+    refused = await it.generate([10], 4)
+    assert refused.error is not None
+    assert "too long" in refused.error
+    server.refusal, server.break_after = None, 2
+    broken = await it.generate([10], 4)
+    assert (broken.tokens, broken.error is None) == ((11, 12), False)
+    server.break_after = None
+    assert (await it.generate([10], 2)).tokens == (11, 12)
+
+
+async def test_pages_cannot_be_had(it: EngineHarness) -> None:
+    hashes = it.hashes([1] * 64)
+    assert it.engine.resident_pages(hashes) == 0
+    export = it.engine.export_pages(hashes)
+    assert len(export.pages) == 0
+    export.release()
+    with pytest.raises(PagesExhausted):
+        it.engine.reserve_import(hashes, 0, 4)
+
+
+async def test_what_is_pinned_is_given_up_with_its_session(
+    server: FakeSglang, it: EngineHarness
+) -> None:
+    it.engine.pin("s", it.hashes([1] * 64), 60.0)
+    it.engine.unpin("s")
+    await _until_asked(server, "/close_session")
+    assert server.asked[-1][2] == {"session_id": "s"}
+    it.engine.unpin("s")
+
+
+async def test_a_server_that_does_not_answer_any_more_is_the_end_of_the_replica(
+    server: FakeSglang, it: EngineHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "HEALTH_PERIOD_S", 0.01)
+    server.healthy = False
+    with anyio.fail_after(10):
+        while not it.failures:
+            await anyio.lowlevel.checkpoint()
+    assert "does not answer" in str(it.failures[0])
+    with pytest.raises(EngineFailed):
+        it.request([10], 1)
+
+
+async def test_what_is_no_sglang_server_is_refused(server: FakeSglang, folder: Path) -> None:
+    del server.info["page_size"]
+    with pytest.raises(EngineFailed, match="server_info is not"):
+        await SglangServerEngine(config_of(server, folder), folder).start(print, print)
+    gone = SglangServerConfig(url="http://127.0.0.1:1", model=str(folder))
+    with pytest.raises(EngineFailed, match="cannot be asked"):
+        await SglangServerEngine(gone, folder).start(print, print)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"url": "ftp://x"}, {"url": "nowhere"}, {"max_running": 0}, {"replay": "tcp://x:1"}]
+)
+def test_contradictions_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"must|of no use"):
+        SglangServerConfig(**{"url": "http://x", "model": "m", **wrong})  # type: ignore[arg-type]
+
+
+async def _until_asked(server: FakeSglang, path: str) -> None:
+    with anyio.fail_after(10):
+        while server.asked[-1][0] != path:
+            await anyio.lowlevel.checkpoint()

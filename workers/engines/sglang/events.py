@@ -1,0 +1,168 @@
+"""Which pages sglang's own tiers hold, from the KV events that its scheduler publishes.
+
+Events are numbered. What was missed is asked for again from the publisher's buffer; what that no
+longer has makes the whole view unknown, and it is begun anew: a view may lack pages that are there,
+but never has pages that are not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from statestore.digest import pack_tokens
+from workers.kv.blocks import next_hash, root_hash
+
+log = logging.getLogger(__name__)
+
+TOPIC = "kv"
+REPLAY_TIMEOUT_MS = 200
+MAX_BLOCKS = 1 << 20
+"""Of the view; over it, it is begun anew."""
+
+
+async def follow_events(address: str) -> AsyncIterator[tuple[int, bytes]]:
+    """Numbered batches of events, as they are published, for ever."""
+    context: zmq.asyncio.Context = zmq.asyncio.Context.instance()
+    socket: Any = context.socket(zmq.SUB)
+    with socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.connect(address)
+        socket.setsockopt(zmq.SUBSCRIBE, b"")
+        while True:
+            _, number, payload = await socket.recv_multipart()
+            yield int.from_bytes(number, "big"), payload
+
+
+def missed_events(address: str, first: int) -> list[tuple[int, bytes]]:
+    """The batches from a number on that the publisher still has. Waits shortly."""
+    context: zmq.Context[Any] = zmq.Context.instance()
+    with context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(address)
+        # As a REQ would ask, which takes only one answer.
+        socket.send_multipart([b"", first.to_bytes(8, "big")])
+        found: list[tuple[int, bytes]] = []
+        while socket.poll(REPLAY_TIMEOUT_MS):
+            _, number, payload = socket.recv_multipart()[-3:]
+            if int.from_bytes(number, "big", signed=True) < 0:
+                break
+            found.append((int.from_bytes(number, "big"), payload))
+        return found
+
+
+@dataclass(slots=True)
+class _Block:
+    name: bytes
+    media: set[str] = field(default_factory=set)
+
+
+class ResidentView:
+    """Not thread-safe: fed and asked on one thread."""
+
+    def __init__(self, kv_fingerprint: bytes, page_size: int) -> None:
+        self.resyncs = 0
+        """How often the view was begun anew because events were lost."""
+        self._kv_fingerprint = kv_fingerprint
+        self._page_size = page_size
+        self._blocks: dict[int, _Block] = {}
+        """sglang's hash -> block."""
+        self._resident: dict[bytes, int] = {}
+        """Our name -> how many of sglang's tiers hold it."""
+        self._next: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._resident)
+
+    def run(self, block_hashes: Sequence[bytes]) -> int:
+        """Longest run of these blocks, from the first, that sglang holds."""
+        for count, name in enumerate(block_hashes):
+            if name not in self._resident:
+                return count
+        return len(block_hashes)
+
+    def feed(
+        self, number: int, payload: bytes, replay: Callable[[int], list[tuple[int, bytes]]]
+    ) -> None:
+        """Takes the batch of this number. ``replay`` returns the batches from a number on that the
+        publisher still has."""
+        expected = 0 if self._next is None else self._next
+        if number < expected:
+            return  # heard before
+        if number > expected:
+            for missed, batch in replay(expected):
+                if missed == expected and missed < number:
+                    self._take(batch)
+                    expected += 1
+        if number > expected:
+            log.warning("KV events %d to %d were lost: the view begins anew", expected, number - 1)
+            self.resyncs += 1
+            self._clear()
+        self._take(payload)
+        self._next = number + 1
+
+    def forget(self, block_hashes: Sequence[bytes]) -> None:
+        """sglang may still hold these, and nobody is to count on it."""
+        for name in block_hashes:
+            self._resident.pop(name, None)
+
+    def _clear(self) -> None:
+        self._blocks.clear()
+        self._resident.clear()
+
+    def _take(self, payload: bytes) -> None:
+        batch = msgspec.msgpack.decode(payload)
+        for event in batch[1]:
+            kind = event["type"]
+            if kind == "BlockStored":
+                self._stored(event)
+            elif kind == "BlockRemoved":
+                for hash_ in event["block_hashes"]:
+                    self._removed(hash_, event.get("medium") or "")
+            elif kind == "AllBlocksCleared":
+                self._clear()
+        if len(self._blocks) > MAX_BLOCKS:
+            log.warning("more than %d KV blocks are known: the view begins anew", MAX_BLOCKS)
+            self.resyncs += 1
+            self._clear()
+
+    def _stored(self, event: dict[str, Any]) -> None:
+        tokens, size = event["token_ids"], self._page_size
+        parent = event.get("parent_block_hash")
+        salt = event.get("cache_salt")
+        if event["block_size"] != size or salt is None:
+            return  # nobody of ours asked for it
+        if parent is None:
+            previous = root_hash(self._kv_fingerprint, bytes.fromhex(salt))
+        elif parent in self._blocks:
+            previous = self._blocks[parent].name
+        else:
+            return  # stored before the view began
+        medium = event.get("medium") or ""
+        for index, hash_ in enumerate(event["block_hashes"]):
+            page = tokens[size * index : size * (index + 1)]
+            previous = next_hash(previous, pack_tokens(page))
+            block = self._blocks.setdefault(hash_, _Block(previous))
+            if medium not in block.media:
+                block.media.add(medium)
+                self._resident[block.name] = self._resident.get(block.name, 0) + 1
+
+    def _removed(self, hash_: int, medium: str) -> None:
+        block = self._blocks.get(hash_)
+        if block is None or medium not in block.media:
+            return
+        block.media.remove(medium)
+        left = self._resident.get(block.name, 0) - 1
+        if left > 0:
+            self._resident[block.name] = left
+        else:
+            self._resident.pop(block.name, None)
+        if not block.media:
+            del self._blocks[hash_]

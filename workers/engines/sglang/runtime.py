@@ -1,0 +1,274 @@
+"""The real sglang, in this process, on a thread and an event loop of its own.
+
+sglang's ``Engine`` brings its scheduler processes, a tokenizer manager that runs on an event loop,
+signal handlers and an exit handler that ends all children of its process. On a thread of its own it
+gets the loop to itself and leaves the process's signals alone; the exit handler is taken back, and
+only the processes that it started are ended here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import contextvars
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from workers.engines.port import EngineFailed
+from workers.engines.sglang.events import follow_events
+from workers.engines.sglang.requests import Chunk, Request, chunk_of
+
+log = logging.getLogger(__name__)
+
+WARM_UP_TOKENS = 40
+END_TIMEOUT_S = 10.0
+"""A scheduler that has not ended by then is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What sglang has found out at its start."""
+
+    max_total_tokens: int
+    max_input_tokens: int
+    context_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    parallelism: str
+
+
+class Runtime:
+    """A :class:`workers.engines.sglang.requests.Sender`.
+
+    ``on_chunk``, ``on_events`` and ``on_end`` are called on the loop that :meth:`start` was called
+    on; nothing of the others may be called before it returned.
+    """
+
+    def __init__(
+        self,
+        server_args: Any,
+        *,
+        events: str,
+        on_chunk: Callable[[Chunk], None],
+        on_events: Callable[[tuple[int, bytes]], None],
+        on_end: Callable[[EngineFailed], None],
+    ) -> None:
+        """``server_args`` is sglang's ``ServerArgs``; ``events`` is the address that its
+        KV events come from."""
+        self._server_args = server_args
+        self._events = events
+        self._on_chunk, self._on_events, self._on_end = on_chunk, on_events, on_end
+        self._thread: threading.Thread | None = None
+        self._own: asyncio.AbstractEventLoop | None = None
+        self._children: list[multiprocessing.process.BaseProcess] = []
+        self._quit: asyncio.Event | None = None
+        self._failure: Exception | None = None
+
+    async def start(self) -> Facts:
+        """Starts the processes and warms up. Raises EngineFailed."""
+        self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
+        self._ready: asyncio.Future[Facts] = self._loop.create_future()
+        # Its schedulers tell of a crash by SIGQUIT, which would end this process on the spot.
+        if threading.current_thread() is threading.main_thread():
+            self._quit_before = signal.signal(signal.SIGQUIT, self._on_quit)
+        self._thread = threading.Thread(target=self._run, name="sglang", daemon=True)
+        self._thread.start()
+        return await self._ready
+
+    async def aclose(self) -> None:
+        """Ends sglang's processes. Idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        if self._own is not None and self._quit is not None:
+            with contextlib.suppress(RuntimeError):  # its loop has ended by itself
+                self._own.call_soon_threadsafe(self._quit.set)
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(thread.join)
+        if signal.getsignal(signal.SIGQUIT) == self._on_quit:
+            signal.signal(signal.SIGQUIT, self._quit_before)
+
+    def generate(self, request: Request) -> None:
+        self._tell(lambda: self._tasks.start_soon(self._stream, request, name=request.rid))
+
+    def abort(self, rid: str) -> None:
+        self._tell(lambda: self._manager.abort_request(rid))
+
+    def close_session(self, session_id: str) -> None:
+        """What the session's requests left in the prefix cache goes first from now on."""
+        from sglang.srt.managers.io_struct import CloseSessionReqInput
+
+        request = CloseSessionReqInput(session_id=session_id)
+        self._tell(
+            lambda: self._tasks.start_soon(self._manager.close_session, request, name="close")
+        )
+
+    async def flush(self) -> bool:
+        """Forgets what sglang has cached; False while requests run."""
+        done: asyncio.Future[bool] = self._loop.create_future()
+
+        async def flush() -> None:
+            answer = await self._manager.flush_cache()
+            self._post(done.set_result, bool(answer.success))
+
+        self._tell(lambda: self._tasks.start_soon(flush, name="flush"))
+        return await done
+
+    # -- on sglang's thread -------------------------------------------------------------------
+
+    def _tell(self, action: Callable[[], object]) -> None:
+        assert self._own is not None
+        with contextlib.suppress(RuntimeError):  # it has ended, and all that there was with it
+            self._own.call_soon_threadsafe(action)
+
+    def _post(self, callback: Callable[[Any], None], value: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, value, context=self._context)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except Exception as error:
+            log.debug("sglang's thread ends", exc_info=True)
+            self._post(self._ended, error)
+        else:
+            self._post(self._ended, None)
+
+    async def _main(self) -> None:
+        from sglang.srt.entrypoints.engine import Engine
+        from sglang.srt.managers.io_struct import ShutdownReq
+        from sglang.srt.managers.load_snapshot import shm_path_for
+
+        self._own, self._quit = asyncio.get_running_loop(), asyncio.Event()
+        before = set(multiprocessing.active_children())
+        engine = None
+        try:
+            engine = Engine(server_args=self._server_args)
+            atexit.unregister(engine.shutdown)  # it ends every child of this process
+            self._manager = engine.tokenizer_manager
+            self._children = [c for c in multiprocessing.active_children() if c not in before]
+            async with anyio.create_task_group() as tasks:
+                self._tasks = tasks
+                await self._warm_up()
+                tasks.start_soon(self._listen)
+                self._post(self._started, _facts(engine))
+                await self._quit.wait()
+                tasks.cancel_scope.cancel()
+        finally:
+            if engine is not None:
+                watchdog = engine.tokenizer_manager._subprocess_watchdog
+                if watchdog is not None:
+                    watchdog.stop()
+                engine.tokenizer_manager._dispatch_to_scheduler(ShutdownReq())
+            _end([c for c in multiprocessing.active_children() if c not in before])
+            if engine is not None:
+                # Nobody else does: sglang looks for such files when it next starts.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(shm_path_for(engine.port_args.instance_id))
+                engine.send_to_rpc.close(linger=0)
+
+    async def _warm_up(self) -> None:
+        """So that the first request does not pay for set-up."""
+        ids = list(range(3, 3 + WARM_UP_TOKENS))
+        request = Request("warm-up", ids, {"temperature": 0, "max_new_tokens": 2}, "", "", 0)
+        async for _ in await self._stream_of(request):
+            pass
+
+    async def _stream(self, request: Request) -> None:
+        since = asyncio.get_running_loop().time()
+        try:
+            async for answer in await self._stream_of(request):
+                before, since = since, asyncio.get_running_loop().time()
+                chunk = chunk_of(request.rid, answer, since - before)
+                self._post(self._on_chunk, chunk)
+        except Exception as error:  # noqa: BLE001 - this request alone failed, whatever it is
+            self._post(self._on_chunk, Chunk(request.rid, (), 0, 0.0, None, f"sglang: {error}"))
+
+    async def _stream_of(self, request: Request) -> Any:
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        return self._manager.generate_request(
+            GenerateReqInput(
+                input_ids=request.input_ids,
+                sampling_params=request.sampling,
+                stream=True,
+                rid=request.rid,
+                cache_salt=request.salt or None,
+                session_id=request.session_id or None,
+                priority=request.priority,
+                external_trace_header=dict(request.trace) or None,
+            ),
+            None,
+        )
+
+    async def _listen(self) -> None:
+        async for event in follow_events(self._events):
+            self._post(self._on_events, event)
+
+    # -- on the worker's loop -----------------------------------------------------------------
+
+    def _started(self, facts: Facts) -> None:
+        if not self._ready.done():
+            self._ready.set_result(facts)
+
+    def _ended(self, error: Exception | None) -> None:
+        if not self._ready.done():
+            detail = f"sglang did not start: {error}"
+            self._ready.set_exception(EngineFailed(detail))
+        elif error is not None:
+            self._on_end(EngineFailed(f"sglang failed: {error!r}; restart the replica"))
+
+    def _on_quit(self, number: int, frame: Any) -> None:
+        self._post(self._look_at_children, None)
+        if callable(self._quit_before):
+            self._quit_before(number, frame)  # of another engine in this process
+
+    def _look_at_children(self, _: None) -> None:
+        for child in self._children:
+            if not child.is_alive():
+                self._on_end(
+                    EngineFailed(
+                        f"a process of sglang ended with {child.exitcode}; restart the replica"
+                    )
+                )
+                return
+        log.warning("SIGQUIT, and every process of sglang lives")
+
+
+def _end(children: list[multiprocessing.process.BaseProcess]) -> None:
+    """The schedulers were asked to; the others end when they are told."""
+    deadline = time.monotonic() + END_TIMEOUT_S
+    for stop in (None, "terminate", "kill"):
+        for child in children:
+            if stop is not None and child.is_alive():
+                getattr(child, stop)()
+        for child in children:
+            child.join(max(0.1, deadline - time.monotonic()) / 3 if stop != "kill" else None)
+
+
+def _facts(engine: Any) -> Facts:
+    info = engine._scheduler_init_result.scheduler_infos[0]
+    manager, args = engine.tokenizer_manager, engine.server_args
+    model = manager.model_config
+    eos = model.hf_eos_token_id or set()
+    return Facts(
+        max_total_tokens=int(info["max_total_num_tokens"]),
+        max_input_tokens=int(info["max_req_input_len"]),
+        context_tokens=int(model.context_len),
+        vocab_size=int(model.vocab_size),
+        eos_token_ids=tuple(sorted(eos)),
+        dtype=str(model.dtype),
+        parallelism=f"tp{args.tp_size} pp{args.pp_size} kv {args.kv_cache_dtype}",
+    )
