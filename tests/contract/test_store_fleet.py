@@ -35,6 +35,15 @@ async def test_heartbeats_replace_counter_and_load(store: RedisStore) -> None:
     assert (record.heartbeat, record.load) == (2, '{"a":2}')
 
 
+async def test_a_heartbeat_that_comes_late_changes_nothing(store: RedisStore) -> None:
+    """Observers would see a counter go back, and take the next one for silence (P9)."""
+    ref = await store.register_replica(ReplicaRegistration("r1", "{}"))
+    await store.heartbeat(ref, 3, "new")
+    assert await store.heartbeat(ref, 2, "old") == 3
+    (record,) = await store.fleet()
+    assert (record.heartbeat, record.load) == (3, "new")
+
+
 async def test_a_restarted_replica_replaces_its_earlier_incarnation(store: RedisStore) -> None:
     old = await store.register_replica(ReplicaRegistration("r1", "old"))
     await store.set_draining(old, True)

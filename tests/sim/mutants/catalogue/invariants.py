@@ -312,7 +312,7 @@ INVARIANTS = (
         "I9",
         (
             Edit(
-                "workers/engines/paged.py",
+                "workers/engines/cached_pages.py",
                 "        return self._cache.drop(block_hashes)\n",
                 "        return 0\n",
             ),
