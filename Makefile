@@ -114,8 +114,9 @@ lint: $(INSTALLED)
 test: lint check-protos
 	$(BIN)/python -m pytest $(PYTEST_ARGS) </dev/null
 
+# What sglang warns of is its own.
 test-sglang: $(SGLANG_INSTALLED)
-	$(SGLANG_VENV)/bin/python -m pytest tests/sglang $(PYTEST_ARGS) </dev/null
+	$(SGLANG_VENV)/bin/python -m pytest -W default tests/sglang $(PYTEST_ARGS) </dev/null
 
 sim: $(INSTALLED)
 	$(BIN)/python -m loadtest.simulation --seeds $(SEEDS) $(SIM_ARGS)
