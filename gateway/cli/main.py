@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import importlib.util
 from pathlib import Path
@@ -11,7 +12,14 @@ import typer
 
 from gateway.cli import chat, fleet, serve, sessions
 from gateway.cli.output import JsonOption, fail, reported_errors
-from gateway.cli.serve import Engine
+
+
+class DemoEngine(enum.StrEnum):
+    """Engines that the demo's fleet fits on a small machine with."""
+
+    SIM = "sim"
+    TORCH = "torch"
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +39,7 @@ app.command()(serve.worker)
 @app.command()
 def demo(
     engine: Annotated[
-        Engine | None, typer.Option(help="Default: torch if it is installed, else sim.")
+        DemoEngine | None, typer.Option(help="Default: torch if it is installed, else sim.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the report is written.")] = Path(
         "demo-report.json"
@@ -48,7 +56,7 @@ def demo(
         fail(f"the demo is not installed ({error})")
         return
     if engine is None:
-        engine = Engine.TORCH if importlib.util.find_spec("torch") else Engine.SIM
+        engine = DemoEngine.TORCH if importlib.util.find_spec("torch") else DemoEngine.SIM
     with reported_errors():
         out.open("a").close()  # a report that cannot be written is told before the run, not after
         raise typer.Exit(run_demo(str(engine), out, faults=faults, as_json=as_json))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -93,8 +94,9 @@ class Alone:
         self._runtime = Runtime(
             arguments,
             events=events,
+            replay=replay,
             on_chunk=self._take,
-            on_events=lambda event: None,
+            on_events=lambda batch: None,
             on_end=_raise,
         )
         await self._runtime.start()
@@ -288,4 +290,5 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", default=["overhead", "moves"])
     options = parser.parse_args()
-    print(json.dumps(anyio.run(main, options.rounds, options.parts), indent=2))  # noqa: T201
+    report = anyio.run(main, options.rounds, options.parts)
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from tests.support.engines import EngineHarness, EngineSize
+from tests.support.engines import EngineHarness, EngineSize, Output
 from workers.engines.model_store import model_folder
 from workers.engines.port import Sampling
 from workers.engines.sglang.config import SglangConfig
@@ -27,7 +27,7 @@ class SglangHarness(EngineHarness):
     engine: SglangEngine
     noise = Sampling()  # on the CPU only this repeats
 
-    async def end_of(self, generation_id: str) -> object:  # type: ignore[override]
+    async def end_of(self, generation_id: str) -> Output:
         output = await super().end_of(generation_id)
         await self.settled()
         return output

@@ -142,6 +142,12 @@ async def test_an_argument_that_sglang_does_not_know_is_refused_by_name() -> Non
             pass
 
 
+async def test_ranks_with_other_kv_under_equal_keys_are_refused() -> None:
+    with pytest.raises(EngineFailed, match="dp_size must be 1"):
+        async with running(dp_size="2"):
+            pass
+
+
 async def test_a_pool_smaller_than_the_device_is_refused() -> None:
     with pytest.raises(EngineFailed, match="host_memory_mb"):
         async with running(host_pages="4"):

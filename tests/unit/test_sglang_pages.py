@@ -241,6 +241,14 @@ async def _until(condition: Any) -> None:
     raise AssertionError("it never came true")
 
 
+async def test_what_was_dropped_is_not_kept_until_a_request_has_it_again(desk: Desk) -> None:
+    keys, names = desk.context(TOKENS)
+    desk.names.forget(names[1:])
+    assert await fill_all(desk, keys) == [0]
+    desk.context(TOKENS)
+    assert await fill_all(desk, keys) == [1, 2]
+
+
 def test_names_are_bounded() -> None:
     names = PageNames(3)
     context = ContextNames(

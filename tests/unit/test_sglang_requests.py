@@ -63,8 +63,9 @@ class World:
     def abort(self, rid: str) -> None:
         self.aborted.append(rid)
 
-    def _pages(self, namespace: bytes) -> Pages:
+    def _pages(self, namespace: bytes, tokens: Sequence[int]) -> Pages:
         self.pages.append(Pages())
+        self.pages[-1].extend(tokens)
         return self.pages[-1]
 
     def submit(self, name: str = "g", tokens: Sequence[int] = (5, 6), **fields: Any) -> None:

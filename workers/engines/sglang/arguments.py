@@ -82,7 +82,20 @@ def server_arguments(
         }
     elif "hicache_storage_backend" in given:
         values["enable_hierarchical_cache"] = "true"
-    return _parse(values)
+    arguments = _parse(values)
+    if config.storage == "sessile":
+        _refuse_foreign_ranks(arguments)
+    return arguments
+
+
+def _refuse_foreign_ranks(arguments: Any) -> None:
+    """Ranks that hold other tokens' KV, or slices of pages, under equal keys."""
+    for name in ("dp_size", "attn_cp_size", "dcp_size"):
+        if getattr(arguments, name, 1) > 1:
+            raise ValueError(
+                f"{name} must be 1 where Sessile moves the KV: run one worker for each, or give "
+                "storage=own"
+            )
 
 
 def _has_gpu() -> bool:

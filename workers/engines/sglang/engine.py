@@ -9,20 +9,19 @@ its KV events tell.
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import anyio
 
 from workers.engines.cached_pages import CachedPages
-from workers.engines.port import EngineFailed, EngineInfo, EngineLoad, GenerateRequest, OnStep
+from workers.engines.port import EngineFailed, EngineInfo, EngineLoad, OnStep
 from workers.engines.sglang.arguments import hash_pages, namespace_seed, server_arguments
+from workers.engines.sglang.base import RequestEngine
 from workers.engines.sglang.config import SglangConfig
-from workers.engines.sglang.events import ResidentView, missed_events
+from workers.engines.sglang.events import ResidentView
 from workers.engines.sglang.fingerprint import kv_fingerprint
 from workers.engines.sglang.host_pages import HostPages, NoPages
 from workers.engines.sglang.keys import ContextNames, PageNames
@@ -35,17 +34,17 @@ NAMES_PER_PAGE = 4
 SHARED_MEMORY = Path("/dev/shm")
 
 
-class SglangEngine(CachedPages):
+class SglangEngine(RequestEngine, CachedPages):
     """See the port :class:`workers.engines.port.Engine`. Everything but :meth:`start` and
     :meth:`aclose` needs a started engine. Noise repeats only where sglang's own does: on GPUs with
     deterministic inference; on the CPU only temperature 0 repeats."""
 
-    _generations: Generations
     _view: ResidentView
     _names: PageNames
 
     def __init__(self, config: SglangConfig, folder: Path, clock: Callable[[], float]) -> None:
         """``folder`` of the model; ``clock`` gives monotonic seconds (pins expire by it)."""
+        super().__init__()
         self._config = config
         self._folder = folder
         self._clock = clock
@@ -54,32 +53,28 @@ class SglangEngine(CachedPages):
         self._host: HostPages | None = None
         self._layout = ""
         self._scratch: Path | None = None
-        self._early: list[tuple[int, bytes]] | None = []
-        """KV events from before the view began; then None."""
-        self._tagged: dict[str, asyncio.TimerHandle] = {}
-        """Sessions whose pages sglang is to keep -> until when."""
 
     # -- life ---------------------------------------------------------------------------------
 
     async def start(self, on_step: OnStep, on_failure: Callable[[EngineFailed], None]) -> None:
         """Raises EngineFailed if sglang does not start; takes its time (half a minute here)."""
-        self._loop = asyncio.get_running_loop()
         self._on_failure = on_failure
         config = self._config
         self._scratch = Path(tempfile.mkdtemp(prefix="sessile-sglang-"))
         self._desk = PageDesk(self._scratch / "pages", self._make_host)
-        events, self._replay = (f"ipc://{self._scratch / name}" for name in ("events", "replay"))
+        events, replay = (f"ipc://{self._scratch / name}" for name in ("events", "replay"))
         try:
             arguments = await anyio.to_thread.run_sync(
-                server_arguments, config, self._folder, self._desk.path, events, self._replay
+                server_arguments, config, self._folder, self._desk.path, events, replay
             )
         except ValueError as error:
             raise EngineFailed(str(error)) from error
         self._runtime = Runtime(
             arguments,
             events=events,
+            replay=replay,
             on_chunk=lambda chunk: self._generations.take(chunk),
-            on_events=self._hear,
+            on_events=lambda batch: self._view.take(batch),
             on_end=self._fail,
         )
         with anyio.move_on_after(config.start_timeout_s) as scope:
@@ -90,6 +85,8 @@ class SglangEngine(CachedPages):
             kv_fingerprint, self._folder, facts, self._layout, config.page_size
         )
         self._open(facts, fingerprint)
+        if self._failure is not None:
+            raise self._failure  # it ended meanwhile
         self._generations.on_step = on_step
 
     def _open(self, facts: Facts, fingerprint: bytes) -> None:
@@ -121,13 +118,11 @@ class SglangEngine(CachedPages):
         self._keep_pages(info, host or NoPages(), self._clock)
         self._names = PageNames(NAMES_PER_PAGE * info.capacity_pages)
         self._view = ResidentView(fingerprint, config.page_size)
-        early, self._early = self._early or [], None
-        for event in early:
-            self._hear(event)
         if host is not None:
             host.unlink()  # every rank has mapped it: nothing stays if this process is killed
         self._generations = Generations(self._runtime, info, self._context)
         self._desk.open(self._cache, self._names)
+        self._runtime.listen()
 
     def _make_host(self, page_bytes: int, layout: str) -> HostPages:
         """On a thread of the desk's, while sglang starts."""
@@ -142,11 +137,7 @@ class SglangEngine(CachedPages):
         scratch, self._scratch = self._scratch, None
         if scratch is None:
             return
-        for timer in self._tagged.values():
-            timer.cancel()
-        self._tagged.clear()
-        if self._early is None:
-            self._generations.on_step = None
+        self._end()
         if self._runtime is not None:
             await self._runtime.aclose()
         if self._desk is not None:
@@ -155,31 +146,10 @@ class SglangEngine(CachedPages):
             self._host.unlink()
         shutil.rmtree(scratch, ignore_errors=True)
 
-    def _fail(self, error: EngineFailed) -> None:
-        generations = self._generations
-        if generations.on_step is not None:
-            generations.failure, generations.on_step = error, None
-            self._on_failure(error)
+    # -- pages --------------------------------------------------------------------------------
 
-    # -- generations --------------------------------------------------------------------------
-
-    def submit(self, request: GenerateRequest) -> None:
-        self._generations.submit(request)
-        # sglang may have them still and never ask: they are in use all the same.
-        hashes = self.block_hashes(request.namespace, request.tokens)
-        self._cache.release(self._cache.acquire(hashes))
-
-    def park(self, generation_id: str) -> None:
-        self._generations.park(generation_id)
-
-    def unpark(self, generation_id: str) -> None:
-        self._generations.unpark(generation_id)
-
-    def cancel(self, generation_id: str) -> None:
-        self._generations.cancel(generation_id)
-
-    def _context(self, namespace: bytes) -> ContextNames:
-        return ContextNames(
+    def _context(self, namespace: bytes, tokens: Sequence[int]) -> ContextNames:
+        context = ContextNames(
             self._names,
             hash_pages,
             kv_fingerprint=self._info.kv_fingerprint,
@@ -187,25 +157,20 @@ class SglangEngine(CachedPages):
             seed=namespace_seed(salt_of(namespace)),
             page_size=self._info.page_size,
         )
-
-    # -- pages --------------------------------------------------------------------------------
+        context.extend(tokens)
+        # sglang may have them still and never ask: they are in use all the same.
+        self._cache.release(self._cache.acquire(context.block_hashes))
+        return context
 
     def reusable_pages(self, block_hashes: Sequence[bytes]) -> int:
         return max(self.resident_pages(block_hashes), self._view.run(block_hashes))
 
     def pin(self, pin_id: str, block_hashes: Sequence[bytes], ttl_s: float) -> int:
-        """sglang keeps what requests of this retention id left, until then, over what none has."""
-        timer = self._tagged.pop(pin_id, None)
-        if timer is not None:
-            timer.cancel()
-        self._tagged[pin_id] = self._loop.call_later(ttl_s, self._untag, pin_id)
+        self._tag(pin_id, ttl_s)
         return super().pin(pin_id, block_hashes, ttl_s)
 
     def unpin(self, pin_id: str) -> None:
-        timer = self._tagged.get(pin_id)
-        if timer is not None:
-            timer.cancel()
-            self._untag(pin_id)
+        self._untag(pin_id)
         super().unpin(pin_id)
 
     def drop(self, block_hashes: Sequence[bytes]) -> int:
@@ -223,16 +188,9 @@ class SglangEngine(CachedPages):
         assert self._runtime is not None
         return await self._runtime.flush()
 
-    def _untag(self, pin_id: str) -> None:
-        del self._tagged[pin_id]
-        if self._runtime is not None:
-            self._runtime.close_session(pin_id)
-
-    def _hear(self, event: tuple[int, bytes]) -> None:
-        if self._early is not None:
-            self._early.append(event)
-        else:
-            self._view.feed(*event, partial(missed_events, self._replay))
+    def _close_session(self, session_id: str) -> None:
+        assert self._runtime is not None
+        self._runtime.close_session(session_id)
 
     def _pages_freed(self) -> None:
         """sglang asks again by itself."""
@@ -240,16 +198,7 @@ class SglangEngine(CachedPages):
     # -- reports ------------------------------------------------------------------------------
 
     def load(self) -> EngineLoad:
-        generations = self._generations
-        return EngineLoad(
-            running=generations.running,
-            queued=generations.queued,
-            queued_prefill_tokens=generations.prefill_tokens,
-            free_pages=max(0, self._cache.free_pages - generations.pages),
-            pinned_pages=self._cache.pinned_pages,
-            prefill_tokens_per_s=generations.rates.prefill,
-            decode_tokens_per_s=generations.rates.decode,
-        )
+        return self._load(self._cache.free_pages, self._cache.pinned_pages)
 
     def check_integrity(self) -> None:
         assert self._desk is not None

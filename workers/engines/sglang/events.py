@@ -8,7 +8,7 @@ but never has pages that are not.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,40 @@ MAX_BLOCKS = 1 << 20
 """Of the view; over it, it is begun anew."""
 
 
-async def follow_events(address: str) -> AsyncIterator[tuple[int, bytes]]:
-    """Numbered batches of events, as they are published, for ever."""
+async def follow_events(address: str, replay: str) -> AsyncIterator[bytes | None]:
+    """The batches of events that are published at ``address``, for ever (see :func:`in_order`).
+    ``replay`` is where the publisher answers for earlier ones; empty: nowhere."""
+
+    async def missed(first: int) -> list[tuple[int, bytes]]:
+        return await _earlier(replay, first) if replay else []
+
+    async for batch in in_order(_published(address), missed):
+        yield batch
+
+
+async def in_order(
+    published: AsyncIterator[tuple[int, bytes]],
+    missed: Callable[[int], Awaitable[list[tuple[int, bytes]]]],
+) -> AsyncIterator[bytes | None]:
+    """Numbered batches from number 0 on, each once; None where some were lost. ``missed`` returns
+    the batches from a number on that the publisher still has."""
+    expected = 0
+    async for number, payload in published:
+        if number > expected:
+            for earlier, batch in await missed(expected):
+                if earlier == expected and earlier < number:
+                    yield batch
+                    expected += 1
+        if number > expected:
+            log.warning("KV events %d to %d were lost", expected, number - 1)
+            yield None
+            expected = number
+        if number == expected:  # else it was heard before
+            yield payload
+            expected += 1
+
+
+async def _published(address: str) -> AsyncIterator[tuple[int, bytes]]:
     context: zmq.asyncio.Context = zmq.asyncio.Context.instance()
     socket: Any = context.socket(zmq.SUB)
     with socket:
@@ -41,17 +73,17 @@ async def follow_events(address: str) -> AsyncIterator[tuple[int, bytes]]:
             yield int.from_bytes(number, "big"), payload
 
 
-def missed_events(address: str, first: int) -> list[tuple[int, bytes]]:
-    """The batches from a number on that the publisher still has. Waits shortly."""
-    context: zmq.Context[Any] = zmq.Context.instance()
-    with context.socket(zmq.DEALER) as socket:
+async def _earlier(address: str, first: int) -> list[tuple[int, bytes]]:
+    context: zmq.asyncio.Context = zmq.asyncio.Context.instance()
+    socket: Any = context.socket(zmq.DEALER)
+    with socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(address)
         # As a REQ would ask, which takes only one answer.
-        socket.send_multipart([b"", first.to_bytes(8, "big")])
+        await socket.send_multipart([b"", first.to_bytes(8, "big")])
         found: list[tuple[int, bytes]] = []
-        while socket.poll(REPLAY_TIMEOUT_MS):
-            _, number, payload = socket.recv_multipart()[-3:]
+        while await socket.poll(REPLAY_TIMEOUT_MS):
+            _, number, payload = (await socket.recv_multipart())[-3:]
             if int.from_bytes(number, "big", signed=True) < 0:
                 break
             found.append((int.from_bytes(number, "big"), payload))
@@ -69,14 +101,13 @@ class ResidentView:
 
     def __init__(self, kv_fingerprint: bytes, page_size: int) -> None:
         self.resyncs = 0
-        """How often the view was begun anew because events were lost."""
+        """How often the view was begun anew."""
         self._kv_fingerprint = kv_fingerprint
         self._page_size = page_size
         self._blocks: dict[int, _Block] = {}
         """sglang's hash -> block."""
         self._resident: dict[bytes, int] = {}
         """Our name -> how many of sglang's tiers hold it."""
-        self._next: int | None = None
 
     def __len__(self) -> int:
         return len(self._resident)
@@ -88,38 +119,12 @@ class ResidentView:
                 return count
         return len(block_hashes)
 
-    def feed(
-        self, number: int, payload: bytes, replay: Callable[[int], list[tuple[int, bytes]]]
-    ) -> None:
-        """Takes the batch of this number. ``replay`` returns the batches from a number on that the
-        publisher still has."""
-        expected = 0 if self._next is None else self._next
-        if number < expected:
-            return  # heard before
-        if number > expected:
-            for missed, batch in replay(expected):
-                if missed == expected and missed < number:
-                    self._take(batch)
-                    expected += 1
-        if number > expected:
-            log.warning("KV events %d to %d were lost: the view begins anew", expected, number - 1)
-            self.resyncs += 1
-            self._clear()
-        self._take(payload)
-        self._next = number + 1
-
-    def forget(self, block_hashes: Sequence[bytes]) -> None:
-        """sglang may still hold these, and nobody is to count on it."""
-        for name in block_hashes:
-            self._resident.pop(name, None)
-
-    def _clear(self) -> None:
-        self._blocks.clear()
-        self._resident.clear()
-
-    def _take(self, payload: bytes) -> None:
-        batch = msgspec.msgpack.decode(payload)
-        for event in batch[1]:
+    def take(self, batch: bytes | None) -> None:
+        """The next batch of events; None: some were lost, and the view begins anew."""
+        if batch is None:
+            self.reset()
+            return
+        for event in msgspec.msgpack.decode(batch)[1]:
             kind = event["type"]
             if kind == "BlockStored":
                 self._stored(event)
@@ -130,8 +135,21 @@ class ResidentView:
                 self._clear()
         if len(self._blocks) > MAX_BLOCKS:
             log.warning("more than %d KV blocks are known: the view begins anew", MAX_BLOCKS)
-            self.resyncs += 1
-            self._clear()
+            self.reset()
+
+    def reset(self) -> None:
+        """Nothing is known any more."""
+        self.resyncs += 1
+        self._clear()
+
+    def forget(self, block_hashes: Sequence[bytes]) -> None:
+        """sglang may still hold these, and nobody is to count on it."""
+        for name in block_hashes:
+            self._resident.pop(name, None)
+
+    def _clear(self) -> None:
+        self._blocks.clear()
+        self._resident.clear()
 
     def _stored(self, event: dict[str, Any]) -> None:
         tokens, size = event["token_ids"], self._page_size

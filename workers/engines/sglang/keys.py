@@ -77,7 +77,8 @@ class ContextNames:
         self._tail: list[int] = []
         self._key = seed
         self._root = root_hash(kv_fingerprint, namespace)
-        self._last: bytes | None = None
+        self.block_hashes: list[bytes] = []
+        """Our names of the whole pages so far."""
 
     def extend(self, tokens: Sequence[int]) -> None:
         """The context goes on with these tokens."""
@@ -90,6 +91,8 @@ class ContextNames:
         packed = pack_tokens(pages)
         for index, key in enumerate(self._hash_pages(pages, self._key, size)):
             page = packed[4 * size * index : 4 * size * (index + 1)]
-            block_hash = next_hash(self._last or self._root, page)
-            self._names.note(key, PageName(block_hash, self._last))
-            self._key, self._last = key, block_hash
+            parent = self.block_hashes[-1] if self.block_hashes else None
+            block_hash = next_hash(parent or self._root, page)
+            self._names.note(key, PageName(block_hash, parent))
+            self.block_hashes.append(block_hash)
+            self._key = key

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from workers.engines.port import (
@@ -100,10 +100,12 @@ class _Generation:
 
 
 class Generations:
-    """All generations of one engine, on one event loop. ``context`` begins the page names of a
-    new one."""
+    """All generations of one engine, on one event loop. ``context(namespace, tokens)`` begins the
+    pages of a new one."""
 
-    def __init__(self, sender: Sender, info: EngineInfo, context: Callable[[bytes], Pages]) -> None:
+    def __init__(
+        self, sender: Sender, info: EngineInfo, context: Callable[[bytes, Sequence[int]], Pages]
+    ) -> None:
         self.info = info
         self.on_step: OnStep | None = None
         """None while the engine does not run."""
@@ -116,7 +118,7 @@ class Generations:
         self._all: dict[str, _Generation] = {}
         self._by_rid: dict[str, _Generation] = {}
         self._queue: list[_Generation] = []
-        self._due: list[StepOutput] = []
+        self._due: dict[str, StepOutput] = {}
         self._delivery_due = False
         self._rids = 0
         self._prefix = uuid.uuid4().hex
@@ -164,8 +166,7 @@ class Generations:
                 f"{len(self._all)} generations run or wait", self._retry_after_ms()
             )
         limit = min(request.max_new_tokens, info.max_context_tokens - len(tokens))
-        generation = _Generation(request, self._context(request.namespace), limit)
-        generation.pages.extend(tokens)
+        generation = _Generation(request, self._context(request.namespace, tokens), limit)
         self._all[request.generation_id] = generation
         self._queue.append(generation)
         self._queue.sort(key=lambda queued: -queued.request.priority)  # stable: first come first
@@ -192,7 +193,7 @@ class Generations:
     def cancel(self, generation_id: str) -> None:
         generation = self._all.get(generation_id)
         if generation is not None:
-            self._due = [o for o in self._due if o.generation_id != generation_id]
+            self._due.pop(generation_id, None)
             self._retract(generation)
             self._forget(generation)
 
@@ -321,26 +322,20 @@ class Generations:
     def _deliver(self, output: StepOutput) -> None:
         """With everything else of this turn of the loop: what sglang computed in one step comes
         together."""
-        for index, due in enumerate(self._due):
-            if due.generation_id == output.generation_id:
-                self._due[index] = StepOutput(
-                    due.generation_id,
-                    due.tokens + output.tokens,
-                    output.finish,
-                    due.cached_tokens,
-                    output.error,
-                )
-                return
-        self._due.append(output)
+        due = self._due.get(output.generation_id)
+        if due is not None:
+            tokens = due.tokens + output.tokens
+            output = replace(output, tokens=tokens, cached_tokens=due.cached_tokens)
+        self._due[output.generation_id] = output
         if not self._delivery_due:
             self._delivery_due = True
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._delivery_due = False
-        due, self._due = self._due, []
+        due, self._due = self._due, {}
         if due and self.on_step is not None:
-            self.on_step(due)
+            self.on_step([*due.values()])
 
     def _measure(self, generation: _Generation, chunk: Chunk) -> None:
         """Rates: of a first chunk its prefill, of others their step."""

@@ -61,17 +61,20 @@ class Runtime:
         *,
         events: str,
         on_chunk: Callable[[Chunk], None],
-        on_events: Callable[[tuple[int, bytes]], None],
+        replay: str,
+        on_events: Callable[[bytes | None], None],
         on_end: Callable[[EngineFailed], None],
     ) -> None:
-        """``server_args`` is sglang's ``ServerArgs``; ``events`` is the address that its
-        KV events come from."""
+        """``server_args`` is sglang's ``ServerArgs``; ``events`` and ``replay`` are where its KV
+        events are published and repeated."""
         self._server_args = server_args
-        self._events = events
+        self._events, self._replay = events, replay
         self._on_chunk, self._on_events, self._on_end = on_chunk, on_events, on_end
         self._thread: threading.Thread | None = None
         self._own: asyncio.AbstractEventLoop | None = None
         self._children: list[multiprocessing.process.BaseProcess] = []
+        self._before = set(multiprocessing.active_children())
+        """Processes that are not sglang's."""
         self._quit: asyncio.Event | None = None
         self._failure: Exception | None = None
 
@@ -96,6 +99,10 @@ class Runtime:
             with contextlib.suppress(RuntimeError):  # its loop has ended by itself
                 self._own.call_soon_threadsafe(self._quit.set)
         with anyio.CancelScope(shield=True):
+            if not (self._ready.done() and not self._ready.cancelled()):
+                # It is in the middle of its start, and sees only its processes end.
+                started = [c for c in multiprocessing.active_children() if c not in self._before]
+                await anyio.to_thread.run_sync(_end, started)
             await anyio.to_thread.run_sync(thread.join)
         if signal.getsignal(signal.SIGQUIT) == self._on_quit:
             signal.signal(signal.SIGQUIT, self._quit_before)
@@ -114,6 +121,10 @@ class Runtime:
         self._tell(
             lambda: self._tasks.start_soon(self._manager.close_session, request, name="close")
         )
+
+    def listen(self) -> None:
+        """From now on KV events are told, from the first one on."""
+        self._tell(lambda: self._tasks.start_soon(self._listen, name="events"))
 
     async def flush(self) -> bool:
         """Forgets what sglang has cached; False while requests run."""
@@ -152,17 +163,15 @@ class Runtime:
         from sglang.srt.managers.load_snapshot import shm_path_for
 
         self._own, self._quit = asyncio.get_running_loop(), asyncio.Event()
-        before = set(multiprocessing.active_children())
         engine = None
         try:
             engine = Engine(server_args=self._server_args)
             atexit.unregister(engine.shutdown)  # it ends every child of this process
             self._manager = engine.tokenizer_manager
-            self._children = [c for c in multiprocessing.active_children() if c not in before]
+            self._children = [c for c in multiprocessing.active_children() if c not in self._before]
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
                 await self._warm_up()
-                tasks.start_soon(self._listen)
                 self._post(self._started, _facts(engine))
                 await self._quit.wait()
                 tasks.cancel_scope.cancel()
@@ -172,7 +181,7 @@ class Runtime:
                 if watchdog is not None:
                     watchdog.stop()
                 engine.tokenizer_manager._dispatch_to_scheduler(ShutdownReq())
-            _end([c for c in multiprocessing.active_children() if c not in before])
+            _end([c for c in multiprocessing.active_children() if c not in self._before])
             if engine is not None:
                 # Nobody else does: sglang looks for such files when it next starts.
                 with contextlib.suppress(FileNotFoundError):
@@ -214,8 +223,8 @@ class Runtime:
         )
 
     async def _listen(self) -> None:
-        async for event in follow_events(self._events):
-            self._post(self._on_events, event)
+        async for batch in follow_events(self._events, self._replay):
+            self._post(self._on_events, batch)
 
     # -- on the worker's loop -----------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import anyio
@@ -21,14 +21,14 @@ from workers.engines.port import (
     EngineFailed,
     EngineInfo,
     EngineLoad,
-    GenerateRequest,
     OnStep,
     PageExport,
     PageImport,
     PageMeta,
     PagesExhausted,
 )
-from workers.engines.sglang.events import ResidentView, follow_events, missed_events
+from workers.engines.sglang.base import RequestEngine
+from workers.engines.sglang.events import ResidentView, follow_events
 from workers.engines.sglang.requests import Chunk, Generations, Request, chunk_of
 from workers.engines.sglang_server.client import ServerFacts, SglangClient
 from workers.engines.sglang_server.config import SglangServerConfig
@@ -41,15 +41,15 @@ UNHEALTHY = 3
 """Times in a row that a server does not answer before it is taken for dead."""
 
 
-class SglangServerEngine:
+class SglangServerEngine(RequestEngine):
     """See the port :class:`workers.engines.port.Engine`."""
 
     def __init__(self, config: SglangServerConfig, folder: Path) -> None:
         """``folder`` of the server's model."""
+        super().__init__()
         self._config = config
         self._folder = folder
         self._task: asyncio.Task[None] | None = None
-        self._tagged: dict[str, asyncio.TimerHandle] = {}
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ class SglangServerEngine:
             raise
         self._info = _info(config, self._folder, self._facts)
         self._view = ResidentView(self._info.kv_fingerprint, self._info.page_size)
-        self._generations = Generations(self, self._info, lambda namespace: _Unnamed())
+        self._generations = Generations(self, self._info, lambda namespace, tokens: _Unnamed())
         self._generations.on_step = on_step
         ready = anyio.Event()
         # The one task without a task group above it: the port has none to give. It is awaited in
@@ -84,9 +84,7 @@ class SglangServerEngine:
         task, self._task = self._task, None
         if task is None:
             return
-        self._generations.on_step = None
-        for timer in self._tagged.values():
-            timer.cancel()
+        self._end()
         task.cancel()
         with anyio.CancelScope(shield=True):
             with contextlib.suppress(asyncio.CancelledError):
@@ -106,34 +104,19 @@ class SglangServerEngine:
         while True:
             await anyio.sleep(HEALTH_PERIOD_S)
             missed = 0 if await self._client.healthy() else missed + 1
-            if missed >= UNHEALTHY and self._generations.on_step is not None:
-                failure = EngineFailed(
-                    f"the sglang server {self._config.url} does not answer; restart the replica "
-                    "when it does"
+            if missed >= UNHEALTHY:
+                self._fail(
+                    EngineFailed(
+                        f"the sglang server {self._config.url} does not answer; restart the "
+                        "replica when it does"
+                    )
                 )
-                self._generations.failure, self._generations.on_step = failure, None
-                self._on_failure(failure)
 
     async def _listen(self) -> None:
-        def missed(first: int) -> list[tuple[int, bytes]]:
-            return missed_events(self._config.replay, first) if self._config.replay else []
-
-        async for number, payload in follow_events(self._config.events):
-            self._view.feed(number, payload, missed)
+        async for batch in follow_events(self._config.events, self._config.replay):
+            self._view.take(batch)
 
     # -- generations --------------------------------------------------------------------------
-
-    def submit(self, request: GenerateRequest) -> None:
-        self._generations.submit(request)
-
-    def park(self, generation_id: str) -> None:
-        self._generations.park(generation_id)
-
-    def unpark(self, generation_id: str) -> None:
-        self._generations.unpark(generation_id)
-
-    def cancel(self, generation_id: str) -> None:
-        self._generations.cancel(generation_id)
 
     def generate(self, request: Request) -> None:
         """As a :class:`workers.engines.sglang.requests.Sender`."""
@@ -153,12 +136,12 @@ class SglangServerEngine:
             detail = f"the sglang server: {type(error).__name__}: {error}"
             self._generations.take(Chunk(request.rid, (), 0, 0.0, None, detail))
 
-    async def _try(self, call: Callable[[str], object], name: str) -> None:
+    async def _try(self, call: Callable[[str], Awaitable[None]], name: str) -> None:
         """What need not succeed: the server ends it by itself in time."""
         try:
-            await call(name)  # type: ignore[misc]
+            await call(name)
         except httpx2.HTTPError as error:
-            log.warning("the sglang server does not take an %s: %s", call, error)
+            log.warning("the sglang server does not let go of %s: %s", name, error)
 
     # -- pages --------------------------------------------------------------------------------
 
@@ -174,18 +157,12 @@ class SglangServerEngine:
         return self._view.run(block_hashes)
 
     def pin(self, pin_id: str, block_hashes: Sequence[bytes], ttl_s: float) -> int:
-        timer = self._tagged.pop(pin_id, None)
-        if timer is not None:
-            timer.cancel()
         if self._facts.tags_sessions:
-            self._tagged[pin_id] = self._loop.call_later(ttl_s, self._untag, pin_id)
+            self._tag(pin_id, ttl_s)
         return 0
 
     def unpin(self, pin_id: str) -> None:
-        timer = self._tagged.get(pin_id)
-        if timer is not None:
-            timer.cancel()
-            self._untag(pin_id)
+        self._untag(pin_id)
 
     def drop(self, block_hashes: Sequence[bytes]) -> int:
         """The server lets go of them when it needs the room."""
@@ -200,24 +177,14 @@ class SglangServerEngine:
     ) -> PageImport:
         raise PagesExhausted("an sglang server takes no KV from elsewhere")
 
-    def _untag(self, pin_id: str) -> None:
-        del self._tagged[pin_id]
+    def _close_session(self, session_id: str) -> None:
         if self._task is not None:
-            self._tasks.start_soon(self._try, self._client.close_session, pin_id, name="close")
+            self._tasks.start_soon(self._try, self._client.close_session, session_id, name="close")
 
     # -- reports ------------------------------------------------------------------------------
 
     def load(self) -> EngineLoad:
-        generations = self._generations
-        return EngineLoad(
-            running=generations.running,
-            queued=generations.queued,
-            queued_prefill_tokens=generations.prefill_tokens,
-            free_pages=max(0, self._info.capacity_pages - generations.pages),
-            pinned_pages=0,
-            prefill_tokens_per_s=generations.rates.prefill,
-            decode_tokens_per_s=generations.rates.decode,
-        )
+        return self._load(self._info.capacity_pages, 0)
 
     def check_integrity(self) -> None:
         """There are no pages here."""
