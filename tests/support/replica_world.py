@@ -14,6 +14,7 @@ import anyio
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1 import session_pb2, types_pb2
 
+from gateway.core import errors
 from loadtest.simulation.loop import run
 from loadtest.simulation.redis import LuaExecutor
 from statestore.digest import RollingDigest
@@ -21,13 +22,16 @@ from statestore.ports import SessionWritten
 from statestore.records import NewSession, ReplicaRef, Session, Turn
 from statestore.redis_store import RedisStore
 from workers.config import ReplicaSettings, TurnLimits
-from workers.engines.port import PageExport, PageImport
+from workers.engines.port import PageExport, PageImport, Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.engine import SimEngine
+from workers.engines.sim.model import expected_output
 from workers.replica import ReplicaAdapters, run_replica
 from workers.service import ReplicaApp
 from workers.text.bytes_codec import BytesCodec
 from workers.text.port import TextCodec
+from workers.turn.ending import Broken
+from workers.turn.run import TurnRun
 
 EPOCH_US = 1_763_888_000_000_000
 TENANT = "acme"
@@ -91,6 +95,17 @@ class RunningReplica:
         """As SIGKILL: nothing is said to anybody."""
         self.scope.cancel()
         await anyio.sleep(0.001)
+
+    def run(self, session_id: str = SESSION) -> TurnRun:
+        """The turn that runs here, or ran last."""
+        run = self.app._runs.get(session_id)
+        assert run is not None
+        return run
+
+    async def break_off(self) -> None:
+        """The engine gives up the turn: its run leaves it unfinished."""
+        self.run().leave(Broken(errors.Unavailable("the engine makes no progress")))
+        await anyio.sleep(0.1)
 
 
 @dataclass
@@ -195,6 +210,13 @@ class World:
         assert isinstance(outcome, SessionWritten), outcome
         return outcome.session
 
+    async def start_owner(self, name: str = "r1") -> RunningReplica:
+        """A replica that is given the session, which is opened for it."""
+        replica = await self.start(name)
+        await self.open()
+        await self.give(replica)
+        return replica
+
     async def request(
         self, replica: RunningReplica, text: str = "Hello", turn_id: str = "t1", **turn: object
     ) -> pb.DispatchTurnRequest:
@@ -216,9 +238,17 @@ class World:
             tenant=TENANT,
         )
 
+    async def turns(self) -> tuple[Turn, ...]:
+        return await self.store.get_turns(await self.session(), 0, 9)
+
     async def ledger(self, session_id: str = SESSION) -> list[int]:
         session = await self.session(session_id)
         return await self.store.read_tokens(session, 0, session.head.length)
+
+
+def expected(ledger: list[int], start: int, count: int) -> list[int]:
+    """What the model says after the first ``start`` tokens, unless a turn asks for sampling."""
+    return expected_output(ledger[:start], count, Sampling(), 0.0)
 
 
 def message(
@@ -263,6 +293,26 @@ class Heard:
         """The last place this stream knows."""
         last = [e.tokens for e in self.events if e.HasField("tokens")][-1]
         return types_pb2.Position(length=last.position + len(last.token_ids), digest=last.digest)
+
+
+class Standby:
+    """A standby of the store that lags: it follows a turn no further than to its first tokens."""
+
+    def __init__(self, world: World, heard: Heard) -> None:
+        self._executor = world.executor
+        self._heard = heard
+        self._kept, self._tokens = world.executor.snapshot(), 0
+
+    async def follow(self) -> None:
+        """To be called between the parts of the turn's stream."""
+        tokens = len(self._heard.tokens)
+        if 3 <= tokens < 5:
+            self._kept, self._tokens = self._executor.snapshot(), tokens
+
+    def promote(self) -> None:
+        """The store fails over to it: what was written after its state is lost."""
+        assert 3 <= self._tokens < len(self._heard.tokens), "it loses the end of the turn"
+        self._executor.restore(self._kept)
 
 
 async def listen(

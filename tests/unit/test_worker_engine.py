@@ -23,9 +23,7 @@ from workers.residency import Residency, ResidentSession
 async def test_an_engine_that_hangs_gives_its_turns_up_for_resumption() -> None:
     limits = TurnLimits(progress_timeout_s=10)
     async with world(SimConfig(timing=SimTiming(step_ms=100_000)), limits) as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         with pytest.raises(errors.Unavailable) as caught:
             await listen(replica, await w.request(replica))
         assert caught.value.reason == "ENGINE_STALLED"
@@ -55,9 +53,7 @@ async def test_a_turn_that_waits_in_the_queue_of_a_busy_engine_is_not_hung() -> 
 async def test_a_turn_that_can_never_fit_fails_with_the_engines_reason() -> None:
     config = SimConfig(capacity_pages=2, timing=SimTiming(step_ms=10), eos_probability=0)
     async with world(config) as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         heard = await listen(replica, await w.request(replica, "x" * 100))
         assert heard.finished.status == types_pb2.TURN_STATUS_FAILED
         assert heard.finished.reason == types_pb2.FINISH_REASON_ERROR
@@ -68,9 +64,7 @@ async def test_a_turn_that_can_never_fit_fails_with_the_engines_reason() -> None
 @in_virtual_time
 async def test_an_accepted_turn_waits_for_a_place_in_a_full_engine() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         submit, refusals = replica.engine.submit, 3
 
         def full(request: object) -> None:
@@ -89,9 +83,7 @@ async def test_an_accepted_turn_waits_for_a_place_in_a_full_engine() -> None:
 @in_virtual_time
 async def test_a_failed_engine_ends_the_replica_with_a_good_bye() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
 
         async def turn() -> None:
             with pytest.raises(errors.Unavailable):
@@ -109,9 +101,7 @@ async def test_a_failed_engine_ends_the_replica_with_a_good_bye() -> None:
 @in_virtual_time
 async def test_another_tenant_cannot_attach_to_a_running_turn() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         request = await w.request(replica)
         await listen(replica, request, until=lambda h: len(h.tokens) > 3)
         request.tenant = "other"

@@ -7,7 +7,6 @@ import pytest
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1 import types_pb2
 
-from gateway.core import errors
 from loadtest.simulation.redis import Fault
 from statestore.executor import ScriptCall
 from statestore.ports import Appended
@@ -17,13 +16,13 @@ from tests.support.replica_world import (
     SESSION,
     Heard,
     RunningReplica,
+    Standby,
     World,
     in_virtual_time,
     listen,
     world,
 )
 from workers.service import RECONCILE_S
-from workers.turn.ending import Broken
 from workers.turn.repair import repair
 
 SOON = 1.5
@@ -32,31 +31,23 @@ assert SOON < RECONCILE_S / 2
 
 
 async def owner(w: World, name: str = "r1") -> RunningReplica:
-    replica = await w.start(name)
-    await w.open()
-    await w.give(replica)
+    replica = await w.start_owner(name)
     await anyio.sleep(SOON)  # what it has beaten by then is what the store can go back behind
     return replica
 
 
 async def statuses(w: World) -> dict[str, TurnStatus]:
-    turns = await w.store.get_turns(await w.session(), 0, 9)
-    return {turn.spec.turn_id: turn.status for turn in turns}
+    return {turn.spec.turn_id: turn.status for turn in await w.turns()}
 
 
 async def cut_off(w: World, replica: RunningReplica, timeout_ms: int = 60_000) -> Heard:
     """A whole turn t1, of which the store then has some tokens only."""
     heard = Heard()
-    kept = w.executor.snapshot()
-
-    async def remember() -> None:
-        nonlocal kept
-        if 3 <= len(heard.tokens) < 5:
-            kept = w.executor.snapshot()
-
-    await listen(replica, await w.request(replica, timeout_ms=timeout_ms), heard, between=remember)
+    standby = Standby(w, heard)
+    request = await w.request(replica, timeout_ms=timeout_ms)
+    await listen(replica, request, heard, between=standby.follow)
     await anyio.sleep(SOON)
-    w.executor.restore(kept)
+    standby.promote()
     assert (await w.turn()).status is TurnStatus.RUNNING
     assert (await w.session()).head.length < heard.finished.end.length
     return heard
@@ -81,7 +72,6 @@ async def test_the_end_of_a_turn_is_put_back_soon_though_nobody_asks() -> None:
 @in_virtual_time
 async def test_so_are_whole_turns_and_the_ownership_under_which_they_ran() -> None:
     async with world() as w:
-        kept = w.executor.snapshot()
         replica = await w.start()
         await w.open()
         kept = w.executor.snapshot()
@@ -117,22 +107,14 @@ def test_so_are_tokens_of_a_turn_that_broke_off(overdue: bool) -> None:
         async with world() as w:
             replica = await owner(w)
             heard = Heard()
-            kept = w.executor.snapshot()
-
-            async def remember() -> None:
-                nonlocal kept
-                if 3 <= len(heard.tokens) < 5:
-                    kept = w.executor.snapshot()
-
+            standby = Standby(w, heard)
             request = await w.request(replica, timeout_ms=1000 if overdue else 60_000)
             await listen(
-                replica, request, heard, between=remember, until=lambda h: len(h.tokens) > 9
+                replica, request, heard, between=standby.follow, until=lambda h: len(h.tokens) > 9
             )
-            run = replica.app._runs.get(SESSION)
-            assert run is not None
-            run.leave(Broken(errors.Unavailable("the engine makes no progress")))
+            await replica.break_off()
             await anyio.sleep(SOON)
-            w.executor.restore(kept)
+            standby.promote()
             await w.store.sweep(9)
             await anyio.sleep(SOON)
             start = heard.accepted.output_start.length
@@ -258,7 +240,7 @@ async def test_an_answer_to_a_heartbeat_that_gets_lost_is_no_loss_of_writes() ->
     async with world() as w:
         replica = await owner(w)
         await listen(replica, await w.request(replica))
-        lost, asked = False, 0
+        lost, asked = True, 0
 
         def fault(call: ScriptCall) -> Fault:
             nonlocal asked
@@ -266,7 +248,6 @@ async def test_an_answer_to_a_heartbeat_that_gets_lost_is_no_loss_of_writes() ->
             beat = call.script.name == "heartbeat"
             return Fault.REPLY_LOST if beat and lost else Fault.NONE
 
-        lost, asked = True, 0
         w.executor.fault = fault
         await anyio.sleep(RECONCILE_S / 4)
         lost = False

@@ -17,9 +17,7 @@ TOKENS_HEARD = 3
 @in_virtual_time
 async def test_a_turn_cancelled_behind_the_replicas_back_is_in_nobodys_way() -> None:
     async with world() as w:
-        replica = await w.start("r1")
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         first = await w.request(replica, params={"max_tokens": 500})
         await listen(replica, first, until=lambda heard: len(heard.tokens) >= TOKENS_HEARD)
 
@@ -42,9 +40,7 @@ async def test_a_turn_cancelled_behind_the_replicas_back_is_in_nobodys_way() -> 
 @in_virtual_time
 async def test_a_client_that_is_ahead_of_a_fenced_run_is_sent_to_the_owner() -> None:
     async with world() as w:
-        fenced, owner = await w.start("r1"), await w.start("r2")
-        await w.open()
-        await w.give(fenced)
+        fenced, owner = await w.start_owner("r1"), await w.start("r2")
         late = await w.request(fenced, params={"max_tokens": 50})
         await listen(fenced, late, until=lambda heard: len(heard.tokens) >= TOKENS_HEARD)
 

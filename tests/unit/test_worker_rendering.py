@@ -57,9 +57,7 @@ def test_only_what_is_quick_is_rendered_on_the_event_loop(
 @in_virtual_time
 async def test_the_simulation_stays_on_its_loop() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         threads = threading.active_count()
         await listen(replica, await w.request(replica, "x" * 1000))
         assert threading.active_count() == threads

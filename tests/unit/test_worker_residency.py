@@ -68,9 +68,7 @@ def check_nothing_is_left(replica: RunningReplica, names: list[bytes]) -> None:
 
 
 async def owned(w: World, name: str = "r1") -> RunningReplica:
-    replica = await w.start(name)
-    await w.open()
-    await w.give(replica)
+    replica = await w.start_owner(name)
     await listen(replica, await w.request(replica))
     return replica
 
@@ -119,9 +117,7 @@ def test_neither_does_a_copy_at_an_earlier_owner(end: End) -> None:
 @in_virtual_time
 async def test_a_turn_that_a_close_ended_leaves_nothing() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         heard = Heard()
 
         async def closed() -> None:
@@ -160,7 +156,7 @@ async def test_what_the_store_lost_is_still_held_for_a_repair() -> None:
         assert replica.app.session_ids() == [SESSION]
         heard = await listen(replica, request)
         assert heard.finished.status == types_pb2.TURN_STATUS_COMMITTED
-        turns = await w.store.get_turns(await w.session(), 0, 9)
+        turns = await w.turns()
         assert [turn.spec.turn_id for turn in turns] == ["t1", "t2"]
 
 

@@ -51,9 +51,7 @@ def import_request(source: RunningReplica, up_to: Position) -> pb.ImportSessionR
 
 async def two_replicas(w: World, output: int = 60) -> tuple[RunningReplica, RunningReplica]:
     """A session with one turn on the first."""
-    first, second = await w.start("r1"), await w.start("r2")
-    await w.open()
-    await w.give(first)
+    first, second = await w.start_owner("r1"), await w.start("r2")
     await listen(first, await w.request(first, params={"max_tokens": output}))
     return first, second
 

@@ -17,31 +17,24 @@ from tests.support.replica_world import (
     SESSION,
     Heard,
     RunningReplica,
+    Standby,
     World,
+    expected,
     in_virtual_time,
     listen,
     message,
     world,
 )
 from workers.config import TurnLimits
-from workers.engines.port import Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
-from workers.engines.sim.model import expected_output
 from workers.residency import MAX_RECENT_TURNS
 from workers.text.bytes_codec import BytesCodec
-from workers.turn.ending import Broken
-
-
-def expected(ledger: list[int], start: int, count: int) -> list[int]:
-    return expected_output(ledger[:start], count, Sampling(), 0.0)
 
 
 @in_virtual_time
 async def test_tokens_are_delivered_only_after_they_are_journalled() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         heard = Heard()
 
         async def compare() -> None:
@@ -58,9 +51,7 @@ def test_lost_requests_and_lost_answers_lose_and_repeat_nothing(seed: int) -> No
     @in_virtual_time
     async def turn() -> None:
         async with world() as w:
-            replica = await w.start()
-            await w.open()
-            await w.give(replica)
+            replica = await w.start_owner()
             draw = random.Random(seed)
             kinds = [Fault.REQUEST_LOST, Fault.REPLY_LOST, Fault.NONE, Fault.NONE]
             request = await w.request(replica)
@@ -79,9 +70,7 @@ def test_lost_requests_and_lost_answers_lose_and_repeat_nothing(seed: int) -> No
 async def test_an_outage_parks_the_turn_and_the_stream_says_so() -> None:
     limits = TurnLimits(waiting_interval_s=1.0)
     async with world(limits=limits) as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         heard = Heard()
         down: list[float] = []
 
@@ -109,15 +98,12 @@ async def test_an_engine_runs_only_so_far_ahead_of_the_journal() -> None:
     limits = TurnLimits(max_unacked_steps=3)
     config = SimConfig(timing=SimTiming(step_ms=10), eos_probability=0)
     async with world(config, limits) as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         request = await w.request(replica, params={"max_tokens": 1000})
         await listen(replica, request, until=lambda h: len(h.tokens) > 5)
         w.executor.fault = lambda call: Fault.REQUEST_LOST
         await anyio.sleep(0.5)
-        run = replica.app._runs.get(SESSION)
-        assert run is not None
+        run = replica.run()
         ahead = len(run.output.tokens)
         await anyio.sleep(5)
         assert len(run.output.tokens) == ahead
@@ -129,9 +115,7 @@ async def test_an_engine_runs_only_so_far_ahead_of_the_journal() -> None:
 @in_virtual_time
 async def test_an_outage_past_the_deadline_is_reported_as_unavailable() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         heard = Heard()
 
         async def cut() -> None:
@@ -147,20 +131,17 @@ async def test_an_outage_past_the_deadline_is_reported_as_unavailable() -> None:
 @in_virtual_time
 async def test_the_owner_puts_back_what_the_store_lost_in_mid_turn() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         heard = Heard()
-        kept = w.executor.snapshot()
+        standby = Standby(w, heard)
         lost = False
 
         async def fail_over() -> None:
-            nonlocal kept, lost
-            if 3 <= len(heard.tokens) < 5:
-                kept = w.executor.snapshot()
-            elif len(heard.tokens) > 10 and not lost:
+            nonlocal lost
+            await standby.follow()
+            if len(heard.tokens) > 10 and not lost:
                 lost = True
-                w.executor.restore(kept)
+                standby.promote()
 
         await listen(replica, await w.request(replica), heard, between=fail_over)
         assert lost
@@ -171,20 +152,17 @@ async def test_the_owner_puts_back_what_the_store_lost_in_mid_turn() -> None:
 
 async def cut_short(w: World, replica: RunningReplica, heard: Heard) -> None:
     """A turn whose last tokens the store loses, and that is cancelled before anybody writes."""
-    kept = w.executor.snapshot()
+    standby = Standby(w, heard)
     cancelled = False
 
     async def fail_over() -> None:
-        nonlocal kept, cancelled
-        if 3 <= len(heard.tokens) < 5:
-            kept = w.executor.snapshot()
-        elif len(heard.tokens) > 10 and not cancelled:
+        nonlocal cancelled
+        await standby.follow()
+        if len(heard.tokens) > 10 and not cancelled:
             cancelled = True
-            w.executor.restore(kept)
+            standby.promote()
             await w.store.cancel_turn(SESSION, "t1")
-            run = replica.app._runs.get(SESSION)
-            assert run is not None
-            run.look()
+            replica.run().look()
 
     await listen(replica, await w.request(replica), heard, between=fail_over)
     assert cancelled
@@ -193,9 +171,7 @@ async def cut_short(w: World, replica: RunningReplica, heard: Heard) -> None:
 @in_virtual_time
 async def test_a_turn_cancelled_before_its_lost_tokens_are_back_ends_where_its_client_is() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         heard = Heard()
         await cut_short(w, replica, heard)
         assert len(heard.tokens) > 10
@@ -211,23 +187,20 @@ async def test_a_turn_cancelled_before_its_lost_tokens_are_back_ends_where_its_c
 @in_virtual_time
 async def test_a_turn_that_began_after_a_shorter_end_is_not_overwritten() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        owned = await w.give(replica)
+        replica = await w.start_owner()
         heard = Heard()
-        kept = w.executor.snapshot()
+        standby = Standby(w, heard)
 
         async def fail_over() -> None:
-            nonlocal kept
-            if 3 <= len(heard.tokens) < 5:
-                kept = w.executor.snapshot()
-            elif len(heard.tokens) > 10:
-                w.executor.restore(kept)
+            await standby.follow()
+            if len(heard.tokens) > 10:
+                standby.promote()
                 await w.store.cancel_turn(SESSION, "t1")
-                short = (await w.session()).head
+                session = await w.session()
+                short = session.head
                 outcome = await w.store.begin_turn(
                     SESSION,
-                    owned.epoch,
+                    session.epoch,
                     short,
                     TurnSpec("other", b"", b"", 60_000),
                     [],
@@ -250,23 +223,19 @@ async def test_what_the_store_loses_of_a_cancelled_turn_is_put_back_for_who_read
     None
 ):
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         heard = Heard()
-        kept = w.executor.snapshot()
+        standby = Standby(w, heard)
 
         async def cancel() -> None:
-            nonlocal kept
-            if 3 <= len(heard.tokens) < 5:
-                kept = w.executor.snapshot()
-            elif len(heard.tokens) > 10:
+            await standby.follow()
+            if len(heard.tokens) > 10:
                 await w.store.cancel_turn(SESSION, "t1")
 
         request = await w.request(replica)
         await listen(replica, request, heard, between=cancel)
         assert heard.finished.status == types_pb2.TURN_STATUS_CANCELLED
-        w.executor.restore(kept)
+        standby.promote()
         await w.store.cancel_turn(SESSION, "t1")
         request.turn.resume_from.CopyFrom(heard.end)
         again = await listen(replica, request)
@@ -281,26 +250,16 @@ def test_what_the_store_loses_of_a_turn_that_broke_off_is_put_back_by_its_owner(
     @in_virtual_time
     async def turn() -> None:
         async with world() as w:
-            replica = await w.start()
-            await w.open()
-            await w.give(replica)
+            replica = await w.start_owner()
             heard = Heard()
-            kept = w.executor.snapshot()
-
-            async def remember() -> None:
-                nonlocal kept
-                if 3 <= len(heard.tokens) < 5:
-                    kept = w.executor.snapshot()
+            standby = Standby(w, heard)
 
             request = await w.request(replica)
             await listen(
-                replica, request, heard, between=remember, until=lambda h: len(h.tokens) > 9
+                replica, request, heard, between=standby.follow, until=lambda h: len(h.tokens) > 9
             )
-            run = replica.app._runs.get(SESSION)
-            assert run is not None
-            run.leave(Broken(errors.Unavailable("the engine makes no progress")))
-            await anyio.sleep(0.1)
-            w.executor.restore(kept)
+            await replica.break_off()
+            standby.promote()
             if cancelled:
                 await w.store.cancel_turn(SESSION, "t1")
             request.turn.resume_from.CopyFrom(heard.end)
@@ -324,9 +283,7 @@ def test_what_the_store_loses_of_a_turn_that_broke_off_is_put_back_by_its_owner(
 @in_virtual_time
 async def test_a_turn_whose_very_begin_was_lost_is_put_back() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         first = await listen(replica, await w.request(replica))
         kept = w.executor.snapshot()
         heard = Heard()
@@ -349,9 +306,7 @@ async def test_a_turn_whose_very_begin_was_lost_is_put_back() -> None:
 @in_virtual_time
 async def test_lost_turns_are_put_back_before_the_next_one_begins() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         kept = w.executor.snapshot()
         first = await listen(replica, await w.request(replica))
         second = await listen(replica, await w.request(replica, "More", "t2"))
@@ -362,7 +317,7 @@ async def test_lost_turns_are_put_back_before_the_next_one_begins() -> None:
         for heard in (first, second, third):
             start = heard.accepted.output_start.length
             assert heard.tokens == ledger[start : start + 20]
-        assert [t.spec.turn_id for t in await w.store.get_turns(await w.session(), 0, 9)] == [
+        assert [t.spec.turn_id for t in await w.turns()] == [
             "t1", "t2", "t3",
         ]  # fmt: skip
 
@@ -372,9 +327,7 @@ async def test_a_session_of_which_more_is_lost_than_its_owner_holds_goes_on_once
     None
 ):
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         kept = w.executor.snapshot()
         for number in range(MAX_RECENT_TURNS + 1):
             await listen(replica, await w.request(replica, turn_id=f"t{number}"))
@@ -390,9 +343,7 @@ async def test_a_session_of_which_more_is_lost_than_its_owner_holds_goes_on_once
 @in_virtual_time
 async def test_a_dispatch_under_an_earlier_epoch_costs_the_owner_nothing_that_it_holds() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         late = await w.request(replica, "Late", "t2")
         await w.give(replica)
         kept = w.executor.snapshot()
@@ -411,9 +362,7 @@ async def test_a_dispatch_under_an_earlier_epoch_costs_the_owner_nothing_that_it
 @in_virtual_time
 async def test_neither_does_one_under_a_later_epoch_whose_grant_the_store_lost() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         kept = w.executor.snapshot()
         first = await listen(replica, await w.request(replica))
         known = types_pb2.Precondition(head=first.finished.end, turn_index=1)
@@ -433,9 +382,7 @@ async def test_neither_does_one_under_a_later_epoch_whose_grant_the_store_lost()
 @in_virtual_time
 async def test_a_repair_replaces_another_historys_turn_even_of_the_same_tokens() -> None:
     async with world() as w:
-        first, second = await w.start("r1"), await w.start("r2")
-        await w.open()
-        await w.give(first)
+        first, second = await w.start_owner("r1"), await w.start("r2")
         await listen(first, await w.request(first))
         kept = w.executor.snapshot()
         await w.give(second)
@@ -446,24 +393,19 @@ async def test_a_repair_replaces_another_historys_turn_even_of_the_same_tokens()
         w.executor.restore(kept)
         await listen(first, await w.request(first, "More", "other"))
         await listen(second, fourth)
-        turns = await w.store.get_turns(await w.session(), 0, 9)
+        turns = await w.turns()
         assert [turn.spec.turn_id for turn in turns] == ["t1", "t2", "t3", "t4"]
 
 
 @in_virtual_time
 async def test_a_lost_turn_that_had_broken_off_begins_anew_and_not_behind_its_own_tokens() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         first = await listen(replica, await w.request(replica))
         kept = w.executor.snapshot()
         request = await w.request(replica, "More", "t2")
         await listen(replica, request, until=lambda h: len(h.tokens) > 5)
-        run = replica.app._runs.get(SESSION)
-        assert run is not None
-        run.leave(Broken(errors.Unavailable("the engine makes no progress")))
-        await anyio.sleep(0.1)
+        await replica.break_off()
         w.executor.restore(kept)
         await listen(replica, request)
         second = await w.turn("t2")
@@ -474,9 +416,7 @@ async def test_a_lost_turn_that_had_broken_off_begins_anew_and_not_behind_its_ow
 @in_virtual_time
 async def test_a_turn_lost_by_the_store_ends_with_the_state_of_its_session() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         kept = w.executor.snapshot()
         heard = Heard()
 
@@ -492,9 +432,7 @@ async def test_a_turn_lost_by_the_store_ends_with_the_state_of_its_session() -> 
 @in_virtual_time
 async def test_histories_that_part_before_what_the_owner_holds_are_not_spliced() -> None:
     async with world() as w:
-        first, second = await w.start("r1"), await w.start("r2")
-        await w.open()
-        await w.give(first)
+        first, second = await w.start_owner("r1"), await w.start("r2")
         await listen(first, await w.request(first))
         kept = w.executor.snapshot()
         await listen(first, await w.request(first, "More", "t2"))
@@ -506,28 +444,23 @@ async def test_histories_that_part_before_what_the_owner_holds_are_not_spliced()
         await listen(first, await w.request(first, "Something else", "other"))
         with pytest.raises(errors.DataLoss):
             await listen(second, fourth)
-        turns = await w.store.get_turns(await w.session(), 0, 9)
+        turns = await w.turns()
         assert [turn.spec.turn_id for turn in turns] == ["t1", "other"]
 
 
 @in_virtual_time
 async def test_a_client_that_knows_more_than_the_ledger_gets_data_loss_from_a_new_owner() -> None:
     async with world() as w:
-        first, second = await w.start("r1"), await w.start("r2")
-        await w.open()
-        await w.give(first)
+        first, second = await w.start_owner("r1"), await w.start("r2")
         heard = Heard()
-        kept = w.executor.snapshot()
-
-        async def remember() -> None:
-            nonlocal kept
-            if 3 <= len(heard.tokens) < 5:
-                kept = w.executor.snapshot()
+        standby = Standby(w, heard)
 
         request = await w.request(first)
-        await listen(first, request, heard, between=remember, until=lambda h: len(h.tokens) > 10)
+        await listen(
+            first, request, heard, between=standby.follow, until=lambda h: len(h.tokens) > 10
+        )
         await first.kill()
-        w.executor.restore(kept)
+        standby.promote()
         await w.give(second)
         request = await w.request(second)
         request.turn.resume_from.CopyFrom(heard.end)
@@ -539,9 +472,7 @@ async def test_a_client_that_knows_more_than_the_ledger_gets_data_loss_from_a_ne
 async def test_who_heard_of_a_turn_that_is_lost_as_a_whole_does_not_begin_it_anew() -> None:
     """Also after another turn, which ends past the place that the client has."""
     async with world() as w:
-        first, second = await w.start("r1"), await w.start("r2")
-        await w.open()
-        await w.give(first)
+        first, second = await w.start_owner("r1"), await w.start("r2")
         kept = w.executor.snapshot()
         heard = await listen(first, await w.request(first), until=lambda h: len(h.tokens) > 4)
         await first.kill()
@@ -567,9 +498,7 @@ async def test_who_heard_of_a_turn_that_is_lost_as_a_whole_does_not_begin_it_ane
 @in_virtual_time
 async def test_who_only_attaches_to_a_lost_turn_is_told_of_the_loss_if_it_has_some_of_it() -> None:
     async with world() as w:
-        first, second = await w.start("r1"), await w.start("r2")
-        await w.open()
-        await w.give(first)
+        first, second = await w.start_owner("r1"), await w.start("r2")
         kept = w.executor.snapshot()
         heard = await listen(first, await w.request(first), until=lambda h: len(h.tokens) > 4)
         await first.kill()
@@ -587,9 +516,7 @@ async def test_who_only_attaches_to_a_lost_turn_is_told_of_the_loss_if_it_has_so
 @in_virtual_time
 async def test_who_attaches_to_a_lost_turn_that_its_owner_holds_reads_it() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         kept = w.executor.snapshot()
         heard = await listen(replica, await w.request(replica))
         for turn_id, text in (("t1", ""), ("t1", "Hello")):
@@ -607,20 +534,13 @@ async def test_who_attaches_to_a_lost_turn_that_its_owner_holds_reads_it() -> No
 @in_virtual_time
 async def test_a_client_that_saw_the_end_of_a_turn_is_told_that_the_end_is_lost() -> None:
     async with world() as w:
-        first, second = await w.start("r1"), await w.start("r2")
-        await w.open()
-        await w.give(first)
+        first, second = await w.start_owner("r1"), await w.start("r2")
         heard = Heard()
-        kept = w.executor.snapshot()
+        standby = Standby(w, heard)
 
-        async def remember() -> None:
-            nonlocal kept
-            if 3 <= len(heard.tokens) < 5:
-                kept = w.executor.snapshot()
-
-        await listen(first, await w.request(first), heard, between=remember)
+        await listen(first, await w.request(first), heard, between=standby.follow)
         await first.kill()
-        w.executor.restore(kept)
+        standby.promote()
         await w.give(second)
         known = types_pb2.Precondition(head=heard.finished.end, turn_index=1)
         with pytest.raises(errors.DataLoss):
@@ -632,9 +552,7 @@ async def test_a_client_that_saw_the_end_of_a_turn_is_told_that_the_end_is_lost(
 @in_virtual_time
 async def test_a_turn_whose_caller_goes_away_during_its_begin_runs_on() -> None:
     async with world(delay_s=0.05) as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         request = await w.request(replica)
         # The caller goes away while the begin is on its way: the turn runs, detached.
         with anyio.move_on_after(0.32):
@@ -650,9 +568,7 @@ async def test_a_turn_whose_caller_goes_away_during_its_begin_runs_on() -> None:
 @in_virtual_time
 async def test_two_dispatches_of_one_new_turn_share_one_run() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         request = await w.request(replica)
         one, two = Heard(), Heard()
         async with anyio.create_task_group() as tasks:
@@ -690,9 +606,7 @@ async def test_a_stopped_replica_says_good_bye_and_a_killed_one_does_not() -> No
 @in_virtual_time
 async def test_messages_must_have_roles_and_fit() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         request = await w.request(replica)
         request.turn.messages.append(types_pb2.Message(content="who?"))
         with pytest.raises(errors.InvalidRequest):

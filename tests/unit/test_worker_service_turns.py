@@ -10,26 +10,26 @@ from gateway.core import errors
 from statestore.digest import RollingDigest
 from statestore.ports import Append, Appended, SessionWritten, TurnEnded
 from statestore.records import TurnStatus
-from tests.support.replica_world import SESSION, TENANT, Heard, in_virtual_time, listen, world
+from tests.support.replica_world import (
+    SESSION,
+    TENANT,
+    Heard,
+    expected,
+    in_virtual_time,
+    listen,
+    world,
+)
 from workers.config import TurnLimits
-from workers.engines.port import Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
-from workers.engines.sim.model import expected_output
 from workers.text.byte_vocabulary import END_OF_TURN
 from workers.text.bytes_codec import BytesCodec
 from workers.turn.request import fork_seed
 
 
-def expected(ledger: list[int], start: int, count: int) -> list[int]:
-    return expected_output(ledger[:start], count, Sampling(), 0.0)
-
-
 @in_virtual_time
 async def test_a_turn_is_accepted_streamed_and_committed() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         heard = await listen(replica, await w.request(replica))
         ledger, turn = await w.ledger(), await w.turn()
         start = heard.accepted.output_start.length
@@ -48,9 +48,7 @@ async def test_a_turn_is_accepted_streamed_and_committed() -> None:
 @in_virtual_time
 async def test_the_second_turn_appends_and_finds_its_prefix_cached() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         await listen(replica, await w.request(replica))
         before = await w.ledger()
         heard = await listen(replica, await w.request(replica, "More", "t2"))
@@ -65,9 +63,7 @@ async def test_the_second_turn_appends_and_finds_its_prefix_cached() -> None:
 @in_virtual_time
 async def test_an_attached_stream_goes_on_from_where_the_client_is() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         request = await w.request(replica)
         first = await listen(replica, request, until=lambda h: len(h.tokens) >= 7)
         request.turn.resume_from.CopyFrom(first.end)
@@ -80,9 +76,7 @@ async def test_an_attached_stream_goes_on_from_where_the_client_is() -> None:
 @in_virtual_time
 async def test_a_committed_turn_is_replayed_without_owning_the_session() -> None:
     async with world() as w:
-        owner, other = await w.start("r1"), await w.start("r2")
-        await w.open()
-        await w.give(owner)
+        owner, other = await w.start_owner("r1"), await w.start("r2")
         live = await listen(owner, await w.request(owner))
         request = await w.request(other)
         replayed = await listen(other, request)
@@ -96,9 +90,7 @@ async def test_a_committed_turn_is_replayed_without_owning_the_session() -> None
 @in_virtual_time
 async def test_a_repeat_with_other_input_is_refused() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         await listen(replica, await w.request(replica))
         with pytest.raises(errors.TurnConflict):
             await listen(replica, await w.request(replica, "Something else"))
@@ -108,9 +100,7 @@ async def test_a_repeat_with_other_input_is_refused() -> None:
 @in_virtual_time
 async def test_attach_only_does_not_begin_a_turn() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         with pytest.raises(errors.NotFound) as caught:
             await listen(replica, await w.request(replica, attach_only=True))
         assert caught.value.reason == "TURN_NOT_FOUND"
@@ -120,9 +110,7 @@ async def test_attach_only_does_not_begin_a_turn() -> None:
 @in_virtual_time
 async def test_other_tenants_incarnations_and_epochs_are_turned_away() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         request = await w.request(replica)
         request.tenant = "other"
         with pytest.raises(errors.NotFound):
@@ -142,9 +130,7 @@ async def test_other_tenants_incarnations_and_epochs_are_turned_away() -> None:
 async def test_input_over_the_context_is_refused_before_anything_is_written() -> None:
     config = SimConfig(max_context_tokens=64)
     async with world(config) as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         with pytest.raises(errors.ContextTooLong):
             await listen(replica, await w.request(replica, "x" * 100))
         session = await w.session()
@@ -172,9 +158,7 @@ def test_parameters_out_of_range_are_refused(params: dict[str, object]) -> None:
     @in_virtual_time
     async def refused() -> None:
         async with world() as w:
-            replica = await w.start()
-            await w.open()
-            await w.give(replica)
+            replica = await w.start_owner()
             with pytest.raises(errors.InvalidRequest):
                 await listen(replica, await w.request(replica, params=params))
             assert (await w.session()).head.length == 0
@@ -185,9 +169,7 @@ def test_parameters_out_of_range_are_refused(params: dict[str, object]) -> None:
 @in_virtual_time
 async def test_text_ends_before_a_stop_string_whose_tokens_stay_in_the_ledger() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         whole = await listen(replica, await w.request(replica))
         stop = whole.text[8:10]
         at = whole.text.index(stop)
@@ -211,9 +193,7 @@ async def test_text_ends_before_a_stop_string_whose_tokens_stay_in_the_ledger() 
 @in_virtual_time
 async def test_a_killed_replicas_turn_goes_on_elsewhere_from_the_ledgers_tail() -> None:
     async with world() as w:
-        first, second = await w.start("r1"), await w.start("r2")
-        await w.open()
-        await w.give(first)
+        first, second = await w.start_owner("r1"), await w.start("r2")
         heard = await listen(first, await w.request(first), until=lambda h: len(h.tokens) > 5)
         await first.kill()
         assert (await w.give(second)).active_turn_id == "t1"
@@ -229,9 +209,7 @@ async def test_a_killed_replicas_turn_goes_on_elsewhere_from_the_ledgers_tail() 
 @in_virtual_time
 async def test_a_resumed_turn_that_is_complete_is_committed_without_decoding_on() -> None:
     async with world() as w:
-        first, second = await w.start("r1"), await w.start("r2")
-        await w.open()
-        await w.give(first)
+        first, second = await w.start_owner("r1"), await w.start("r2")
         heard = await listen(first, await w.request(first), until=lambda h: len(h.tokens) >= 3)
         await first.kill()
         # The owner journalled end-of-turn and died before it could commit.
@@ -249,9 +227,7 @@ async def test_a_resumed_turn_that_is_complete_is_committed_without_decoding_on(
 @in_virtual_time
 async def test_a_fenced_run_emits_nothing_more() -> None:
     async with world() as w:
-        old, new = await w.start("r1"), await w.start("r2")
-        await w.open()
-        await w.give(old)
+        old, new = await w.start_owner("r1"), await w.start("r2")
         heard = Heard()
         request = await w.request(old)
         taken: list[int] = []
@@ -274,9 +250,7 @@ async def test_a_fenced_run_emits_nothing_more() -> None:
 @in_virtual_time
 async def test_a_cancel_ends_the_stream_where_the_ledger_stands() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         heard = Heard()
 
         async def cancel() -> None:
@@ -299,9 +273,7 @@ async def test_a_cancel_ends_the_stream_where_the_ledger_stands() -> None:
 @in_virtual_time
 async def test_a_cancel_before_the_begin_leaves_a_tombstone() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         await w.store.cancel_turn(SESSION, "t1")
         with pytest.raises(errors.TurnCancelled):
             await listen(replica, await w.request(replica))
@@ -310,9 +282,7 @@ async def test_a_cancel_before_the_begin_leaves_a_tombstone() -> None:
 @in_virtual_time
 async def test_a_cancel_after_the_commit_changes_nothing() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         live = await listen(replica, await w.request(replica))
         outcome = await w.store.cancel_turn(SESSION, "t1")
         assert isinstance(outcome, TurnEnded)
@@ -323,9 +293,7 @@ async def test_a_cancel_after_the_commit_changes_nothing() -> None:
 @in_virtual_time
 async def test_a_turn_past_its_deadline_fails_with_what_it_has() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         request = await w.request(replica, params={"max_tokens": 1000}, timeout_ms=300)
         heard = await listen(replica, request)
         assert heard.finished.status == types_pb2.TURN_STATUS_FAILED
@@ -339,9 +307,7 @@ async def test_a_turn_past_its_deadline_fails_with_what_it_has() -> None:
 @in_virtual_time
 async def test_a_slow_client_blocks_neither_the_turn_nor_another_stream() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         request = await w.request(replica, params={"max_tokens": 100})
         slow, fast = Heard(), Heard()
         done: dict[str, float] = {}
@@ -365,9 +331,7 @@ async def test_a_slow_client_blocks_neither_the_turn_nor_another_stream() -> Non
 async def test_a_turn_nobody_listens_to_ends_after_its_grace() -> None:
     limits = TurnLimits(detach_grace_s=2.0)
     async with world(limits=limits) as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         request = await w.request(replica, params={"max_tokens": 5000})
         await listen(replica, request, until=lambda h: len(h.tokens) > 3)
         await anyio.sleep(3)
@@ -379,9 +343,8 @@ async def test_a_turn_nobody_listens_to_ends_after_its_grace() -> None:
 @in_virtual_time
 async def test_a_closed_session_ends_its_run() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        session = await w.give(replica)
+        replica = await w.start_owner()
+        session = await w.session()
         heard = Heard()
 
         async def close() -> None:
@@ -414,9 +377,8 @@ def test_nothing_stays_of_tokens_that_never_reached_the_ledger(heard_tokens: int
     async def cancelled() -> None:
         # A slow store lets the engine run ahead of the ledger.
         async with world(delay_s=0.03) as w:
-            replica = await w.start()
-            await w.open()
-            session = await w.give(replica)
+            replica = await w.start_owner()
+            session = await w.session()
             heard = Heard()
 
             async def cancel() -> None:
@@ -441,9 +403,7 @@ def test_nothing_stays_of_tokens_that_never_reached_the_ledger(heard_tokens: int
 @in_virtual_time
 async def test_another_turn_of_a_busy_session_is_refused() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         await listen(replica, await w.request(replica), until=lambda h: len(h.tokens) > 3)
         with pytest.raises(errors.TurnInProgress):
             await listen(replica, await w.request(replica, "Other", "t2"))
@@ -469,9 +429,7 @@ async def test_too_many_turns_are_refused_early() -> None:
 @in_virtual_time
 async def test_a_foreign_tenant_does_not_disturb_a_running_turn() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         foreign = await w.request(replica)
         foreign.tenant, foreign.epoch.number = "other", foreign.epoch.number + 1
 
@@ -529,9 +487,7 @@ async def test_a_poison_turn_fails_after_two_attempts_without_progress() -> None
 @in_virtual_time
 async def test_the_precondition_tells_a_stale_client_from_lost_data() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         live = await listen(replica, await w.request(replica))
         good = types_pb2.Precondition(head=live.finished.end, turn_index=1)
         stale = types_pb2.Precondition(head=types_pb2.Position(length=3), turn_index=0)
@@ -554,9 +510,7 @@ async def test_the_precondition_tells_a_stale_client_from_lost_data() -> None:
 async def test_streams_say_what_they_wait_for() -> None:
     limits = TurnLimits(waiting_interval_s=0.5)
     async with world(SimConfig(timing=SimTiming(step_ms=2000)), limits) as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         heard = await listen(
             replica, await w.request(replica), until=lambda h: h.events[-1].HasField("waiting")
         )
@@ -566,9 +520,7 @@ async def test_streams_say_what_they_wait_for() -> None:
 @in_virtual_time
 async def test_streams_of_one_turn_are_bounded() -> None:
     async with world(limits=TurnLimits(max_streams=1)) as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         request = await w.request(replica)
 
         heard = Heard()
@@ -585,9 +537,7 @@ async def test_streams_of_one_turn_are_bounded() -> None:
 @in_virtual_time
 async def test_a_turn_that_outgrew_a_smaller_replica_ends_there_with_all_it_said() -> None:
     async with world() as w:
-        first = await w.start("r1")
-        await w.open()
-        await w.give(first)
+        first = await w.start_owner()
         request = await w.request(first, params={"max_tokens": 200})
         heard = await listen(first, request, until=lambda h: len(h.tokens) > 60)
         await first.kill()
@@ -614,9 +564,7 @@ class OtherTokens(BytesCodec):
 @in_virtual_time
 async def test_a_replica_with_other_tokens_neither_begins_nor_resumes_a_turn() -> None:
     async with world() as w:
-        first, other = await w.start("r1"), await w.start("r2", codec=OtherTokens())
-        await w.open()
-        await w.give(first)
+        first, other = await w.start_owner(), await w.start("r2", codec=OtherTokens())
         await listen(first, await w.request(first), until=lambda h: len(h.tokens) > 5)
         await first.kill()
         await w.give(other)
@@ -637,9 +585,7 @@ async def test_a_replica_with_other_tokens_neither_begins_nor_resumes_a_turn() -
 @in_virtual_time
 async def test_a_fork_goes_on_from_its_parents_ledger_and_kv() -> None:
     async with world() as w:
-        replica = await w.start()
-        await w.open()
-        await w.give(replica)
+        replica = await w.start_owner()
         await listen(replica, await w.request(replica))
         parent = await w.ledger()
         child = f"{SESSION}.b"
