@@ -15,28 +15,24 @@ from statestore.ports import (
     SessionWritten,
     TurnBegun,
     TurnEnded,
-    TurnUnknown,
 )
 from statestore.records import (
     Epoch,
-    FinishReason,
     Position,
     ReplicaRegistration,
     SessionState,
     StoreLimits,
-    Turn,
-    TurnResult,
     TurnStatus,
 )
-from statestore.records import Owner as Ownership
 from statestore.redis_store import RedisStore
 from tests.support.owners import (
     EMPTY,
-    FINGERPRINT,
     STOP,
     A,
     B,
     Owner,
+    check_whole,
+    known_turns,
     position_of,
     session_of,
     taken,
@@ -44,20 +40,6 @@ from tests.support.owners import (
 from tests.support.stores import ANSWERING, Backend, store_on
 
 pytestmark = pytest.mark.anyio
-
-
-async def known_turns(store: RedisStore) -> list[Turn]:
-    return list(await store.get_turns(await session_of(store, "ses_f"), 0, 100))
-
-
-async def check(store: RedisStore, owner: Owner) -> None:
-    """The session is what the owner says, and it works."""
-    session = await store.get_session("ses_f")
-    assert session is not None
-    assert session.owner == Ownership(owner.ref, owner.epoch)
-    assert session.head == owner.head
-    assert session.token_fingerprint == FINGERPRINT
-    assert await store.read_tokens(session, 0, 1 << 30) == owner.tokens
 
 
 async def test_tokens_lost_in_mid_turn_are_written_back(
@@ -74,7 +56,7 @@ async def test_tokens_lost_in_mid_turn_are_written_back(
     repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[turn], active="t1")
     for _ in range(2):
         assert await store.repair(repair) == Appended(owner.head)
-    await check(store, owner)
+    await check_whole(store, owner)
     assert await owner.write(8, commit=STOP) == Appended(owner.head)
     (turn,) = await known_turns(store)
     assert (turn.result, turn.output_start.length) == (STOP, 3)
@@ -102,7 +84,7 @@ async def test_a_whole_turn_and_the_begin_of_the_next_are_written_back(
         turn_index=1,
     )
     assert await store.repair(repair) == Appended(owner.head)
-    await check(store, owner)
+    await check_whole(store, owner)
     assert await known_turns(store) == [before[0], active]
     assert await owner.write(7, commit=STOP) == Appended(owner.head)
 
@@ -127,12 +109,11 @@ async def test_a_lost_grant_is_claimed_again_by_its_owner(
     )
     for _ in range(2):
         assert await store.repair(repair) == Appended(second.head)
-    await check(store, second)
+    await check_whole(store, second)
     assert [turn.spec.turn_id for turn in await known_turns(store)] == ["t1", "t2"]
     assert await store.get_turn("ses_f", "t3") is None
     assert await first.write(9) == Fenced(second.epoch, B)
-    session = await store.get_session("ses_f")
-    assert session is not None
+    session = await session_of(store, "ses_f")
     assert session.previous_owner == A
     assert await second.write(6, commit=STOP) == Appended(second.head)
     assert await store.sessions_of(B, 10) == ("ses_f",)
@@ -146,7 +127,7 @@ async def test_an_idle_session_is_written_back(backend: Backend, store: RedisSto
     await backend.roll_back(saved)
     repair = owner.repair(EMPTY, owner.epoch, keep=0, turns=turns, turn_index=1)
     assert await store.repair(repair) == Appended(owner.head)
-    await check(store, owner)
+    await check_whole(store, owner)
     assert await known_turns(store) == turns
     assert isinstance(await owner.begin("t2"), TurnBegun)
 
@@ -163,7 +144,7 @@ async def test_turns_of_an_abandoned_history_are_forgotten(
         await first.run_turn(turn_id, [9])
     repair = second.repair(first.head, first.epoch, keep=4, turn_index=1)
     assert await store.repair(repair) == Appended(second.head)
-    await check(store, second)
+    await check_whole(store, second)
     assert [turn.spec.turn_id for turn in await known_turns(store)] == ["t1"]
     # Their ids are free again.
     second.turn_id = "x1"
@@ -201,8 +182,7 @@ async def test_a_repair_against_another_state_than_observed_writes_nothing(
     ):
         repair = owner.repair(observed, epoch, keep=3, turns=[turn], active="t1")
         assert await store.repair(repair) == HeadMismatch(stored_head, owner.epoch)
-    session = await store.get_session("ses_f")
-    assert session is not None
+    session = await session_of(store, "ses_f")
     assert session.head == stored_head
 
 
@@ -231,186 +211,8 @@ async def test_a_turn_that_ended_stays_ended(backend: Backend, store: RedisStore
     repair = owner.repair(stored_head, owner.epoch, keep=3, turns=[turn], active="t1")
     assert await store.repair(repair) == cancelled
     assert isinstance(cancelled, TurnEnded)
-    session = await store.get_session("ses_f")
-    assert session is not None
+    session = await session_of(store, "ses_f")
     assert (session.head, session.active_turn_id) == (stored_head, None)
-
-
-async def cut_short(backend: Backend, owner: Owner) -> tuple[Turn, Position]:
-    """A running turn whose last tokens the store has lost: the turn, and where the store has it."""
-    turn = await owner.begun()
-    await owner.write(4)
-    stored_head, saved = owner.head, await backend.save()
-    await owner.write(5, 6)
-    await backend.roll_back(saved)
-    return replace(turn, output_end=owner.head), stored_head
-
-
-async def test_a_turn_cancelled_short_of_tokens_that_were_lost_gets_them_back(
-    backend: Backend, store: RedisStore
-) -> None:
-    owner = await Owner.of(store)
-    turn, stored_head = await cut_short(backend, owner)
-    cancelled = await store.cancel_turn("ses_f", "t1")
-    assert isinstance(cancelled, TurnEnded)
-    assert cancelled.turn.output_end == stored_head
-    repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[turn], active="t1")
-    for _ in range(2):
-        assert await store.repair(repair) == TurnEnded(
-            replace(cancelled.turn, output_end=owner.head)
-        )
-    await check(store, owner)
-    assert await known_turns(store) == [replace(cancelled.turn, output_end=owner.head)]
-    session = await session_of(store, "ses_f")
-    assert (session.active_turn_id, session.turn_index) == (None, 1)
-    await owner.run_turn("t2", [7])
-    await check(store, owner)
-
-
-@ANSWERING
-async def test_a_turn_that_ran_into_its_deadline_short_of_lost_tokens_gets_them_back(
-    backend: Backend,
-) -> None:
-    store = store_on(backend, StoreLimits(index_grace_ms=1))
-    owner = await Owner.of(store)
-    outcome = await owner.begin(timeout_ms=1)
-    assert isinstance(outcome, TurnBegun)
-    stored_head = owner.head
-    owner.tokens += [4, 5]
-    while not (await store.sweep(10)).turns_expired:
-        pass
-    (ended,) = await known_turns(store)
-    turn = replace(outcome.turn, output_end=owner.head)
-    repair = owner.repair(stored_head, owner.epoch, keep=3, turns=[turn], active="t1")
-    assert await store.repair(repair) == TurnEnded(replace(ended, output_end=owner.head))
-    await check(store, owner)
-
-
-async def test_the_newest_owner_lengthens_a_cancelled_turn_though_its_grant_was_lost(
-    backend: Backend, store: RedisStore
-) -> None:
-    first = await Owner.of(store)
-    turn = await first.begun()
-    saved = await backend.save()
-    second = await taken(store, first)
-    await store.resume_turn("ses_f", second.epoch, "t1")
-    await second.write(4)
-    await backend.roll_back(saved)
-    assert isinstance(await store.cancel_turn("ses_f", "t1"), TurnEnded)
-    held = replace(turn, output_end=second.head)
-    repair = second.repair(first.head, first.epoch, keep=3, turns=[held], active="t1")
-    outcome = await store.repair(repair)
-    assert isinstance(outcome, TurnEnded)
-    assert outcome.turn.output_end == second.head
-    await check(store, second)
-
-
-async def test_an_owner_that_heard_of_the_cancel_lengthens_it_as_well(
-    backend: Backend, store: RedisStore
-) -> None:
-    owner = await Owner.of(store)
-    _, stored_head = await cut_short(backend, owner)
-    cancelled = await store.cancel_turn("ses_f", "t1")
-    assert isinstance(cancelled, TurnEnded)
-    longer = replace(cancelled.turn, output_end=owner.head)
-    repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[longer], turn_index=1)
-    for _ in range(2):
-        assert await store.repair(repair) == Appended(owner.head)
-    await check(store, owner)
-    assert await known_turns(store) == [longer]
-
-
-async def test_a_turn_whose_commit_was_lost_before_it_was_cancelled_is_committed_again(
-    backend: Backend, store: RedisStore
-) -> None:
-    owner = await Owner.of(store)
-    await owner.begun()
-    stored_head, saved = owner.head, await backend.save()
-    await owner.write(4, 5, commit=STOP)
-    (committed,) = await known_turns(store)
-    await backend.roll_back(saved)
-    assert isinstance(await store.cancel_turn("ses_f", "t1"), TurnEnded)
-    repair = owner.repair(stored_head, owner.epoch, keep=3, turns=[committed], turn_index=1)
-    for _ in range(2):
-        assert await store.repair(repair) == Appended(owner.head)
-    await check(store, owner)
-    assert await known_turns(store) == [committed]
-
-
-async def test_a_cancelled_turn_with_other_tokens_is_not_lengthened(
-    backend: Backend, store: RedisStore
-) -> None:
-    owner = await Owner.of(store)
-    turn, stored_head = await cut_short(backend, owner)
-    cancelled = await store.cancel_turn("ses_f", "t1")
-    repair = owner.repair(stored_head, owner.epoch, keep=3, turns=[turn], active="t1")
-    assert await store.repair(repair) == cancelled
-    assert (await session_of(store, "ses_f")).head == stored_head
-
-
-async def test_what_began_after_a_cancelled_turn_is_not_overwritten(
-    backend: Backend, store: RedisStore
-) -> None:
-    owner = await Owner.of(store)
-    turn, stored_head = await cut_short(backend, owner)
-    cancelled = await store.cancel_turn("ses_f", "t1")
-    later = Owner(store, "ses_f", owner.ref, owner.epoch)
-    later.tokens = owner.tokens[: stored_head.length]
-    await later.begun("t2", ())
-    repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[turn], active="t1")
-    assert await store.repair(repair) == cancelled
-    await later.write(commit=STOP)
-    assert await store.repair(repair) == cancelled
-    await check(store, later)
-
-
-async def test_a_fork_keeps_the_end_that_a_cancelled_turn_had(
-    backend: Backend, store: RedisStore
-) -> None:
-    owner = await Owner.of(store)
-    turn, stored_head = await cut_short(backend, owner)
-    cancelled = await store.cancel_turn("ses_f", "t1")
-    assert isinstance(await store.fork("ses_f", "ses_f.c", None, ()), SessionWritten)
-    repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[turn], active="t1")
-    assert await store.repair(repair) == cancelled
-    child = await session_of(store, "ses_f.c")
-    assert child.head == stored_head
-    assert isinstance(cancelled, TurnEnded)
-    assert await store.get_turns(child, 0, 9) == (cancelled.turn,)
-
-
-async def test_a_turn_that_was_committed_is_not_lengthened(
-    backend: Backend, store: RedisStore
-) -> None:
-    owner = await Owner.of(store)
-    turn, stored_head = await cut_short(backend, owner)
-    shorter = Owner(store, "ses_f", owner.ref, owner.epoch)
-    shorter.tokens, shorter.turn_id = owner.tokens[: stored_head.length], "t1"
-    assert await shorter.write(commit=STOP) == Appended(stored_head)
-    repair = owner.repair(stored_head, owner.epoch, keep=4, turns=[turn], active="t1")
-    assert isinstance(await store.repair(repair), TurnEnded)
-    await check(store, shorter)
-
-
-async def test_a_cancel_of_a_turn_whose_begin_was_lost_ends_it_when_it_is_back(
-    backend: Backend, store: RedisStore
-) -> None:
-    owner = await Owner.of(store)
-    saved = await backend.save()
-    turn = await owner.begun()
-    await owner.write(4)
-    await backend.roll_back(saved)
-    assert await store.cancel_turn("ses_f", "t1") == TurnUnknown()
-    held = replace(turn, output_end=owner.head)
-    repair = owner.repair(EMPTY, owner.epoch, keep=0, turns=[held], active="t1")
-    for _ in range(2):
-        outcome = await store.repair(repair)
-        assert isinstance(outcome, TurnEnded)
-        assert (outcome.turn.status, outcome.turn.output_end) == (TurnStatus.CANCELLED, owner.head)
-    await check(store, owner)
-    session = await session_of(store, "ses_f")
-    assert (session.active_turn_id, session.turn_index) == (None, 1)
-    assert isinstance(await owner.begin("t2"), TurnBegun)
 
 
 async def test_a_suspended_session_is_not_repaired(store: RedisStore) -> None:
@@ -442,26 +244,6 @@ async def test_tokens_that_a_fork_refers_to_are_never_replaced(
     assert await store.repair(newer.repair(child.head, child.epoch, keep=0)) == Fenced(
         child.epoch, A, data_loss=True
     )
-
-
-@ANSWERING
-async def test_a_turn_whose_cancel_was_lost_before_its_deadline_is_cancelled_again(
-    backend: Backend,
-) -> None:
-    store = store_on(backend, StoreLimits(index_grace_ms=1))
-    owner = await Owner.of(store)
-    outcome = await owner.begin(timeout_ms=1)
-    assert isinstance(outcome, TurnBegun)
-    stored_head = owner.head
-    owner.tokens += [4, 5]
-    while not (await store.sweep(10)).turns_expired:
-        pass
-    result = TurnResult(TurnStatus.CANCELLED, FinishReason.CANCELLED)
-    held = replace(outcome.turn, status=TurnStatus.CANCELLED, output_end=owner.head, result=result)
-    repair = owner.repair(stored_head, owner.epoch, keep=3, turns=[held], turn_index=1)
-    assert await store.repair(repair) == Appended(owner.head)
-    assert await known_turns(store) == [held]
-    await check(store, owner)
 
 
 @ANSWERING
@@ -538,4 +320,4 @@ async def test_a_repair_leaves_the_turns_that_are_there_as_they_are(
     )
     assert await store.repair(repair) == Appended(owner.head)
     assert await known_turns(store) == [first, second]
-    await check(store, owner)
+    await check_whole(store, owner)

@@ -27,6 +27,7 @@ from statestore.records import (
     TurnSpec,
     TurnStatus,
 )
+from statestore.records import Owner as Ownership
 
 TENANT = "acme"
 SALT = b"s" * 32
@@ -177,3 +178,16 @@ async def taken(store: SessionStore, owner: Owner, nonce: bytes = b"taken") -> O
     successor.tokens = await store.read_tokens(session, 0, session.head.length)
     successor.turn_id = owner.turn_id
     return successor
+
+
+async def known_turns(store: SessionStore, session_id: str = "ses_f") -> list[Turn]:
+    return list(await store.get_turns(await session_of(store, session_id), 0, 100))
+
+
+async def check_whole(store: SessionStore, owner: Owner) -> None:
+    """The session is what the owner says."""
+    session = await session_of(store, owner.session_id)
+    assert session.owner == Ownership(owner.ref, owner.epoch)
+    assert session.head == owner.head
+    assert session.token_fingerprint == FINGERPRINT
+    assert await store.read_tokens(session, 0, 1 << 30) == owner.tokens
