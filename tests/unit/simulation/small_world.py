@@ -3,13 +3,18 @@ digest: what the checkers are shown, right or with one thing wrong."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 from sessile.v1 import session_pb2
 from sessile.v1 import types_pb2 as pb
 
+from loadtest.simulation.clients.agents import Agent
 from loadtest.simulation.clients.heard import TurnHeard
+from loadtest.simulation.world import World
 from statestore.digest import RollingDigest
 from statestore.records import (
     NO_EPOCH,
@@ -34,6 +39,7 @@ SALT = b"salt of a tenant"
 SYSTEM = "Be brief."
 ENGINE = SimConfig(max_context_tokens=400, eos_probability=1 / 20)
 INFO = ENGINE.info()
+A = TypeVar("A", bound=Agent)
 REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
 
@@ -46,21 +52,33 @@ class Told:
     ledger: tuple[int, ...]
     heard: tuple[TurnHeard, ...]
 
-    def with_turn(self, at: int, /, **fields: object) -> Told:
+    def with_turn(self, at: int, /, **fields: Any) -> Told:
         """The same with another stored turn."""
         turns = list(self.turns)
-        turns[at] = replace(turns[at], **fields)  # type: ignore[arg-type]
+        turns[at] = replace(turns[at], **fields)
         return replace(self, turns=tuple(turns))
 
 
-def asked(turn_id: str, said: str, **params: object) -> pb.RunTurnRequest:
+def asked(turn_id: str, said: str, **params: Any) -> pb.RunTurnRequest:
     """A client's request."""
     return pb.RunTurnRequest(
         session_id="ses_a",
         turn_id=turn_id,
         messages=[pb.Message(role=pb.Message.ROLE_USER, content=said)],
-        params=pb.SamplingParams(**params),  # type: ignore[arg-type]
+        params=pb.SamplingParams(**params),
     )
+
+
+def lone(
+    kind: type[A], world: object = None, name: str = "a0", *, lossy: bool = False, **fields: Any
+) -> A:
+    """A client with these fields, of a world of which no more is there than it says."""
+    seen = cast(World, SimpleNamespace(tenants={}) if world is None else world)
+    agent = kind(seen, name, random.Random(1), lossy=lossy)
+    for field, value in fields.items():
+        assert hasattr(agent, field), field
+        setattr(agent, field, value)
+    return agent
 
 
 def position(at: Position) -> pb.Position:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from types import SimpleNamespace
-from typing import cast
+from typing import Any
 
 import pytest
 from sessile.v1 import types_pb2 as pb
@@ -13,28 +11,21 @@ from gateway.core import errors
 from loadtest.simulation.checkers.aftermath import check_answers
 from loadtest.simulation.clients.agents import Agent
 from loadtest.simulation.clients.heard import TurnHeard
-from loadtest.simulation.world import World
-from tests.unit.simulation.small_world import asked
+from tests.unit.simulation.small_world import asked, lone
 
 COMMITTED = pb.TurnFinished(status=pb.TURN_STATUS_COMMITTED, end=pb.Position(length=9))
 FAILED = pb.TurnFinished(status=pb.TURN_STATUS_FAILED)
 
 
-def agent(*, lossy: bool = False, **fields: object) -> Agent:
+def agent(**fields: Any) -> Agent:
     """One that has heard a turn."""
-    world = cast(World, SimpleNamespace(tenants={}))
-    it = Agent(world, "a0", random.Random(1), lossy=lossy)
-    for name, value in fields.items():
-        setattr(it, name, value)
+    it = lone(Agent, **fields)
     it.turns.append(ended("t0", finished=COMMITTED, violations=["I2: said once"]))
     return it
 
 
-def ended(turn_id: str, **fields: object) -> TurnHeard:
-    heard = TurnHeard("ses_a", turn_id, asked(turn_id, "x"), start=pb.Position(length=4))
-    for name, value in fields.items():
-        setattr(heard, name, value)
-    return heard
+def ended(turn_id: str, **fields: Any) -> TurnHeard:
+    return TurnHeard("ses_a", turn_id, asked(turn_id, "x"), pb.Position(length=4), **fields)
 
 
 @pytest.mark.parametrize(

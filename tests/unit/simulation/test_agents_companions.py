@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import random
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from gateway.core.errors import SessionClosed
 from loadtest.simulation.clients import companions
 from loadtest.simulation.clients.agents import Agent
 from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.loop import run
-from loadtest.simulation.world import World
-from tests.unit.simulation.small_world import asked
+from tests.unit.simulation.small_world import asked, lone
 
 
 class Deaf(Agent):
@@ -24,7 +21,7 @@ class Deaf(Agent):
 
 
 def deaf() -> Deaf:
-    return Deaf(cast(World, SimpleNamespace(tenants={})), "a0", random.Random(1), lossy=True)
+    return lone(Deaf, lossy=True)
 
 
 def test_a_late_repeat_is_judged_too() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from sessile.v1 import types_pb2 as pb
@@ -81,11 +82,11 @@ def ledger_says_otherwise(where: str) -> Change:
     return change
 
 
-def result(index: int, **fields: object) -> Change:
+def result(index: int, **fields: Any) -> Change:
     def change(it: Told) -> Told:
         was = it.turns[index].result
         assert was is not None
-        return it.with_turn(index, result=replace(was, **fields))  # type: ignore[arg-type]
+        return it.with_turn(index, result=replace(was, **fields))
 
     return change
 
@@ -130,33 +131,30 @@ def test_a_ledger_that_is_wrong_is_told_by_its_rule(rule: str, change: Change) -
     assert any(rule in what for what in found(change(it))), found(change(it))
 
 
-def hears(alter: Callable[[TurnHeard], object], index: int = 1) -> Change:
-    """The client of that turn heard something else."""
+def hears(alter: Callable[[TurnHeard], object]) -> Change:
+    """The client of the last turn heard something else."""
 
     def change(it: Told) -> Told:
         heard = [copy.deepcopy(one) for one in it.heard]
-        alter(heard[index])
+        alter(heard[1])
         return replace(it, heard=tuple(heard))
 
     return change
 
 
-def finished(**fields: object) -> Change:
+def finished(**fields: Any) -> Change:
     """The client was told another end."""
 
     def alter(heard: TurnHeard) -> None:
         assert heard.finished is not None
-        heard.finished.MergeFrom(pb.TurnFinished(**fields))  # type: ignore[arg-type]
+        heard.finished.MergeFrom(pb.TurnFinished(**fields))
 
     return hears(alter)
 
 
-def has(**fields: object) -> Change:
-    def alter(heard: TurnHeard) -> None:
-        for name, value in fields.items():
-            setattr(heard, name, value)
-
-    return hears(alter)
+def has(**fields: Any) -> Change:
+    """The client has something else."""
+    return lambda it: replace(it, heard=(it.heard[0], replace(it.heard[1], **fields)))
 
 
 def stored(alter: Callable[[pb.RunTurnRequest], object]) -> Change:
@@ -170,8 +168,8 @@ def stored(alter: Callable[[pb.RunTurnRequest], object]) -> Change:
     return change
 
 
-def set_params(**params: object) -> Callable[[pb.RunTurnRequest], object]:
-    return lambda body: body.params.MergeFrom(pb.SamplingParams(**params))  # type: ignore[arg-type]
+def set_params(**params: Any) -> Callable[[pb.RunTurnRequest], object]:
+    return lambda body: body.params.MergeFrom(pb.SamplingParams(**params))
 
 
 HEARD: list[tuple[str, Change]] = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from loadtest.simulation.clients.agents import Agent
 from loadtest.simulation.world import World
 from statestore import keys
 from statestore.records import ReplicaRef, Session, SessionState, Turn
-from tests.unit.simulation.small_world import ENGINE, SALT, Told, asked, told
+from tests.unit.simulation.small_world import ENGINE, SALT, Told, asked, lone, told
 
 OWNER = ReplicaRef("r1", 1)
 
@@ -60,7 +59,7 @@ class Engine:
     broken: bool = False
 
     def block_hashes(self, salt: bytes, tokens: Sequence[int]) -> list[bytes]:
-        return [repr(tokens[:end]).encode() for end in range(16, len(tokens) + 1, 16)]
+        return [repr(list(tokens[:end])).encode() for end in range(16, len(tokens) + 1, 16)]
 
     def resident_pages(self, names: Sequence[bytes]) -> int:
         return sum(name in self.held for name in names)
@@ -98,21 +97,17 @@ class SmallWorld:
         )
         return cast(World, world)
 
-    def agent(self, it: Told | None, name: str = "a0", **fields: object) -> Agent:
+    def agent(self, it: Told | None, name: str = "a0", **fields: Any) -> Agent:
         """The client of a session, which the store has."""
-        agent = Agent(self.seen(), name, random.Random(1), lossy=bool(fields.pop("lossy", False)))
-        agent.session_id = "ses_a"
+        known: dict[str, Any] = {"session_id": "ses_a"}
         if it is not None:
-            agent.session_id = it.session.session_id
-            self.store.told[agent.session_id] = it
-            agent.turns += it.heard
-        for key, value in fields.items():
-            setattr(agent, key, value)
-        return agent
+            known = {"session_id": it.session.session_id, "turns": [*it.heard]}
+            self.store.told[it.session.session_id] = it
+        return lone(Agent, self.seen(), name, **known | fields)
 
 
-def named(it: Told, session_id: str, **fields: object) -> Told:
-    session = replace(it.session, session_id=session_id, **fields)  # type: ignore[arg-type]
+def named(it: Told, session_id: str, **fields: Any) -> Told:
+    session = replace(it.session, session_id=session_id, **fields)
     return replace(it, session=session)
 
 
@@ -153,7 +148,7 @@ def test_a_purged_session_leaves_nothing_but_what_forks_need() -> None:
 def check_closed(small: SmallWorld, *others: Agent) -> list[str]:
     async def check() -> list[str]:
         closed = small.agent(usual(), closed=True)
-        tokens = list(closed.world.store.told["ses_a"].ledger)  # type: ignore[attr-defined]
+        tokens = small.store.told["ses_a"].ledger
         small.replica.engine.held = {*small.replica.engine.block_hashes(SALT, tokens)[:1]}
         return await aftermath.check_closed(small.seen(), [closed, *others], closed, OWNER)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
-from typing import cast
 
 import pytest
 from sessile.v1 import types_pb2 as pb
@@ -16,8 +14,7 @@ from loadtest.simulation.clients.agents import Agent
 from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.coverage import Row
 from loadtest.simulation.loop import run
-from loadtest.simulation.world import World
-from tests.unit.simulation.small_world import asked
+from tests.unit.simulation.small_world import asked, lone
 
 ACCEPTED = pb.TurnEvent(accepted=pb.TurnAccepted(turn_id="t0", output_start=pb.Position(length=4)))
 
@@ -40,6 +37,15 @@ class Gateways:
         raise Unavailable("the stream broke")
 
 
+class Chooser(Agent):
+    """Goes through the gateway that it is told."""
+
+    through = ""
+
+    def _gateway(self) -> str:
+        return self.through
+
+
 @pytest.mark.parametrize(
     ("dies", "then", "events", "counts"),
     [
@@ -58,14 +64,12 @@ def test_a_client_has_gone_on_when_another_gateway_gives_it_the_next_tokens(
     world = SimpleNamespace(
         network=gateways, gateways=gateways.nodes, coverage=coverage, timeline=timeline
     )
-    agent = Agent(cast(World, world), "a0", random.Random(1), lossy=True)
-    agent.poison = True  # it neither cancels nor stalls
+    agent = lone(Chooser, world, lossy=True, poison=True)  # it neither cancels nor stalls
     heard = TurnHeard("ses_a", "t0", asked("t0", "x"))
 
     async def listen() -> None:
         for gateway, said in (("g1", [ACCEPTED, tokens(4)]), (then, events), (then, [ACCEPTED])):
-            gateways.events = said
-            agent._gateway = lambda chosen=gateway: chosen  # type: ignore[misc,method-assign]
+            gateways.events, agent.through = said, gateway
             await agent.listen(heard)
 
     run(listen, 1, None)

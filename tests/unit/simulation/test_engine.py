@@ -95,8 +95,8 @@ async def test_a_page_whose_bytes_are_others_is_told_when_it_is_sent(pair: Pair)
 @in_virtual_time
 async def test_its_checksum_does_not_excuse_it(pair: Pair) -> None:
     pair.page(pair.source, 1)[0] ^= 1
-    export = pair.source.export_pages(pair.names)
-    metas = export._metas  # type: ignore[attr-defined]
+    export: Any = pair.source.export_pages(pair.names)
+    metas = export._metas
     metas[1] = PageMeta(metas[1].block_hash, metas[1].checksum ^ 1)
     arriving = pair.target.reserve_import(pair.names, 0, 3)
     pair.target.page_arrives(pair.source, export, arriving, 1)
@@ -105,8 +105,8 @@ async def test_its_checksum_does_not_excuse_it(pair: Pair) -> None:
 
 @in_virtual_time
 async def test_a_name_of_no_tokens_is_told(pair: Pair) -> None:
-    export = pair.source.export_pages(pair.names)
-    metas = export._metas  # type: ignore[attr-defined]
+    export: Any = pair.source.export_pages(pair.names)
+    metas = export._metas
     metas[0] = PageMeta(b"x" * 16, metas[0].checksum)
     arriving = pair.target.reserve_import(pair.names, 0, 3)
     pair.target.page_arrives(pair.source, export, arriving, 0)

@@ -69,7 +69,9 @@ async def test_tokens_that_a_fork_loses_are_noticed() -> None:
     assert [what.partition(":")[2][:4] for what in forks.violations] == [" P7:"]
 
 
-async def test_a_fork_that_is_read_past_its_point_is_noticed() -> None:
+async def test_a_fork_that_is_read_past_its_point_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     scene = Scene()
     forks = Forks(scene.world)
     with forks.watched():
@@ -81,7 +83,7 @@ async def test_a_fork_that_is_read_past_its_point_is_noticed() -> None:
         tokens = await read(session, start, end, known)
         return [*tokens, 5] if end > 2 else tokens
 
-    scene.store.read_tokens = past  # type: ignore[method-assign]
+    monkeypatch.setattr(scene.store, "read_tokens", past)
     (wrong,) = await _check_reading(scene.world, forks, session)
     assert wrong.startswith("P7: forked at 4")
 

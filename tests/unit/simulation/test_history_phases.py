@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -16,6 +15,7 @@ from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.loop import run, true_time
 from loadtest.simulation.phases import DEADLINE_SLACK_S, LIVENESS_S, _check_deadlines, _liveness
 from loadtest.simulation.world import START_US, World
+from tests.unit.simulation.small_world import lone
 
 DUE_S = 30.0
 
@@ -32,8 +32,7 @@ def found(*, runs: bool = False, ended_s: float = 0.0, healed_s: float = 0.0) ->
     async def check() -> list[str]:
         store = SimpleNamespace(get_session=get_session, get_turn=get_turn)
         world = cast(World, SimpleNamespace(store=store, tenants={}))
-        agent = Agent(world, "a0", random.Random(1))
-        agent.session_id = "ses_a"
+        agent = lone(Agent, world, session_id="ses_a")
         ended = [TurnTimes("ses_b", "t1", DUE_S, ended_s, False)] if ended_s else []
         witness = SimpleNamespace(ended=ended, runs=lambda *_: runs)
         wrong = await _check_deadlines(world, [agent], cast(Witness, witness), healed_s)
@@ -74,11 +73,9 @@ class Healthy(Agent):
         self.turns.append(TurnHeard("ses_a", "t9", request, finished=self.end))
 
 
-def healthy(**what: object) -> tuple[Healthy, list[str]]:
+def healthy(**what: Any) -> tuple[Healthy, list[str]]:
     """An agent with these fields, and what is wrong with its next turn while nothing is broken."""
-    agent = Healthy(cast(World, None), "a0", random.Random(1))
-    for name, value in what.items():
-        setattr(agent, name, value)
+    agent = lone(Healthy, **what)
     return agent, run(lambda: _liveness([agent]), 1, None)
 
 
@@ -99,7 +96,7 @@ STUCK = pb.TurnFinished(status=pb.TURN_STATUS_FAILED, reason=pb.FINISH_REASON_ER
     ],
 )
 def test_a_turn_that_is_slow_or_fails_though_nothing_is_broken_is_told(
-    what: dict[str, object], wrong: int
+    what: dict[str, Any], wrong: int
 ) -> None:
     _, found = healthy(**what)
     assert [it.split(": ")[1] for it in found] == ["I7"] * wrong

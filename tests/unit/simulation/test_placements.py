@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import cast
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-import gateway.app.assignment
-import gateway.app.migration
-import gateway.core.migration
+from gateway.app import assignment
+from gateway.app import migration as app_migration
+from gateway.core import migration
 from gateway.core.fleet import AssumedLoad, FleetSnapshot, Replica
 from gateway.core.machines import ReplicaState
-from gateway.core.placement import Cost, Decision, NoCandidate, PlacementModel, PlacementRequest
+from gateway.core.placement import (
+    Cost,
+    Decision,
+    NoCandidate,
+    PlacementModel,
+    PlacementRequest,
+    place,
+)
 from loadtest.simulation.checkers import placements
 from loadtest.simulation.checkers.placements import Placements, judged_placements
 from loadtest.simulation.checkers.witness import Witness
@@ -159,15 +166,20 @@ def test_a_move_to_a_named_replica_is_judged_both_ways(scene: Scene) -> None:
     assert len(scene.world.violations) == 2
 
 
+def chooser(module: ModuleType, name: str) -> Any:
+    """As the module looks it up: it does not export what it imports."""
+    return getattr(module, name)
+
+
 def test_every_way_to_choose_is_judged(scene: Scene) -> None:
     fleet, model = FleetSnapshot((R1, R2)), PlacementModel()
     full = replace(R2, load=ReplicaLoad(running_turns=4, queued_turns=8))
     scene.world.other_tokens = frozenset({"r1", "r2"})
     with judged_placements(cast(World, scene.world), scene.witness):
-        gateway.app.assignment.place(fleet, REQUEST, model)  # type: ignore[attr-defined]
-        gateway.app.assignment.relieve(fleet, REQUEST, full, model)  # type: ignore[attr-defined]
-        gateway.app.migration.place(fleet, REQUEST, model)  # type: ignore[attr-defined]
-        gateway.app.migration.unfit(R1, REQUEST)  # type: ignore[attr-defined]
-        gateway.core.migration.place(fleet, REQUEST, model)  # type: ignore[attr-defined]
+        chooser(assignment, "place")(fleet, REQUEST, model)
+        chooser(assignment, "relieve")(fleet, REQUEST, full, model)
+        chooser(app_migration, "place")(fleet, REQUEST, model)
+        chooser(app_migration, "unfit")(R1, REQUEST)
+        chooser(migration, "place")(fleet, REQUEST, model)
     assert len(scene.world.violations) == 5
-    assert gateway.app.assignment.place is gateway.core.migration.place  # type: ignore[attr-defined]
+    assert {chooser(it, "place") for it in (assignment, app_migration, migration)} == {place}

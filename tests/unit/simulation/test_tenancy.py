@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace as Some
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from sessile.v1 import session_pb2
@@ -17,8 +17,7 @@ from loadtest.simulation.clients.agents import Agent
 from loadtest.simulation.clients.heard import TurnHeard
 from loadtest.simulation.clients.tenancy import look_round
 from loadtest.simulation.loop import run
-from loadtest.simulation.world import World
-from tests.unit.simulation.small_world import asked
+from tests.unit.simulation.small_world import asked, lone
 
 HIDDEN = NotFound("no session 'ses_b'")
 Answer = SessileError | None
@@ -67,14 +66,11 @@ class Looker(Agent):
     ids=["right", "listed", "another transcript", "let in", "told apart", "told of"],
 )
 def test_whoever_reaches_for_another_tenants_session_finds_none(
-    what: dict[str, object], rules: list[str], seed: int
+    what: dict[str, Any], rules: list[str], seed: int
 ) -> None:
     world = Some(tenants={"ses_a": "acme", "ses_b": "bravo"})
-    agent = Looker(cast(World, world), "a0", random.Random(seed))
-    agent.session_id = "ses_a"
+    agent = lone(Looker, world, session_id="ses_a", draw=random.Random(seed), **what)
     done = pb.TurnFinished(status=pb.TURN_STATUS_COMMITTED)
     agent.turns.append(TurnHeard("ses_a", "t0", asked("t0", "x"), text="hello", finished=done))
-    for name, value in what.items():
-        setattr(agent, name, value)
     run(lambda: look_round(agent), 1, None)
     assert [violation.split(": ")[0] for violation in agent.violations] == rules
