@@ -331,13 +331,13 @@ class StoreMachine(RuleBasedStateMachine):
             self.check(session)
 
     @rule(data=st.data(), tokens=TOKENS.filter(len), fork=RARELY, soon=st.booleans())
+    @precondition(lambda self: any(it.owned and it.active is not None for it in self.sessions))
     def lose_the_end_of_a_turn_and_cancel_it(
         self, data: st.DataObject, tokens: list[int], fork: bool, soon: bool
     ) -> None:
         session = self.pick(data, lambda it: it.owned and it.active is not None)
+        assert session.active is not None
         self.save()
-        if session.active is None or not session.owned:
-            return
         head = position_of([*session.tokens, *tokens])
         append = Append(
             session.session_id,

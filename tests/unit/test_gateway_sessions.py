@@ -245,13 +245,15 @@ async def test_an_owner_is_asked_to_put_back_lost_writes_before_they_would_be_fi
         replica, states = w.fleet.replicas["a"], list[SessionState]()
         stop_turn = replica.stop_turn
 
-        async def look(request: replica_pb2.StopTurnRequest, timeout_s: float) -> object:
+        async def look(
+            request: replica_pb2.StopTurnRequest, timeout_s: float
+        ) -> replica_pb2.StopTurnResponse:
             session = await w.store.get_session(request.session_id)
             assert session is not None
             states.append(session.state)
             return await stop_turn(request, timeout_s)
 
-        replica.stop_turn = look  # type: ignore[method-assign, assignment]
+        replica.stop_turn = look  # type: ignore[method-assign]
         sessions = w.gateway.sessions
         await sessions.fork(
             TENANT, session_pb2.ForkSessionRequest(session_id=session_id, request_id="f")
