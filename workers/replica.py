@@ -23,6 +23,7 @@ from workers.engines.port import Engine, EngineFailed
 from workers.heartbeat import ReplicaReplaced, heartbeat
 from workers.journal import Journal, until_answered
 from workers.kv.transfer import KvTransfer, PeerClient, Puller, TicketIssuer
+from workers.prefetch import Prefetches
 from workers.residency import Residency
 from workers.service import ReplicaApp, pull_by_plan
 from workers.text.port import TextCodec
@@ -89,7 +90,8 @@ async def run_replica(
         ports, transfer = _ports(adapters, settings, ref, dispatcher, journal)
         async with anyio.create_task_group() as tasks:
             await tasks.start(journal.run)
-            app = ReplicaApp(ports, transfer, tasks, on_empty=stop.set)
+            prefetches = Prefetches(ports, settings.pull_timeout_s)
+            app = ReplicaApp(ports, transfer, prefetches, tasks, on_empty=stop.set)
             try:
                 await serve(app, ref)
                 tasks.start_soon(beat, ref, app)

@@ -28,6 +28,7 @@ from statestore.records import Epoch, Position, ReplicaRef, SessionState
 from statestore.replica_info import ReplicaLoad
 from workers.journal import until_answered
 from workers.kv.transfer import KvTransfer, lease_seconds
+from workers.prefetch import Prefetches
 from workers.residency import ResidentSession
 from workers.transcript import read_transcript
 from workers.turn.cursor import stream_turn
@@ -58,6 +59,7 @@ class ReplicaApp:
         self,
         ports: TurnPorts,
         transfer: KvTransfer,
+        prefetches: Prefetches,
         tasks: TaskGroup,
         *,
         on_empty: Callable[[], None],
@@ -65,6 +67,7 @@ class ReplicaApp:
         """``on_empty`` is called once nothing is left after a drain that asked for the end."""
         self._ports = ports
         self._transfer = transfer
+        self._prefetches = prefetches
         self._tasks = tasks
         self._on_empty = on_empty
         self._runs = TurnRuns(ports, tasks)
@@ -158,7 +161,8 @@ class ReplicaApp:
         return self._transfer.export(request)
 
     async def import_session(self, request: pb.ImportSessionRequest) -> pb.ImportSessionResponse:
-        """Pulls a session's pages up to a ledger position; says how far they are verified."""
+        """Gets a session's pages up to a ledger position, from their source or, where the engine
+        has none that a peer could give, by itself; says how far they are verified."""
         session_id, up_to = request.session_id, _read_position(request.up_to)
         if session_id in self._runs:
             raise MigrationRefused(f"session {session_id} runs here already")
@@ -175,12 +179,12 @@ class ReplicaApp:
             resident = await self._ports.residency.load(
                 self._ports.store, replace(session, head=up_to), salt, importing=True
             )
-        pulled = await self._transfer.pull(
-            resident,
-            request.source_endpoint,
-            ref_of(request.source),
-            lease_seconds(request.lease_ms),
-        )
+        lease_s = lease_seconds(request.lease_ms)
+        if self._transfer.takes_pages:
+            source = ref_of(request.source)
+            pulled = await self._transfer.pull(resident, request.source_endpoint, source, lease_s)
+        else:
+            pulled = await self._prefetches.prefetch(resident, lease_s)
         if self._ports.residency.get(session_id) is None:  # closed or suspended meanwhile
             self._ports.residency.discard(resident)
             raise MigrationRefused(f"session {session_id} was released during its import")
@@ -285,8 +289,9 @@ def store_errors() -> Iterator[None]:
 async def pull_by_plan(
     transfer: KvTransfer, pin_ttl_s: float, resident: ResidentSession, plan: pb.PrefixPlan
 ) -> None:
-    """A turn's prefix as the gateway planned it; without a source it is recomputed."""
-    if plan.source_endpoint:
+    """A turn's prefix as the gateway planned it; without a source it is recomputed, or found by the
+    engine in a storage of its own."""
+    if plan.source_endpoint and transfer.takes_pages:
         await transfer.pull(resident, plan.source_endpoint, ref_of(plan.source), pin_ttl_s)
 
 

@@ -26,6 +26,7 @@ class SglangHarness(EngineHarness):
 
     engine: SglangEngine
     noise = Sampling()  # on the CPU only this repeats
+    wait_s = 120.0
 
     async def end_of(self, generation_id: str) -> Output:
         output = await super().end_of(generation_id)

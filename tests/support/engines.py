@@ -23,8 +23,6 @@ from workers.engines.port import (
     StepOutput,
 )
 
-STEP_TIMEOUT_S = 20.0
-
 
 @dataclass(frozen=True, slots=True)
 class EngineSize:
@@ -51,6 +49,8 @@ class EngineHarness:
 
     noise = Sampling(temperature=1.0, seed=11)
     """What repeats on this engine, with noise if that does."""
+    wait_s = 20.0
+    """For what is expected of it, at most."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -116,7 +116,7 @@ class EngineHarness:
         return self.engine.block_hashes(namespace, tokens)
 
     async def _wait(self, condition: Callable[[], bool]) -> None:
-        with anyio.fail_after(STEP_TIMEOUT_S):
+        with anyio.fail_after(self.wait_s):
             while not condition():
                 assert not self.failures, self.failures
                 await self._changed.wait()

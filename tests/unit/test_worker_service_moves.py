@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -111,6 +112,46 @@ async def test_a_broken_pull_is_tried_once_more_and_then_given_up() -> None:
         assert answer.pages == 0
         assert "the stream broke" in answer.detail
         assert third.engine.load().free_pages == third.engine.info.capacity_pages
+
+
+def keeps_its_own(replica: RunningReplica) -> None:
+    """Its pages are not for peers, as those of an engine with a storage of its own."""
+    replica.engine._info = replace(replica.engine.info, page_bytes=0)
+
+
+@in_virtual_time
+async def test_an_engine_with_a_storage_of_its_own_has_the_context_before_it_owns_the_session() -> (
+    None
+):
+    async with world() as w:
+        first, second = await two_replicas(w)
+        keeps_its_own(second)
+        session = await w.session()
+        answer = await second.app.import_session(import_request(first, session.head))
+        whole = (session.head.length - 1) // 16
+        assert (answer.pages, answer.bytes_copied) == (whole, 0)
+        assert f"0 of {whole} pages were in its own storage" in answer.detail
+        assert answer.verified.length == whole * 16
+        assert w.channel.pulls == 0
+        assert second.engine.load().running == 0
+        await w.give(second)
+        heard = await listen(second, await w.request(second, "More", "t2"))
+        assert heard.finished.usage.cached_tokens >= whole * 16
+        ledger, start = await w.ledger(), heard.accepted.output_start.length
+        assert heard.tokens == expected_output(ledger[:start], 20, Sampling(), 0.0)
+
+
+@in_virtual_time
+async def test_what_an_engine_cannot_get_ready_in_time_is_computed_in_the_turn() -> None:
+    slow = SimConfig(timing=SimTiming(prefill_token_ms=1000.0), eos_probability=0)
+    async with world(slow) as w:
+        first = await w.start_owner("r1")
+        second = await w.start("r2", pull_timeout_s=5.0)
+        keeps_its_own(second)
+        await listen(first, await w.request(first, params={"max_tokens": 4}))
+        answer = await second.app.import_session(import_request(first, (await w.session()).head))
+        assert (answer.pages, answer.detail) == (0, "not ready within 5.0 s")
+        assert second.engine.load().running == 0
 
 
 @in_virtual_time

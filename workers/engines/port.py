@@ -51,7 +51,7 @@ class EngineInfo:
     """Tokens in a page."""
     capacity_pages: int
     page_bytes: int
-    """Bytes of one page as exported."""
+    """Bytes of one page as exported; 0: its pages are not for peers."""
     kv_fingerprint: bytes
     """16 bytes over everything that makes pages exchangeable: weights, dtype, page size, layout."""
     max_running: int

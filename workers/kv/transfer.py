@@ -109,6 +109,11 @@ class KvTransfer:
         self._limiter = anyio.Semaphore(MAX_CONCURRENT_PULLS)
         self._exports: dict[_CountedExport, int] = {}
 
+    @property
+    def takes_pages(self) -> bool:
+        """False for an engine whose pages are not for peers."""
+        return self._engine.info.page_bytes > 0
+
     # -- source ---------------------------------------------------------------------------------
 
     def export(self, request: pb.ExportKvRequest) -> pb.ExportKvResponse:

@@ -24,6 +24,13 @@ CPU_DEFAULTS = {
 }
 
 
+OWN_STORAGE_DEFAULTS = {
+    "hicache_write_policy": "write_through",
+    "hicache_storage_prefetch_policy": "wait_complete",
+}
+"""A session that moves finds in a shared storage what it left a moment before, and waits for it."""
+
+
 def hash_pages(tokens: list[int], seed: str | None, page_size: int) -> list[str]:
     """sglang's storage keys of whole pages."""
     keys = get_hash_str(tokens, seed, page_size)
@@ -81,7 +88,7 @@ def server_arguments(
             ),
         }
     elif "hicache_storage_backend" in given:
-        values["enable_hierarchical_cache"] = "true"
+        values = {**OWN_STORAGE_DEFAULTS, **values, "enable_hierarchical_cache": "true"}
     arguments = _parse(values)
     if config.storage == "sessile":
         _refuse_foreign_ranks(arguments)
