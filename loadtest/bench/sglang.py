@@ -1,26 +1,30 @@
 """What Sessile costs over sglang alone, and what moving KV between sglang replicas saves.
 
-``overhead`` runs the same prompts, of the same tokens, through sglang's ``Engine`` in this process
-(with the server arguments of a worker, but without its page pool) and through a gateway and a
-worker with the SDK, in turn, and compares time to the first token, time between tokens, and
-throughput. ``moves`` compares the move of a session of 2,000 tokens to another replica with
-computing it there, and follows the cached share of an agent's prompts before and after its
-replica is drained. Real processes on this machine; prints JSON.
+``overhead`` runs the same requests (the same prompts, token by token) in three ways, in turn and
+in changing order: by sglang's ``Engine`` in this process; as turns of sessions, through a gateway
+and a worker with the SDK, where the worker's sglang has the very same arguments (``storage=own``);
+and as the second, with KV that can move (``storage=sessile``: sglang's HiCache and Sessile's page
+pool). It compares time to the first token, time between tokens, and throughput. ``moves`` compares
+the move of a session of 2,000 tokens to another replica with computing it there, and follows the
+cached share of an agent's prompts before and after its replica is drained. Real processes on this
+machine; prints JSON.
 
-    python -m loadtest.bench.sglang --rounds 5
+    OMP_NUM_THREADS=1 python -m loadtest.bench.sglang --rounds 5
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,7 @@ PROMPT_WORDS = 160
 MOVED_TOKENS = 2000
 AGENT_TURNS = 12
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+SYSTEM = "Be brief."
 NUMBERS = count()
 
 
@@ -83,6 +88,7 @@ class Alone:
         self._folder = folder
         self._codec = codec
         self._waiting: dict[str, tuple[list[float], anyio.Event]] = {}
+        self._failure: Exception | None = None
 
     @asynccontextmanager
     async def running(self, scratch: Path) -> AsyncIterator[Alone]:
@@ -97,7 +103,7 @@ class Alone:
             replay=replay,
             on_chunk=self._take,
             on_events=lambda batch: None,
-            on_end=_raise,
+            on_end=self._fail,
         )
         await self._runtime.start()
         try:
@@ -106,18 +112,21 @@ class Alone:
             await self._runtime.aclose()
 
     async def measure(self, prompts: list[str]) -> Measured:
+        """Every prompt as a request, all at once."""
         measured = Measured()
 
         async def one(text: str) -> None:
-            messages = [ChatMessage(Role.SYSTEM, "Be brief."), ChatMessage(Role.USER, text)]
+            messages = [ChatMessage(Role.SYSTEM, SYSTEM), ChatMessage(Role.USER, text)]
             ids = self._codec.render(LastTurn.NONE, messages, [])
             sampling = {"temperature": 0, "max_new_tokens": OUTPUT_TOKENS, "ignore_eos": True}
-            rid = f"r{next(NUMBERS)}"
+            rid = f"r{next(NUMBERS)}."
             times, ended = self._waiting[rid] = [], anyio.Event()
             measured.asked_s.append(time.perf_counter())
             measured.tokens_s.append(times)
             self._runtime.generate(Request(rid, ids, sampling, "salt", "", 0))
             await ended.wait()
+            if self._failure is not None:
+                raise self._failure
 
         async with anyio.create_task_group() as tasks:
             for text in prompts:
@@ -126,14 +135,16 @@ class Alone:
 
     def _take(self, chunk: Chunk) -> None:
         times, ended = self._waiting[chunk.rid]
-        assert chunk.error is None, chunk.error
         times += [time.perf_counter()] * len(chunk.tokens)
-        if chunk.finish is not None:
+        if chunk.error is not None:
+            self._failure = RuntimeError(chunk.error)
+        if chunk.finish is not None or chunk.error is not None:
             ended.set()
 
-
-def _raise(error: Exception) -> None:
-    raise error
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        for _, ended in self._waiting.values():
+            ended.set()
 
 
 # -- through Sessile ------------------------------------------------------------------------------
@@ -142,7 +153,7 @@ def _raise(error: Exception) -> None:
 async def through_sessile(client: Sessile, prompts: list[str]) -> Measured:
     """The same prompts as turns of new sessions."""
     measured = Measured()
-    sessions = [await client.open(system="Be brief.") for _ in prompts]
+    sessions = [await client.open(system=SYSTEM) for _ in prompts]
 
     async def one(session: Session, text: str) -> None:
         times: list[float] = []
@@ -162,31 +173,51 @@ async def through_sessile(client: Sessile, prompts: list[str]) -> Measured:
     return measured
 
 
-async def overhead(cluster: Cluster, folder: Path, rounds: int) -> dict[str, Any]:
-    """Both, one after another, at 1 and 8 requests at once."""
+async def overhead(folder: Path, rounds: int) -> dict[str, Any]:
+    """The three ways, at 1 and 8 requests at once: medians, and throughput against sglang alone."""
     codec = create_backend("torch", {"model": str(folder)}, time.monotonic).codec
-    found: dict[str, list[dict[str, float]]] = {}
-    scratch = Path(tempfile.mkdtemp(prefix="sessile-bench-"))
-    async with Alone(folder, codec).running(scratch) as alone, Sessile(cluster.targets) as client:
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    async with AsyncExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sessile-bench-")))
+        alone = await stack.enter_async_context(Alone(folder, codec).running(scratch))
+        ways: list[tuple[str, Callable[[list[str]], Awaitable[Measured]]]] = [
+            ("alone", alone.measure)
+        ]
+        for storage in ("own", "sessile"):
+            cluster = await stack.enter_async_context(_fleet(folder, storage, ["r1"]))
+            client = await stack.enter_async_context(Sessile(cluster.targets))
+            ways.append((f"storage={storage}", partial(through_sessile, client)))
         for number in range(rounds + 1):
             for width in (1, 8):
-                for name in ("alone", "sessile"):
-                    prompts = [prompt() for _ in range(width)]
-                    if name == "alone":
-                        measured = await alone.measure(prompts)
-                    else:
-                        measured = await through_sessile(client, prompts)
+                prompts = [prompt() for _ in range(width)]
+                for name, way in ways:
+                    measured = await way(prompts)
                     if number:  # the first one warms up
-                        found.setdefault(f"{name} x{width}", []).append(measured.report())
-    medians = {
-        name: {key: round(statistics.median(r[key] for r in reports), 2) for key in reports[0]}
-        for name, reports in found.items()
-    }
-    for width in (1, 8):
-        one, other = found[f"alone x{width}"], found[f"sessile x{width}"]
-        ratios = [b["tokens_per_s"] / a["tokens_per_s"] for a, b in zip(one, other, strict=True)]
-        medians[f"throughput ratio x{width}"] = {"median": round(statistics.median(ratios), 4)}
-    return medians
+                        found.setdefault((name, width), []).append(measured.report())
+            ways.append(ways.pop(0))
+    return {f"{name} x{width}": _medians(found, name, width) for name, width in sorted(found)}
+
+
+def _medians(
+    found: dict[tuple[str, int], list[dict[str, float]]], name: str, width: int
+) -> dict[str, float]:
+    reports, alone = found[name, width], found["alone", width]
+    medians = {key: round(statistics.median(r[key] for r in reports), 2) for key in reports[0]}
+    ratios = [b["tokens_per_s"] / a["tokens_per_s"] for a, b in zip(alone, reports, strict=True)]
+    return {**medians, "throughput_of_alone": round(statistics.median(ratios), 4)}
+
+
+@asynccontextmanager
+async def _fleet(folder: Path, storage: str, names: list[str]) -> AsyncIterator[Cluster]:
+    options = {**OPTIONS, "model": str(folder), "storage": storage}
+    if storage == "sessile":
+        options["host_pages"] = HOST_PAGES
+    async with Cluster(engine="sglang", engine_options=options, environment=ENVIRONMENT) as cluster:
+        await cluster.start_gateway()
+        for name in names:
+            await cluster.start_worker(name)
+            await cluster.wait_ready()
+        yield cluster
 
 
 # -- moves ----------------------------------------------------------------------------------------
@@ -195,14 +226,14 @@ async def overhead(cluster: Cluster, folder: Path, rounds: int) -> dict[str, Any
 async def moves(cluster: Cluster, rounds: int) -> dict[str, Any]:
     """A session of about MOVED_TOKENS: moved with its KV, and computed where it never was."""
     words = "the keeper counts the ships and writes the weather in his book "
-    moved_ms, copied, after_ms, cold_ms, cached = [], [], [], [], []
+    moved_ms, copied, after_ms, cold_ms, cached, context = [], [], [], [], [], []
     for _ in range(rounds):
         async with (
             Sessile(cluster.targets, tenant=f"t{next(NUMBERS)}") as client,
             Sessile(cluster.targets, tenant=f"t{next(NUMBERS)}") as another,
         ):
             session = await client.open(system=words * (MOVED_TOKENS // 12))
-            await turn_of(session, "Go on.", 4)
+            context.append((await turn_of(session, "Go on.", 4))[2])
             owner = (await session.refresh()).owner
             assert owner is not None
             target = "r2" if owner.replica_id == "r1" else "r1"
@@ -215,12 +246,18 @@ async def moves(cluster: Cluster, rounds: int) -> dict[str, Any]:
             cached.append(hit)
             anew = await another.open(system=words * (MOVED_TOKENS // 12))
             cold_ms.append((await turn_of(anew, "Go on.", 4))[0])
+    both = [one + other for one, other in zip(moved_ms, after_ms, strict=True)]
     return {
+        "context_tokens": statistics.median(context),
         "move_ms": round(statistics.median(moved_ms), 1),
         "copied_mb": round(statistics.median(copied) / 1e6, 1),
         "ttft_after_move_ms": round(statistics.median(after_ms), 1),
+        "move_and_ttft_ms": round(statistics.median(both), 1),
         "cached_tokens_after_move": statistics.median(cached),
         "ttft_computed_ms": round(statistics.median(cold_ms), 1),
+        "computed_over_moved": round(
+            statistics.median(cold / move for cold, move in zip(cold_ms, both, strict=True)), 2
+        ),
     }
 
 
@@ -267,19 +304,14 @@ async def turn_of(session: Session, text: str, max_tokens: int) -> tuple[float, 
 
 
 async def main(rounds: int, parts: list[str]) -> dict[str, Any]:
-    """Everything that is asked for, on a fleet of its own."""
+    """Everything that is asked for, each part on a fleet of its own."""
+    os.environ.update(ENVIRONMENT)  # sglang's processes take them from here or from their worker
     folder = model_folder()
     report: dict[str, Any] = {}
-    options = {**OPTIONS, "model": str(folder), "host_pages": HOST_PAGES}
-    async with Cluster(engine="sglang", engine_options=options, environment=ENVIRONMENT) as cluster:
-        await cluster.start_gateway()
-        await cluster.start_worker("r1")
-        await cluster.wait_ready()
-        if "overhead" in parts:
-            report["overhead"] = await overhead(cluster, folder, rounds)
-        if "moves" in parts:
-            await cluster.start_worker("r2")
-            await cluster.wait_ready()
+    if "overhead" in parts:
+        report["overhead"] = await overhead(folder, rounds)
+    if "moves" in parts:
+        async with _fleet(folder, "sessile", ["r1", "r2"]) as cluster:
             report["moves"] = await moves(cluster, rounds)
             report["agent"] = await agent(cluster)
     return report
