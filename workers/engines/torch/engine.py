@@ -8,6 +8,7 @@ the pages of a generation that is cancelled during a step are freed when the ste
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ class TorchEngine(PagedEngine):
     async def start(self, on_step: OnStep, on_failure: Callable[[EngineFailed], None]) -> None:
         """Raises EngineFailed if the model cannot be loaded."""
         self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()  # of the thread there, callbacks know no loop
         self._loaded = anyio.Event()
         folder = await anyio.to_thread.run_sync(model_folder, self._config.model)
         self._thread = threading.Thread(
@@ -106,7 +108,7 @@ class TorchEngine(PagedEngine):
 
     def _post(self, callback: Callable[..., None], value: object) -> None:
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(callback, value)
+            self._loop.call_soon_threadsafe(callback, value, context=self._context)
 
 
 def _part(work: Work) -> Part:
