@@ -8,6 +8,8 @@ from tests.contract import test_engine as suite
 from tests.contract.test_engine import Now, Start, it, now  # noqa: F401 - fixtures
 from tests.sglang.engines import SharedEngines
 
+pytestmark = pytest.mark.timeout(400)
+
 globals().update({name: test for name, test in vars(suite).items() if name.startswith("test_")})
 
 NO_ROOM = "its context limit is what its memory holds: too long a context is refused when it comes"

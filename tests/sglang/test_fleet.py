@@ -179,6 +179,8 @@ async def test_a_drained_replica_gives_its_sessions_away_with_their_kv(fleet: Fl
             progress = [step async for step in steps]
         assert progress[-1].done
         assert (progress[-1].remaining, progress[-1].moved_without_kv) == (0, 0)
+        drained = [child for child in fleet.cluster.workers if child.name == "s1"]
+        await fleet.cluster.stop(drained)  # it is of no more use to anybody
         after = await said(session, "And what happened to the whales?", 8)
         assert after.usage.cached_tokens >= before.usage.input_tokens - 16
 
