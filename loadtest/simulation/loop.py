@@ -35,6 +35,11 @@ from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 import anyio
 
+try:
+    import sniffio
+except ImportError:
+    sniffio = None  # type: ignore[assignment]
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -360,7 +365,8 @@ def run(
     try:
         asyncio.set_event_loop(loop)
         try:
-            return loop.run_until_complete(loop.create_task(main(), name="main"))
+            task = loop.create_task(main(), name="main", context=_context())
+            return loop.run_until_complete(task)
         finally:
             _cancel_rest(loop)
     finally:
@@ -368,6 +374,15 @@ def run(
         loop.close()
         if collecting:
             gc.enable()
+
+
+def _context() -> contextvars.Context:
+    """As ``anyio.run`` makes it: where sniffio is installed, AnyIO asks it also in callbacks, which
+    run in no task."""
+    context = contextvars.copy_context()
+    if sniffio is not None:
+        context.run(sniffio.current_async_library_cvar.set, "asyncio")
+    return context
 
 
 def _cancel_rest(loop: VirtualLoop) -> None:

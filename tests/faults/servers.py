@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from statestore.scripts import load_script, script_names
 from tests.faults.children import START_TIMEOUT_S, Child
-from tests.faults.proof import until
+from tests.faults.proof import Unproven, until
 from tests.faults.proxy import Proxy
 from tests.support.servers import redis_binary
 
@@ -210,23 +210,30 @@ class SentinelStore(Store):
         return [self.primary]
 
     async def in_sync(self) -> None:
-        """Until the replica has everything and Sentinel knows it."""
+        """Until the replica has all that the primary had a moment before, and Sentinel knows it."""
         primary, replica = client_of(self.primary.port), client_of(self.replica.port)
         sentinel = client_of(self._sentinel.port)
+        seen: dict[str, object] = {}
         try:
 
             async def same() -> bool:
                 ours = await primary.info("replication")
                 theirs = await replica.info("replication")
                 known = await sentinel.execute_command("SENTINEL", "REPLICAS", "main")
+                flags = [_flag(entry) for entry in known]
+                seen.update(primary=ours, replica=theirs, sentinel=flags)
                 return bool(
                     theirs.get("master_link_status") == "up"
                     and ours["connected_slaves"] == 1
-                    and ours["master_repl_offset"] == theirs["slave_repl_offset"]
-                    and any(_flag(entry) == b"slave" for entry in known)
+                    # Writes go on meanwhile: the replica's offset is the later one.
+                    and ours["master_repl_offset"] <= theirs["slave_repl_offset"]
+                    and b"slave" in flags
                 )
 
-            await until(same, "the replica does not catch up")
+            try:
+                await until(same, "the replica does not catch up")
+            except Unproven as error:
+                raise Unproven(f"{error}; last seen: {seen}") from None
         finally:
             for client in (primary, replica, sentinel):
                 await client.aclose()
