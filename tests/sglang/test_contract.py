@@ -28,6 +28,20 @@ OTHERWISE = {
 """Test of the suite -> what sglang does otherwise."""
 
 
+ESSENTIAL = {
+    "test_greedy_output_repeats",
+    "test_a_prefix_is_reused_and_changes_nothing",
+    "test_namespaces_share_nothing",
+    "test_stop_ids_end_the_generation_and_are_delivered",
+    "test_a_cancelled_generation_delivers_nothing_more",
+    "test_exported_pages_continue_identically_elsewhere",
+    "test_a_corrupted_page_is_refused_with_all_after_it",
+}
+"""What is checked always: exactness, and pages that go from one sglang to another."""
+for _name in ESSENTIAL:
+    globals()[_name] = pytest.mark.essential(globals()[_name])
+
+
 @pytest.fixture
 def start(engines: SharedEngines, now: Now) -> Start:  # noqa: F811
     return lambda size: engines.engine(size, now)

@@ -81,7 +81,9 @@ async def said(session: Session, text: str, max_tokens: int) -> TurnResult:
 
 
 @pytest.mark.parametrize(
-    ("victim", "heir"), [("s1", "s2"), ("s1", "t1"), ("t1", "s1")], ids=lambda name: name
+    ("victim", "heir"),
+    [pytest.param("s1", "s2", marks=pytest.mark.essential), ("s1", "t1"), ("t1", "s1")],
+    ids=lambda name: name,
 )
 async def test_a_turn_survives_its_replica_and_says_the_same(
     fleet: Fleet, victim: str, heir: str
@@ -139,6 +141,7 @@ async def tokens_of(session: Session, text: str, max_tokens: int) -> list[int]:
     return tokens
 
 
+@pytest.mark.essential
 async def test_an_idle_session_takes_its_kv_along(fleet: Fleet) -> None:
     await fleet.replica("s1")
     await fleet.replica("s2")
