@@ -85,7 +85,7 @@ class SharedEngines:
         finally:
             generations.clear()
             engine._info = generations.info = usual
-            if engine._scratch is not None:  # else the test has closed it
+            if generations.on_step is not None:  # else the test has closed it
                 with anyio.CancelScope(shield=True), anyio.fail_after(SETTLE_S):
                     while not await engine.flush():
                         await anyio.lowlevel.checkpoint()

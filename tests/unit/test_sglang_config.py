@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 import typer
 
 from gateway.cli.serve import parse_options
+from workers.engines.registry import create_backend
 from workers.engines.sglang.config import SGLANG_VERSIONS, SglangConfig, check_version
 
 
@@ -44,6 +48,13 @@ def test_own_options_are_kept_apart_from_those_of_the_server() -> None:
         ({"storage": "nowhere"}, "sessile, own"),
         ({"hicache_storage_backend": "mooncake"}, "storage=own"),
         ({"max_running": "many"}, "must be int"),
+        ({"host_memory_mb": "0"}, "at least 1"),
+        ({"enable_session_radix_cache": "false"}, "set by Sessile"),
+        ({"hicache_storage_prefetch_policy": "timeout"}, "storage=own"),
+        ({"hicache_host_memory_mode": "buffer_only"}, "storage=own"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative decoding.*storage=own"),
+        ({"config": "file.yaml"}, "launcher"),
+        ({"storage": "own", "disaggregation_mode": "prefill"}, "different servers"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, str], why: str) -> None:
@@ -56,6 +67,32 @@ def test_a_storage_of_its_own_may_be_named() -> None:
     assert SglangConfig.from_options(options).server_args == (
         ("hicache_storage_backend", "mooncake"),
     )
+
+
+def test_speculative_decoding_needs_a_storage_of_its_own() -> None:
+    SglangConfig.from_options({"storage": "own", "speculative_algorithm": "EAGLE"})
+
+
+def test_another_version_is_refused_before_anything_of_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from workers.engines.sglang import backend
+
+    monkeypatch.setattr(backend, "version", lambda name: "0.4.1")
+    monkeypatch.setitem(sys.modules, "sglang", None)  # its import would fail
+    with pytest.raises(ValueError, match=r"sglang 0\.4\.1 is installed; this engine needs"):
+        create_backend("sglang", {}, lambda: 0.0)
+
+
+def test_without_sglang_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers.engines.sglang import backend
+
+    def nothing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(backend, "version", nothing)
+    with pytest.raises(ImportError, match=r"pip install 'sessile-server\[sglang\]'"):
+        create_backend("sglang", {}, lambda: 0.0)
 
 
 def test_another_version_is_refused_with_what_to_install() -> None:

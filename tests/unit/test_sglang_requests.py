@@ -97,7 +97,7 @@ async def world() -> World:
 
 async def test_a_generation_is_asked_for_as_it_is(world: World) -> None:
     world.submit(
-        sampling=Sampling(temperature=0.5, top_p=0.9, top_k=7, seed=1 << 40 | 3),
+        sampling=Sampling(temperature=0.5, top_p=0.9, top_k=7, seed=1 << 63 | 3),
         stop_token_ids=frozenset({EOS, 9}),
         retention_id="s",
         priority=2,

@@ -18,11 +18,18 @@ class CachedPages(ABC):
     """Base of engines (see the port :class:`workers.engines.port.Engine`). A subclass calls
     :meth:`_keep_pages` before anything else is used."""
 
-    def _keep_pages(self, info: EngineInfo, memory: PageMemory, clock: Callable[[], float]) -> None:
-        """``clock`` gives monotonic seconds; pins expire by it."""
+    def _keep_pages(
+        self,
+        info: EngineInfo,
+        memory: PageMemory,
+        clock: Callable[[], float],
+        pages: int | None = None,
+    ) -> None:
+        """``clock`` gives monotonic seconds; pins expire by it. ``pages`` of the memory, if they
+        are not those that the engine computes with."""
         self._info = info
         self._memory = memory
-        self._cache = PrefixCache(info.capacity_pages, clock)
+        self._cache = PrefixCache(info.capacity_pages if pages is None else pages, clock)
         self._exports: dict[HeldPages, None] = {}
 
     @abstractmethod

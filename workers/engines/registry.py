@@ -44,13 +44,12 @@ def create_backend(name: str, options: Mapping[str, str], clock: Callable[[], fl
     if module_name is None:
         raise ValueError(f"engine {name!r} is not one of {', '.join(sorted(ENGINES))}")
     try:
-        module = importlib.import_module(module_name)
+        backend = importlib.import_module(module_name).create_backend(options, clock)
     except ImportError as error:
         raise ImportError(
             f"the {name} engine needs packages that are not installed ({error}): "
             f"pip install 'sessile-server[{name}]'"
         ) from error
-    backend = module.create_backend(options, clock)
     assert isinstance(backend, Backend)
     return backend
 

@@ -12,19 +12,29 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import anyio
 
 from workers.engines.cached_pages import CachedPages
 from workers.engines.port import EngineFailed, EngineInfo, EngineLoad, OnStep
-from workers.engines.sglang.arguments import hash_pages, namespace_seed, server_arguments
 from workers.engines.sglang.base import RequestEngine
 from workers.engines.sglang.config import SglangConfig
 from workers.engines.sglang.events import ResidentView
 from workers.engines.sglang.fingerprint import kv_fingerprint
 from workers.engines.sglang.host_pages import HostPages, NoPages
 from workers.engines.sglang.keys import ContextNames, PageNames
+from workers.engines.sglang.native import (
+    hash_pages,
+    load_hash,
+    namespace_seed,
+    server_arguments,
+)
 from workers.engines.sglang.page_desk import PageDesk
 from workers.engines.sglang.requests import Generations, salt_of
 from workers.engines.sglang.runtime import Facts, Runtime
@@ -34,13 +44,22 @@ NAMES_PER_PAGE = 4
 SHARED_MEMORY = Path("/dev/shm")
 
 
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """What a running engine works with."""
+
+    runtime: Runtime
+    desk: PageDesk
+    view: ResidentView
+    names: PageNames
+
+
 class SglangEngine(RequestEngine, CachedPages):
     """See the port :class:`workers.engines.port.Engine`. Everything but :meth:`start` and
     :meth:`aclose` needs a started engine. Noise repeats only where sglang's own does: on GPUs with
     deterministic inference; on the CPU only temperature 0 repeats."""
 
-    _view: ResidentView
-    _names: PageNames
+    _it: _Started
 
     def __init__(self, config: SglangConfig, folder: Path, clock: Callable[[], float]) -> None:
         """``folder`` of the model; ``clock`` gives monotonic seconds (pins expire by it)."""
@@ -48,11 +67,10 @@ class SglangEngine(RequestEngine, CachedPages):
         self._config = config
         self._folder = folder
         self._clock = clock
-        self._runtime: Runtime | None = None
-        self._desk: PageDesk | None = None
         self._host: HostPages | None = None
         self._layout = ""
-        self._scratch: Path | None = None
+        self._close = AsyncExitStack()
+        """Takes back what :meth:`start` has made so far."""
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -60,36 +78,39 @@ class SglangEngine(RequestEngine, CachedPages):
         """Raises EngineFailed if sglang does not start; takes its time (half a minute here)."""
         self._on_failure = on_failure
         config = self._config
-        self._scratch = Path(tempfile.mkdtemp(prefix="sessile-sglang-"))
-        self._desk = PageDesk(self._scratch / "pages", self._make_host)
-        events, replay = (f"ipc://{self._scratch / name}" for name in ("events", "replay"))
+        scratch = Path(tempfile.mkdtemp(prefix="sessile-sglang-"))
+        self._close.callback(shutil.rmtree, scratch, ignore_errors=True)
+        self._close.callback(self._unlink)
+        make_host = partial(self._make_host, SHARED_MEMORY / scratch.name)
+        desk = PageDesk(scratch / "pages", make_host)
+        self._close.callback(desk.close)
+        events, replay = (f"ipc://{scratch / name}" for name in ("events", "replay"))
         try:
             arguments = await anyio.to_thread.run_sync(
-                server_arguments, config, self._folder, self._desk.path, events, replay
+                _prepare, config, self._folder, desk.path, events, replay
             )
-        except ValueError as error:
+        except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
             raise EngineFailed(str(error)) from error
-        self._runtime = Runtime(
+        runtime = Runtime(
             arguments,
             events=events,
             replay=replay,
             on_chunk=lambda chunk: self._generations.take(chunk),
-            on_events=lambda batch: self._view.take(batch),
+            on_events=lambda batch: self._it.view.take(batch),
             on_end=self._fail,
         )
+        self._close.push_async_callback(runtime.aclose)
         with anyio.move_on_after(config.start_timeout_s) as scope:
-            facts = await self._runtime.start()
+            facts = await runtime.start()
         if scope.cancelled_caught:
             raise EngineFailed(f"sglang did not start within {config.start_timeout_s} s")
-        fingerprint = await anyio.to_thread.run_sync(
-            kv_fingerprint, self._folder, facts, self._layout, config.page_size
-        )
-        self._open(facts, fingerprint)
+        fingerprint = await anyio.to_thread.run_sync(self._fingerprint, facts)
+        self._open(facts, fingerprint, runtime, desk)
         if self._failure is not None:
             raise self._failure  # it ended meanwhile
         self._generations.on_step = on_step
 
-    def _open(self, facts: Facts, fingerprint: bytes) -> None:
+    def _open(self, facts: Facts, fingerprint: bytes, runtime: Runtime, desk: PageDesk) -> None:
         config, host = self._config, self._host
         # sglang admits a request only beside a free page; one that never is would wait for ever.
         room = facts.max_total_tokens - config.page_size - 1
@@ -106,55 +127,58 @@ class SglangEngine(RequestEngine, CachedPages):
             vocab_size=facts.vocab_size,
             max_context_tokens=min(limit, config.max_context_tokens or limit),
             page_size=config.page_size,
-            capacity_pages=device_pages if host is None else host.pages,
+            capacity_pages=device_pages,
             page_bytes=0 if host is None else host.page_bytes,
             kv_fingerprint=fingerprint,
             max_running=config.max_running,
             max_queued=config.max_queued,
             eos_token_ids=facts.eos_token_ids,
         )
-        assert self._runtime is not None
-        assert self._desk is not None
-        self._keep_pages(info, host or NoPages(), self._clock)
-        self._names = PageNames(NAMES_PER_PAGE * info.capacity_pages)
-        self._view = ResidentView(fingerprint, config.page_size)
-        if host is not None:
-            host.unlink()  # every rank has mapped it: nothing stays if this process is killed
-        self._generations = Generations(self._runtime, info, self._context)
-        self._desk.open(self._cache, self._names)
-        self._runtime.listen()
+        pool_pages = device_pages if host is None else host.pages
+        self._keep_pages(info, host or NoPages(), self._clock, pool_pages)
+        names = PageNames(NAMES_PER_PAGE * pool_pages)
+        self._it = _Started(runtime, desk, ResidentView(fingerprint, config.page_size), names)
+        self._unlink()  # every rank has mapped it: nothing stays if this process is killed
+        self._generations = Generations(runtime, info, self._context, self._salt)
+        desk.open(self._cache, names)
+        runtime.listen()
 
-    def _make_host(self, page_bytes: int, layout: str) -> HostPages:
+    def _make_host(self, path: Path, page_bytes: int, layout: str) -> HostPages:
         """On a thread of the desk's, while sglang starts."""
         config = self._config
-        pages = config.host_pages or (config.host_memory_mb << 20) // page_bytes
-        assert self._scratch is not None
+        memory = (config.host_memory_mb or 2048) << 20
         self._layout = layout
-        self._host = HostPages(SHARED_MEMORY / self._scratch.name, pages, page_bytes)
+        self._host = HostPages(path, config.host_pages or memory // page_bytes, page_bytes)
         return self._host
 
-    async def aclose(self) -> None:
-        scratch, self._scratch = self._scratch, None
-        if scratch is None:
-            return
-        self._end()
-        if self._runtime is not None:
-            await self._runtime.aclose()
-        if self._desk is not None:
-            self._desk.close()
+    def _unlink(self) -> None:
         if self._host is not None:
             self._host.unlink()
-        shutil.rmtree(scratch, ignore_errors=True)
+
+    def _fingerprint(self, facts: Facts) -> bytes:
+        """Reads the weights."""
+        return kv_fingerprint(
+            self._folder,
+            facts.arguments,
+            version=version("sglang"),
+            dtype=facts.dtype,
+            layout=self._layout,
+            page_size=self._config.page_size,
+        )
+
+    async def aclose(self) -> None:
+        self._end()
+        await self._close.aclose()
 
     # -- pages --------------------------------------------------------------------------------
 
     def _context(self, namespace: bytes, tokens: Sequence[int]) -> ContextNames:
         context = ContextNames(
-            self._names,
+            self._it.names,
             hash_pages,
             kv_fingerprint=self._info.kv_fingerprint,
             namespace=namespace,
-            seed=namespace_seed(salt_of(namespace)),
+            seed=namespace_seed(self._salt(namespace)),
             page_size=self._info.page_size,
         )
         context.extend(tokens)
@@ -162,8 +186,16 @@ class SglangEngine(RequestEngine, CachedPages):
         self._cache.release(self._cache.acquire(context.block_hashes))
         return context
 
+    def _salt(self, namespace: bytes) -> str:
+        """Nor do the keys of a storage that replicas share meet those of other KV."""
+        return salt_of(namespace, self._info.kv_fingerprint)
+
     def reusable_pages(self, block_hashes: Sequence[bytes]) -> int:
-        return max(self.resident_pages(block_hashes), self._view.run(block_hashes))
+        return max(self.resident_pages(block_hashes), self.held_by_sglang(block_hashes))
+
+    def held_by_sglang(self, block_hashes: Sequence[bytes]) -> int:
+        """How many of these pages, from the first, sglang's own tiers hold, as its events tell."""
+        return self._it.view.run(block_hashes)
 
     def pin(self, pin_id: str, block_hashes: Sequence[bytes], ttl_s: float) -> int:
         self._tag(pin_id, ttl_s)
@@ -177,20 +209,18 @@ class SglangEngine(RequestEngine, CachedPages):
         """sglang itself lets go of them when it needs the room; until then they are of no use to
         anybody who does not have the same tokens and namespace. What it still has to write of them
         is not kept, unless somebody asks for it again."""
-        self._view.forget(block_hashes)
-        self._names.forget(block_hashes)
+        self._it.view.forget(block_hashes)
+        self._it.names.forget(block_hashes)
         return super().drop(block_hashes)
 
     async def flush(self) -> bool:
         """Forgets all cached KV that is not in use, here and in sglang; False if sglang has not,
         because requests run."""
         self._cache.release(self._cache.allocate(self._cache.free_pages))
-        assert self._runtime is not None
-        return await self._runtime.flush()
+        return await self._it.runtime.flush()
 
     def _close_session(self, session_id: str) -> None:
-        assert self._runtime is not None
-        self._runtime.close_session(session_id)
+        self._it.runtime.close_session(session_id)
 
     def _pages_freed(self) -> None:
         """sglang asks again by itself."""
@@ -198,8 +228,15 @@ class SglangEngine(RequestEngine, CachedPages):
     # -- reports ------------------------------------------------------------------------------
 
     def load(self) -> EngineLoad:
-        return self._load(self._cache.free_pages, self._cache.pinned_pages)
+        """Of the device's pages: a larger pool does not let more contexts run."""
+        free = min(self._cache.free_pages, self._info.capacity_pages)
+        return self._load(free, self._cache.pinned_pages)
 
     def check_integrity(self) -> None:
-        assert self._desk is not None
-        self._check_pages(self._desk.holders())
+        self._check_pages(self._it.desk.holders())
+
+
+def _prepare(config: SglangConfig, folder: Path, socket: Path, events: str, replay: str) -> Any:
+    """On a thread: what takes seconds before sglang starts. Returns its ``ServerArgs``."""
+    load_hash()
+    return server_arguments(config, folder, socket, events, replay)

@@ -17,6 +17,7 @@ import zmq
 import zmq.asyncio
 
 from statestore.digest import pack_tokens
+from workers.engines.sglang.requests import namespace_of
 from workers.kv.blocks import next_hash, root_hash
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,10 @@ class ResidentView:
         if event["block_size"] != size or salt is None:
             return  # nobody of ours asked for it
         if parent is None:
-            previous = root_hash(self._kv_fingerprint, bytes.fromhex(salt))
+            namespace = namespace_of(salt)
+            if namespace is None:
+                return  # nor for this
+            previous = root_hash(self._kv_fingerprint, namespace)
         elif parent in self._blocks:
             previous = self._blocks[parent].name
         else:

@@ -29,8 +29,8 @@ PARKED_TOKENS = 256
 FORBIDDEN = -1e9
 """Logit bias of a token that must not be sampled yet."""
 MIN_RETRY_MS, MAX_RETRY_MS = 100, 10_000
-SEED_MASK = 0x7FFF_FFFF
-"""sglang's seeds have 31 bits."""
+SEED_MASK = (1 << 63) - 1
+"""sglang's seeds are signed, of 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,21 @@ class Pages(Protocol):
     def extend(self, tokens: Sequence[int]) -> None: ...
 
 
+def salt_of(namespace: bytes, kv_fingerprint: bytes = b"") -> str:
+    """The ``cache_salt`` by which sglang keeps a namespace apart, and in a storage that several
+    share also the KV of a fingerprint: their own keys tell hardly more than the model's name."""
+    salt = namespace.hex()
+    return f"{salt}.{kv_fingerprint.hex()}" if kv_fingerprint else salt
+
+
+def namespace_of(salt: str) -> bytes | None:
+    """The namespace of a salt; None for one that is not ours."""
+    try:
+        return bytes.fromhex(salt.partition(".")[0])
+    except ValueError:
+        return None
+
+
 @dataclass(slots=True, eq=False)
 class _Generation:
     """One generation, over all the requests that it takes."""
@@ -101,10 +116,14 @@ class _Generation:
 
 class Generations:
     """All generations of one engine, on one event loop. ``context(namespace, tokens)`` begins the
-    pages of a new one."""
+    pages of a new one; ``salt`` gives sglang's name of a namespace (see :func:`salt_of`)."""
 
     def __init__(
-        self, sender: Sender, info: EngineInfo, context: Callable[[bytes, Sequence[int]], Pages]
+        self,
+        sender: Sender,
+        info: EngineInfo,
+        context: Callable[[bytes, Sequence[int]], Pages],
+        salt: Callable[[bytes], str] = salt_of,
     ) -> None:
         self.info = info
         self.on_step: OnStep | None = None
@@ -114,6 +133,7 @@ class Generations:
         self.rates = StepRates()
         self._sender = sender
         self._context = context
+        self._salt = salt
         self._loop = asyncio.get_running_loop()
         self._all: dict[str, _Generation] = {}
         self._by_rid: dict[str, _Generation] = {}
@@ -277,7 +297,7 @@ class Generations:
                 generation.rid,
                 [*request.tokens, *generation.output],
                 self._sampling(generation),
-                salt_of(request.namespace),
+                self._salt(request.namespace),
                 request.retention_id,
                 request.priority,
                 request.trace,
@@ -364,11 +384,6 @@ def chunk_of(rid: str, answer: dict[str, Any], seconds: float) -> Chunk:
         kind,
         str(reason.get("message")) if reason and kind == "abort" else None,
     )
-
-
-def salt_of(namespace: bytes) -> str:
-    """The ``cache_salt`` by which sglang keeps a namespace apart."""
-    return namespace.hex()
 
 
 def _ends(output: StepOutput) -> bool:

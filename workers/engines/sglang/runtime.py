@@ -18,7 +18,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ import anyio
 
 from workers.engines.port import EngineFailed
 from workers.engines.sglang.events import follow_events
+from workers.engines.sglang.fingerprint import shaping_arguments
 from workers.engines.sglang.requests import Chunk, Request, chunk_of
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ class Facts:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     dtype: str
-    parallelism: str
+    arguments: Mapping[str, str]
+    """Those of sglang's that decide what its KV is."""
 
 
 class Runtime:
@@ -279,5 +281,20 @@ def _facts(engine: Any) -> Facts:
         vocab_size=int(model.vocab_size),
         eos_token_ids=tuple(sorted(eos)),
         dtype=str(model.dtype),
-        parallelism=f"tp{args.tp_size} pp{args.pp_size} kv {args.kv_cache_dtype}",
+        arguments=_shaping(args),
     )
+
+
+def _shaping(args: Any) -> dict[str, str]:
+    import torch
+    from sglang.srt.server_args import ServerArgs, record_fields
+
+    fields = [field.name for field in record_fields(ServerArgs)]
+    usual = ServerArgs(model_path=args.model_path)
+    shaping = shaping_arguments(
+        {name: getattr(args, name) for name in fields},
+        {name: getattr(usual, name) for name in fields},
+        args.resolved_dict(),
+    )
+    # Its "fp8" is another encoding than that of CUDA, and both are device "cuda".
+    return {**shaping, "rocm": str(torch.version.hip is not None)}
