@@ -15,13 +15,12 @@ import anyio
 import grpc
 from google.protobuf.message import Message
 from grpc import aio
-from opentelemetry import context as otel_context
-from opentelemetry import propagate
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1 import replica_pb2_grpc
 
 from gateway.core.errors import SessileError
 from gateway.rpc.status import abort, error_from_rpc, parsed
+from telemetry.propagation import attach_caller, injected
 from workers.config import join_address
 from workers.service import ReplicaApp
 
@@ -71,10 +70,8 @@ def add_replica_service(server: aio.Server, app: ReplicaApp) -> None:
 
 def _dispatch(app: ReplicaApp) -> Any:
     async def handler(data: bytes, context: Context) -> AsyncGenerator[Message, None]:
-        # The call has a task of its own, whose context the turn's run inherits: its span becomes a
-        # child of the caller's. The context goes with the task and needs no detach.
-        headers = dict(context.invocation_metadata() or ())
-        otel_context.attach(propagate.extract(headers))
+        # The turn's run inherits this task's context: its span becomes a child of the caller's.
+        attach_caller(context.invocation_metadata())
         try:
             request = parsed(pb.DispatchTurnRequest, data)
             async with aclosing(app.dispatch_turn(request)) as stream:
@@ -88,6 +85,7 @@ def _dispatch(app: ReplicaApp) -> Any:
 
 def _unary(call: Callable[[Request], Awaitable[Message]], kind: type[Request]) -> Any:
     async def handler(data: bytes, context: Context) -> Message:
+        attach_caller(context.invocation_metadata())
         try:
             return await call(parsed(kind, data))
         except SessileError as error:
@@ -112,7 +110,7 @@ class GrpcPeers:
         channel = await self._channel(endpoint)
         stub = replica_pb2_grpc.ReplicaServiceStub(channel)
         try:
-            return await stub.ExportKv(request, timeout=timeout_s)
+            return await stub.ExportKv(request, timeout=timeout_s, metadata=injected())
         except aio.AioRpcError as error:
             raise error_from_rpc(error) from error
 

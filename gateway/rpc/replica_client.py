@@ -17,6 +17,7 @@ from gateway.app.ports import ReplicaLost
 from gateway.config import GatewayConfig
 from gateway.core.errors import SessileError
 from gateway.rpc.status import error_from_rpc, has_details
+from telemetry.propagation import injected
 
 SERVICE = "/sessile.v1.ReplicaService/"
 
@@ -85,7 +86,7 @@ class GrpcReplicaClient:
     async def dispatch_turn(
         self, request: pb.DispatchTurnRequest, timeout_s: float
     ) -> AsyncGenerator[bytes, None]:
-        call = self._dispatch_turn(request, timeout=timeout_s)
+        call = self._dispatch_turn(request, timeout=timeout_s, metadata=injected())
         try:
             async for message in call:
                 yield message
@@ -128,7 +129,7 @@ class GrpcReplicaClient:
 
 async def _unary(call: Callable[..., Awaitable[T]], request: Any, timeout_s: float) -> T:
     try:
-        return await call(request, timeout=timeout_s)
+        return await call(request, timeout=timeout_s, metadata=injected())
     except aio.AioRpcError as error:
         raise translate(error) from error
 

@@ -16,6 +16,7 @@ from gateway.core.errors import InternalError, SessileError, Unavailable
 from gateway.rpc.auth import Authenticator
 from gateway.rpc.status import abort, parsed
 from statestore.ports import StoreError, StoreUnavailable
+from telemetry.propagation import attach_caller
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ class Serving:
         return grpc.unary_stream_rpc_method_handler(handler, None, None)
 
     async def _tenant(self, context: Context) -> str:
+        """Who calls; from here on the call's task is in the caller's trace."""
+        attach_caller(context.invocation_metadata())
         metadata = {
             key: value
             for key, value in context.invocation_metadata() or ()
