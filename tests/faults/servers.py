@@ -210,33 +210,39 @@ class SentinelStore(Store):
         return [self.primary]
 
     async def in_sync(self) -> None:
-        """Until the replica has all that the primary had a moment before, and Sentinel knows it."""
-        primary, replica = client_of(self.primary.port), client_of(self.replica.port)
-        sentinel = client_of(self._sentinel.port)
+        """Until the replica has all that the primary had a moment before, and Sentinel knows it.
+        Which is which Sentinel decides: on a busy machine it may have promoted once more."""
         seen: dict[str, object] = {}
+
+        async def same() -> bool:
+            ours = await _replication(self.primary)
+            theirs = await _replication(self.replica)
+            flags = await self._flags()
+            seen.update(primary=ours, replica=theirs, sentinel=flags)
+            if (ours["role"], theirs["role"]) == ("slave", "master"):
+                await self._exchange()
+                return False
+            return bool(
+                theirs.get("master_link_status") == "up"
+                and ours["connected_slaves"] == 1
+                # Writes go on meanwhile: the replica's offset is the later one.
+                and ours["master_repl_offset"] <= theirs["slave_repl_offset"]
+                and b"slave" in flags
+            )
+
         try:
+            await until(same, "the replica does not catch up")
+        except Unproven as error:
+            raise Unproven(f"{error}; last seen: {seen}") from None
 
-            async def same() -> bool:
-                ours = await primary.info("replication")
-                theirs = await replica.info("replication")
-                known = await sentinel.execute_command("SENTINEL", "REPLICAS", "main")
-                flags = [_flag(entry) for entry in known]
-                seen.update(primary=ours, replica=theirs, sentinel=flags)
-                return bool(
-                    theirs.get("master_link_status") == "up"
-                    and ours["connected_slaves"] == 1
-                    # Writes go on meanwhile: the replica's offset is the later one.
-                    and ours["master_repl_offset"] <= theirs["slave_repl_offset"]
-                    and b"slave" in flags
-                )
-
-            try:
-                await until(same, "the replica does not catch up")
-            except Unproven as error:
-                raise Unproven(f"{error}; last seen: {seen}") from None
+    async def _flags(self) -> list[bytes]:
+        """What Sentinel says of the replicas that it knows."""
+        sentinel = client_of(self._sentinel.port)
+        try:
+            known = await sentinel.execute_command("SENTINEL", "REPLICAS", "main")
         finally:
-            for client in (primary, replica, sentinel):
-                await client.aclose()
+            await sentinel.aclose()
+        return [_flag(entry) for entry in known]
 
     async def promoted(self) -> bool:
         """Sentinel has made the replica the primary, and says so to everybody."""
@@ -251,10 +257,21 @@ class SentinelStore(Store):
 
     async def swap(self) -> None:
         """The old primary is gone and the replica was promoted: they change roles."""
+        await self._exchange()
+        await self.replica.start(*self._follow(self.primary))
+
+    async def _exchange(self) -> None:
         self.primary, self.replica = self.replica, self.primary
         await self._raw.aclose()
         self._raw = client_of(self.primary.port, retries=20)
-        await self.replica.start(*self._follow(self.primary))
+
+
+async def _replication(server: RedisServer) -> dict[str, Any]:
+    client = client_of(server.port)
+    try:
+        return dict(await client.info("replication"))
+    finally:
+        await client.aclose()
 
 
 def _flag(entry: Any) -> bytes:
