@@ -3,8 +3,11 @@ socket."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from functools import partial
@@ -17,7 +20,7 @@ import pytest
 from workers.engines.sglang import page_wire
 from workers.engines.sglang.host_pages import HostPages
 from workers.engines.sglang.keys import ContextNames, PageNames
-from workers.engines.sglang.page_desk import PageDesk
+from workers.engines.sglang.page_desk import PageDesk, PageFormat
 from workers.kv.blocks import block_hashes
 from workers.kv.prefix_cache import PrefixCache
 
@@ -46,11 +49,12 @@ class Desk:
         self.parts = parts
         self.names = PageNames(64)
         self.cache = PrefixCache(PAGES, lambda: 0.0)
-        self.desk = PageDesk(folder / "socket", partial(self._equip, folder / "pages"))
+        self.desk = PageDesk(folder / "socket", partial(self._equip, folder))
         self.memory: HostPages | None = None
 
-    def _equip(self, path: Path, page_bytes: int, layout: str) -> HostPages:
-        self.memory = HostPages(path, PAGES, page_bytes)
+    def _equip(self, folder: Path, pages: PageFormat) -> HostPages:
+        assert pages.device_pages == PAGES // 2
+        self.memory = HostPages(folder, PAGES, pages.page_bytes)
         return self.memory
 
     def connect(self) -> socket.socket:
@@ -76,7 +80,7 @@ class Desk:
 
     async def store(self, connection: socket.socket, keys: list[str], part: int = 0) -> list[int]:
         """Writes what it is given pages for; returns the indices of those keys."""
-        answer = await ask(connection, op="allocate", keys=keys)
+        answer = await ask(connection, op="allocate", keys=keys, part=part)
         for index, page in answer["pages"]:
             self.fill(page, part, index)
         if answer["pages"]:
@@ -103,21 +107,33 @@ async def ask(connection: socket.socket, **question: Any) -> dict[str, Any]:
 
 
 def hello(parts: int) -> dict[str, Any]:
-    return {"op": "hello", "part_bytes": PART_BYTES, "parts": parts, "layout": "float32"}
+    return {
+        "op": "hello",
+        "part_bytes": PART_BYTES,
+        "parts": parts,
+        "layout": "float32",
+        "device_pages": PAGES // 2,
+    }
+
+
+async def meet(desk: Desk, connection: socket.socket) -> int:
+    """The first question; returns a descriptor of the pages."""
+    answer = await ask(connection, **hello(desk.parts))
+    assert answer == {"pages": PAGES}
+    return page_wire.receive_file(connection)
 
 
 @pytest.fixture(params=[1, 2])
 async def desk(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Desk]:
     desk = Desk(tmp_path, request.param)
     with desk.connect() as first:
-        answer = await ask(first, **hello(desk.parts))
-        assert answer == {"path": str(tmp_path / "pages"), "pages": PAGES}
+        os.close(await meet(desk, first))
     desk.desk.open(desk.cache, desk.names)
     yield desk
     desk.desk.close()
     desk.check()
     assert desk.memory is not None
-    desk.memory.unlink()
+    desk.memory.close()
 
 
 TOKENS = list(range(3 * SIZE + 1))
@@ -158,13 +174,13 @@ async def test_what_is_resident_can_be_counted_and_read(desk: Desk) -> None:
 async def test_a_page_that_nobody_asked_for_is_not_kept(desk: Desk) -> None:
     with desk.connect() as rank:
         unknown = hash_pages(list(range(SIZE)), "another", SIZE)
-        assert await ask(rank, op="allocate", keys=unknown) == {"fill": 0, "pages": []}
+        assert await ask(rank, op="allocate", keys=unknown, part=0) == {"fill": 0, "pages": []}
 
 
 async def test_a_page_whose_prefix_is_gone_is_not_kept(desk: Desk) -> None:
     keys, _ = desk.context(TOKENS)
     with desk.connect() as rank:
-        assert (await ask(rank, op="allocate", keys=keys[1:]))["pages"] == []
+        assert (await ask(rank, op="allocate", keys=keys[1:], part=0))["pages"] == []
 
 
 async def test_pages_end_where_the_room_does(desk: Desk) -> None:
@@ -177,32 +193,73 @@ async def test_later_pages_of_a_context_hold_what_is_before_them(desk: Desk) -> 
     keys, names = desk.context(TOKENS)
     await fill_all(desk, keys[:2])
     with desk.connect() as rank:
-        answer = await ask(rank, op="allocate", keys=keys[2:])
+        answer = await ask(rank, op="allocate", keys=keys[2:], part=0)
         assert desk.cache.free_pages == PAGES - 3
         assert answer["pages"][0][0] == 0
         desk.check()
-    await _until(lambda: desk.cache.free_pages == PAGES)
+    await until(lambda: desk.cache.free_pages == PAGES)
     assert len(desk.cache.match(names)) == 2
 
 
 async def test_what_a_rank_was_doing_ends_with_its_connection(desk: Desk) -> None:
     keys, names = desk.context(TOKENS)
     with desk.connect() as rank:
-        assert len((await ask(rank, op="allocate", keys=keys))["pages"]) == 3
+        assert len((await ask(rank, op="allocate", keys=keys, part=0))["pages"]) == 3
         assert desk.cache.free_pages == PAGES - 3
-    await _until(lambda: desk.cache.free_pages == PAGES)
+    await until(lambda: desk.cache.free_pages == PAGES)
     assert desk.cache.match(names) == []
     await fill_all(desk, keys[:1])
     with desk.connect() as rank:
         await ask(rank, op="hold", keys=keys)
         assert desk.cache.free_pages == PAGES - 1
-    await _until(lambda: desk.cache.free_pages == PAGES)
+    await until(lambda: desk.cache.free_pages == PAGES)
+
+
+async def test_a_batch_goes_with_the_rank_that_does_not_write_it(desk: Desk) -> None:
+    """And is kept as soon as every rank is there again."""
+    keys, names = desk.context(TOKENS)
+    with desk.connect() as first:
+        await desk.store(first, keys[:2], part=0)
+        if desk.parts == 1:
+            return
+        await desk.store(first, keys[2:], part=0)
+        with desk.connect() as second:
+            assert (await ask(second, op="allocate", keys=keys[:2], part=1))["pages"]
+        await until(lambda: desk.cache.free_pages == PAGES)
+        with desk.connect() as second:
+            assert await desk.store(second, keys[2:], part=1) == []
+    assert await fill_all(desk, keys) == [0, 1, 2]
+    assert len(desk.cache.match(names)) == 3
+
+
+async def test_a_rank_that_is_batches_ahead_loses_nothing(desk: Desk) -> None:
+    keys, names = desk.context(TOKENS)
+    for part in range(desk.parts):
+        with desk.connect() as rank:
+            for key in keys:
+                assert await desk.store(rank, [key], part) == [0]
+    assert len(desk.cache.match(names)) == 3
+    assert desk.cache.free_pages == PAGES
+
+
+async def test_checksums_that_fail_give_the_pages_back(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(raw: memoryview) -> int:
+        raise ValueError("unreadable")
+
+    keys, _ = desk.context(TOKENS)
+    monkeypatch.setattr("workers.engines.sglang.page_desk.checksum", fail)
+    await fill_all(desk, keys)
+    await until(lambda: desk.cache.free_pages == PAGES)
 
 
 async def test_ranks_of_different_pages_are_refused(desk: Desk) -> None:
     with desk.connect() as rank:
         answer = await ask(rank, **{**hello(desk.parts), "part_bytes": PART_BYTES + 4})
-        assert "different sizes" in answer["error"]
+        assert "pp_size must divide the model's layers" in answer["error"]
+    assert desk.desk.refusal is not None
+    assert "different sizes" in desk.desk.refusal
 
 
 @pytest.mark.parametrize(
@@ -210,6 +267,8 @@ async def test_ranks_of_different_pages_are_refused(desk: Desk) -> None:
     [
         {"op": "no such"},
         {"op": "seal", "fill": 99, "part": 0},
+        {"op": "allocate", "keys": ["key"]},
+        {"op": "allocate", "keys": ["key"], "part": 9},
         {"op": "count"},
         {"op": "count", "keys": 7},
         {},
@@ -233,7 +292,61 @@ async def test_a_stream_that_breaks_off_ends_alone(desk: Desk) -> None:
         assert await ask(rank, op="count", keys=[]) == {"pages": 0}
 
 
-async def _until(condition: Any) -> None:
+async def test_a_closed_desk_leaves_no_thread(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    desk = PageDesk(tmp_path / "socket", lambda pages: HostPages(tmp_path, 1, pages.page_bytes))
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(desk.path))
+        mine = set(threading.enumerate()) - before
+        assert mine
+        desk.close()
+        for thread in mine:
+            await anyio.to_thread.run_sync(thread.join, 10.0)
+            assert not thread.is_alive()
+
+
+async def test_why_there_are_no_pages_is_told(tmp_path: Path) -> None:
+    def refuse(pages: PageFormat) -> HostPages:
+        raise ValueError(f"{pages.device_pages} pages are too many")
+
+    desk = PageDesk(tmp_path / "socket", refuse)
+    try:
+        with socket.socket(socket.AF_UNIX) as rank:
+            rank.connect(str(desk.path))
+            assert desk.refusal is None
+            assert "too many" in (await ask(rank, **hello(1)))["error"]
+            assert await ask(rank, op="refuse", reason="a consequence") == {}
+        assert desk.refusal == "4 pages are too many"
+    finally:
+        desk.close()
+
+
+def test_pages_have_their_memory_before_they_are_used(tmp_path: Path) -> None:
+    pages = HostPages(tmp_path, 3, 1 << 16)
+    assert os.fstat(pages.descriptor).st_blocks * 512 >= 3 << 16
+    assert list(tmp_path.iterdir()) == [], "it would outlive a process that is killed"
+    pages.write(2, memoryview(b"x" * (1 << 16)))
+    assert bytes(pages.read(2)) == b"x" * (1 << 16)
+    pages.close()
+    pages.close()
+
+
+def test_pages_without_room_are_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match=r"--shm-size.*host_memory_mb") as failed:
+        HostPages(tmp_path, 3, 1 << 20)
+    assert failed.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+    assert os.listdir("/proc/self/fd") == before
+
+
+async def until(condition: Any) -> None:
     for _ in range(1000):
         if condition():
             return
@@ -275,7 +388,7 @@ async def test_the_books_are_kept_in_the_context_of_the_loop(tmp_path: Path) -> 
     desk = Desk(tmp_path, 1)
     desk.cache.clock = clock
     with desk.connect() as rank:
-        await ask(rank, **hello(1))
+        os.close(await meet(desk, rank))
         desk.desk.open(desk.cache, desk.names)
         keys, _ = desk.context(TOKENS)
         assert await desk.store(rank, keys) == [0, 1, 2]

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from workers.engines.sglang.native import (
     namespace_seed,
     server_arguments,
 )
-from workers.engines.sglang.page_desk import PageDesk
+from workers.engines.sglang.page_desk import PageDesk, PageFormat
 from workers.engines.sglang.requests import Generations, salt_of
 from workers.engines.sglang.runtime import Facts, Runtime
 
@@ -80,9 +79,8 @@ class SglangEngine(RequestEngine, CachedPages):
         config = self._config
         scratch = Path(tempfile.mkdtemp(prefix="sessile-sglang-"))
         self._close.callback(shutil.rmtree, scratch, ignore_errors=True)
-        self._close.callback(self._unlink)
-        make_host = partial(self._make_host, SHARED_MEMORY / scratch.name)
-        desk = PageDesk(scratch / "pages", make_host)
+        self._close.callback(self._close_host)
+        desk = PageDesk(scratch / "pages", self._make_host)
         self._close.callback(desk.close)
         events, replay = (f"ipc://{scratch / name}" for name in ("events", "replay"))
         try:
@@ -100,8 +98,13 @@ class SglangEngine(RequestEngine, CachedPages):
             on_end=self._fail,
         )
         self._close.push_async_callback(runtime.aclose)
-        with anyio.move_on_after(config.start_timeout_s) as scope:
-            facts = await runtime.start()
+        try:
+            with anyio.move_on_after(config.start_timeout_s) as scope:
+                facts = await runtime.start()
+        except EngineFailed as error:
+            if desk.refusal is None:
+                raise
+            raise EngineFailed(desk.refusal) from error
         if scope.cancelled_caught:
             raise EngineFailed(f"sglang did not start within {config.start_timeout_s} s")
         fingerprint = await anyio.to_thread.run_sync(self._fingerprint, facts)
@@ -116,11 +119,6 @@ class SglangEngine(RequestEngine, CachedPages):
         room = facts.max_total_tokens - config.page_size - 1
         limit = min(facts.context_tokens, facts.max_input_tokens, room)
         device_pages = facts.max_total_tokens // config.page_size
-        if host is not None and host.pages < device_pages:
-            raise EngineFailed(
-                f"host memory has {host.pages} KV pages, the device {device_pages}: give more of "
-                "host_memory_mb, or lower sglang's max_total_tokens"
-            )
         info = EngineInfo(
             engine="sglang",
             model=self._folder.name,
@@ -138,22 +136,30 @@ class SglangEngine(RequestEngine, CachedPages):
         self._keep_pages(info, host or NoPages(), self._clock, pool_pages)
         names = PageNames(NAMES_PER_PAGE * pool_pages)
         self._it = _Started(runtime, desk, ResidentView(fingerprint, config.page_size), names)
-        self._unlink()  # every rank has mapped it: nothing stays if this process is killed
+        self._close_host()  # every rank has mapped it
         self._generations = Generations(runtime, info, self._context, self._salt)
         desk.open(self._cache, names)
         runtime.listen()
 
-    def _make_host(self, path: Path, page_bytes: int, layout: str) -> HostPages:
-        """On a thread of the desk's, while sglang starts."""
+    def _make_host(self, pages: PageFormat) -> HostPages:
+        """On a thread of the desk's, while sglang starts. What it raises ends the start."""
         config = self._config
-        memory = (config.host_memory_mb or 2048) << 20
-        self._layout = layout
-        self._host = HostPages(path, config.host_pages or memory // page_bytes, page_bytes)
+        count = config.host_pages or pages.device_pages
+        if config.host_pages is None and config.host_memory_mb is not None:
+            count = (config.host_memory_mb << 20) // pages.page_bytes
+        if count < pages.device_pages:
+            raise EngineFailed(
+                f"host memory has {count} KV pages of {pages.page_bytes} bytes, the device "
+                f"{pages.device_pages}: give more of host_memory_mb or leave it out, or lower "
+                "sglang's max_total_tokens"
+            )
+        self._layout = pages.layout
+        self._host = HostPages(SHARED_MEMORY, count, pages.page_bytes)
         return self._host
 
-    def _unlink(self) -> None:
+    def _close_host(self) -> None:
         if self._host is not None:
-            self._host.unlink()
+            self._host.close()
 
     def _fingerprint(self, facts: Facts) -> bytes:
         """Reads the weights."""

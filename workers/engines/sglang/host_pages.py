@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import tempfile
 from pathlib import Path
 
 
 class HostPages:
-    """A :class:`workers.kv.pages.PageMemory` of ``pages`` pages in ``/dev/shm``; memory is touched
-    as pages are first filled. Other processes map :attr:`path` until :meth:`unlink`."""
+    """A :class:`workers.kv.pages.PageMemory` of ``pages`` pages in a file system in memory. The
+    file has no name, so nothing of it outlives the processes that have it: others map it by its
+    :attr:`descriptor`, until :meth:`close`."""
 
     blocking = True
 
-    def __init__(self, path: Path, pages: int, page_bytes: int) -> None:
-        """Raises OSError if there is no room."""
-        self.path = path
+    def __init__(self, folder: Path, pages: int, page_bytes: int) -> None:
+        """All of the memory is set aside now: a page that does not fit would end whoever first
+        touches it with SIGBUS. Raises OSError if there is no room in ``folder``."""
         self.page_bytes = page_bytes
         self.pages = pages
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        size = pages * page_bytes
+        self.descriptor, name = tempfile.mkstemp(prefix="sessile-kv-", dir=folder)
         try:
-            os.ftruncate(descriptor, pages * page_bytes)
-            self._memory = memoryview(mmap.mmap(descriptor, pages * page_bytes))
-        finally:
-            os.close(descriptor)
+            os.unlink(name)
+            os.posix_fallocate(self.descriptor, 0, size)
+            self._memory = memoryview(mmap.mmap(self.descriptor, size))
+        except OSError as error:
+            self.close()
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                raise
+            raise OSError(
+                error.errno,
+                f"{folder} has no room for {pages} KV pages ({size >> 20} MiB): make it larger "
+                "(docker run --shm-size=…, in Kubernetes a volume of medium Memory), or lower "
+                "host_memory_mb together with sglang's max_total_tokens",
+            ) from error
 
     def read(self, page: int) -> memoryview:
         start = page * self.page_bytes
@@ -33,9 +46,11 @@ class HostPages:
         start = page * self.page_bytes
         self._memory[start : start + self.page_bytes] = raw
 
-    def unlink(self) -> None:
+    def close(self) -> None:
         """Nobody can map the pages any more; who has them mapped keeps them. Idempotent."""
-        self.path.unlink(missing_ok=True)
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 class NoPages:

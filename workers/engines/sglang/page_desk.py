@@ -2,7 +2,7 @@
 
 Each connection has a thread that waits for questions; what touches the books runs on the event
 loop's thread, like everything else of an engine. A process that goes away in the middle leaves
-nothing behind: what it was filling or holding is released with its connection, or with its lease.
+nothing behind: what it was filling or holding ends with its connection.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from workers.engines.port import PageMeta, PagesExhausted
 from workers.engines.sglang import page_wire
+from workers.engines.sglang.fills import PageFills, Slot
 from workers.engines.sglang.host_pages import HostPages
-from workers.engines.sglang.keys import PageName, PageNames
+from workers.engines.sglang.keys import PageNames
 from workers.kv.pages import checksum
 from workers.kv.prefix_cache import PrefixCache
 
@@ -36,27 +36,36 @@ MAX_CONNECTIONS = 256
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class _Fill:
-    """Pages that sglang's ranks are writing to."""
+@dataclass(frozen=True, slots=True)
+class PageFormat:
+    """What the first of sglang's processes says of its pages."""
 
-    keys: tuple[str, ...]
-    names: list[PageName]
-    pages: list[tuple[int, int]]
-    """(index of its key, page)"""
-    held: list[int]
-    """The context's earlier pages."""
-    parts: set[int] = field(default_factory=set)
-    """Ranks that have written theirs."""
+    page_bytes: int
+    """Of a whole page: the parts of all ranks."""
+    layout: str
+    device_pages: int
+    """Pages that the device has room for."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """What ends with a connection."""
+
+    holds: set[int] = field(default_factory=set)
+    fills: set[tuple[int, int]] = field(default_factory=set)
+    """(fill, part)"""
 
 
 class PageDesk:
-    """``equip`` is asked for memory and books once the first process says how large a page is; it
-    is called on the desk's threads, everything else of the books on the event loop's."""
+    """``equip`` is asked for memory once the first process says what its pages are; it is called on
+    the desk's threads, everything of the books on the event loop's."""
 
-    def __init__(self, path: Path, equip: Callable[[int, str], HostPages]) -> None:
-        """``path`` of the socket. ``equip`` takes the bytes of a page and its layout."""
+    def __init__(self, path: Path, equip: Callable[[PageFormat], HostPages]) -> None:
+        """``path`` of the socket. What ``equip`` raises is told to the process, and kept as
+        :attr:`refusal`."""
         self.path = path
+        self.refusal: str | None = None
+        """Why a process got no pages, if one did not: sglang cannot start then."""
         self._equip = equip
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
@@ -65,8 +74,8 @@ class PageDesk:
         self._layout = ""
         self._parts = 1
         self._cache: PrefixCache | None = None
-        self._names: PageNames | None = None
-        self._fills: dict[int, _Fill] = {}
+        self._fills: PageFills | None = None
+        """None until pages are kept."""
         self._holds: dict[int, list[int]] = {}
         self._ids = itertools.count(1)
         self._equipping = threading.Lock()
@@ -79,23 +88,24 @@ class PageDesk:
 
     def open(self, cache: PrefixCache, names: PageNames) -> None:
         """From now on pages are kept."""
-        self._cache, self._names = cache, names
+        self._cache, self._fills = cache, PageFills(cache, names, self._parts)
 
     def close(self) -> None:
-        """Ends every connection. Idempotent."""
+        """Ends every connection. Nobody may write to the pages any more. Idempotent."""
         self._closed = True
+        _shut(self._listener)  # closing it would not wake the thread that accepts
         self._listener.close()
         for connection in list(self._connections):
             _shut(connection)
-        for fill in list(self._fills):
-            self._give_up(fill)
+        if self._fills is not None:
+            self._fills.close()
         for hold in list(self._holds):
             self._let_go(hold)
         self.path.unlink(missing_ok=True)
 
     def holders(self) -> list[list[int]]:
         """The pages of every holder, for a check of the books."""
-        fills = [[*fill.held, *(page for _, page in fill.pages)] for fill in self._fills.values()]
+        fills = [] if self._fills is None else self._fills.holders()
         return [*fills, *self._holds.values()]
 
     # -- on the desk's threads ----------------------------------------------------------------
@@ -115,73 +125,92 @@ class PageDesk:
             ).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        mine: set[int] = set()
-        """Fills and holds of this connection."""
+        opened = _Open()
         try:
             while (question := page_wire.receive(connection)) is not None:
                 try:
-                    answer = self._answer(question, mine)
+                    answer = self._answer(question, opened)
                 except Exception as error:
                     if not isinstance(error, KeyError | ValueError | TypeError | TimeoutError):
                         log.warning("a question about pages failed", exc_info=True)
                     answer = {"error": f"{type(error).__name__}: {error}"}
                 page_wire.send(connection, answer)
+                if question.get("op") == "hello" and "error" not in answer:
+                    assert self._memory is not None
+                    page_wire.send_file(connection, self._memory.descriptor)
         except (OSError, ValueError) as error:
             if not self._closed:
                 log.warning("a process of sglang does not ask for pages any more: %s", error)
         finally:
             self._connections.pop(connection, None)
             connection.close()
-            if mine and not self._closed:
-                self._loop.call_soon_threadsafe(self._abandon, mine, context=self._context)
+            if not self._closed:
+                self._soon(self._abandon, opened)
 
-    def _answer(self, question: dict[str, Any], mine: set[int]) -> dict[str, Any]:
+    def _answer(self, question: dict[str, Any], opened: _Open) -> dict[str, Any]:
         match question["op"]:
             case "hello":
                 return self._hello(question)
+            case "refuse":
+                self.refusal = self.refusal or str(question["reason"])
+                return {}
             case "count":
                 return {"pages": self._on_loop(self._count, question["keys"])}
             case "hold":
                 hold, pages = self._on_loop(self._hold, question["keys"])
-                mine.add(hold)
+                opened.holds.add(hold)
                 return {"hold": hold, "pages": pages}
             case "release":
-                mine.discard(question["hold"])
+                opened.holds.discard(question["hold"])
                 self._on_loop(self._let_go, question["hold"])
                 return {}
             case "allocate":
-                number, fill = self._on_loop(self._allocate, question["keys"])
-                if fill is not None:
-                    mine.add(number)
-                return {"fill": number, "pages": [] if fill is None else fill.pages}
+                part = int(question["part"])
+                fill, slots = self._on_loop(self._allocate, question["keys"], part)
+                if slots:
+                    opened.fills.add((fill, part))
+                return {"fill": fill, "pages": [(slot.index, slot.page) for slot in slots]}
             case "seal":
-                return self._seal(question["fill"], question["part"], mine)
+                return self._seal(question["fill"], question["part"], opened)
         raise ValueError(f"unknown question {question['op']!r}")
 
     def _hello(self, question: dict[str, Any]) -> dict[str, Any]:
-        parts, page_bytes = question["parts"], question["parts"] * question["part_bytes"]
-        with self._equipping:
-            if self._memory is None:
-                self._memory = self._equip(page_bytes, question["layout"])
-                self._parts, self._layout = parts, question["layout"]
-        memory = self._memory
-        if (self._parts, memory.page_bytes, self._layout) != (
-            parts,
-            page_bytes,
-            question["layout"],
-        ):
-            raise ValueError("ranks have pages of different sizes or layouts")
-        return {"path": str(memory.path), "pages": memory.pages}
+        parts, layout = question["parts"], question["layout"]
+        page_bytes = parts * question["part_bytes"]
+        try:
+            with self._equipping:
+                if self._memory is None:
+                    pages = PageFormat(page_bytes, layout, question["device_pages"])
+                    self._memory = self._equip(pages)
+                    self._parts, self._layout = parts, layout
+            memory = self._memory
+            if (self._parts, memory.page_bytes, self._layout) != (parts, page_bytes, layout):
+                raise ValueError(
+                    "sglang's ranks have pages of different sizes or layouts: pp_size must divide "
+                    f"the model's layers ({self._layout}, and {layout})"
+                )
+        except Exception as error:
+            self.refusal = self.refusal or str(error)
+            raise
+        return {"pages": memory.pages}
 
-    def _seal(self, number: int, part: int, mine: set[int]) -> dict[str, Any]:
+    def _seal(self, number: int, part: int, opened: _Open) -> dict[str, Any]:
         complete = self._on_loop(self._has_written, number, part)
-        mine.discard(number)
+        opened.fills.discard((number, part))
         if complete is not None:
             assert self._memory is not None
-            # Nobody but this fill uses the pages: read them here, not on the loop.
-            sums = [checksum(self._memory.read(page)) for _, page in complete.pages]
-            self._on_loop(self._enter, number, sums)
+            try:
+                # Nobody writes to the pages: they are read here, not on the loop.
+                sums = [checksum(self._memory.read(slot.page)) for slot in complete]
+                self._on_loop(self._enter, number, sums)
+            except Exception:
+                self._soon(self._give_up, number)
+                raise
         return {}
+
+    def _soon(self, work: Callable[..., object], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and all of the books with it
+            self._loop.call_soon_threadsafe(work, *arguments, context=self._context)
 
     def _on_loop(self, work: Callable[..., T], *arguments: Any) -> T:
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
@@ -207,23 +236,11 @@ class PageDesk:
 
     # -- on the event loop's thread -----------------------------------------------------------
 
-    def _run(self, keys: list[str]) -> list[PageName]:
-        """Names of the leading keys that are known and resident."""
-        if self._cache is None or self._names is None:
-            return []
-        names: list[PageName] = []
-        for key in keys:
-            name = self._names.get(key)
-            if name is None or not self._cache.match([name.block_hash]):
-                break
-            names.append(name)
-        return names
-
     def _count(self, keys: list[str]) -> int:
-        return len(self._run(keys))
+        return 0 if self._fills is None else len(self._fills.resident(keys))
 
     def _hold(self, keys: list[str]) -> tuple[int, list[int]]:
-        run = self._run(keys)
+        run = [] if self._fills is None else self._fills.resident(keys)
         number = next(self._ids)
         pages: list[int] = []
         if run:
@@ -238,67 +255,28 @@ class PageDesk:
             assert self._cache is not None
             self._cache.release(held)
 
-    def _allocate(self, keys: list[str]) -> tuple[int, _Fill | None]:
-        """Open pages for those of the keys that are not resident, as far as there is room and
-        their context's earlier pages are here."""
-        wanted = tuple(keys)
-        for number, fill in self._fills.items():
-            if fill.keys == wanted:
-                return number, fill  # another rank was first
-        if self._cache is None or self._names is None:
-            return 0, None
-        present = len(self._run(keys))
-        names: list[PageName] = []
-        for key in keys[present:]:
-            name = self._names.get(key)
-            if name is None or (names and name.parent != names[-1].block_hash):
-                break
-            names.append(name)
-        held: list[int] = []
-        if names and names[0].parent is not None:
-            run, held = self._cache.acquire_part([names[0].parent])
-            if not run:
-                return 0, None
-        pages: list[tuple[int, int]] = []
-        for index in range(len(names)):
-            try:
-                pages.append((present + index, self._cache.allocate(1)[0]))
-            except PagesExhausted:
-                break
-        if not pages:
-            self._cache.release(held)
-            return 0, None
-        number = next(self._ids)
-        fill = self._fills[number] = _Fill(wanted, names[: len(pages)], pages, held)
-        return number, fill
+    def _allocate(self, keys: list[str], part: int) -> tuple[int, list[Slot]]:
+        return (0, []) if self._fills is None else self._fills.allocate(keys, part)
 
-    def _has_written(self, number: int, part: int) -> _Fill | None:
-        """The fill, once every rank has written to it."""
-        fill = self._fills[number]
-        fill.parts.add(part)
-        return fill if len(fill.parts) == self._parts else None
+    def _has_written(self, number: int, part: int) -> list[Slot] | None:
+        if self._fills is None:
+            raise KeyError(number)
+        return self._fills.seal(number, part)
 
     def _enter(self, number: int, sums: list[int]) -> None:
-        fill = self._fills.pop(number, None)
-        if fill is None:
-            return  # given up meanwhile
-        assert self._cache is not None
-        pages = []
-        for (_, page), name, xxh3 in zip(fill.pages, fill.names, sums, strict=True):
-            meta = PageMeta(name.block_hash, xxh3)
-            pages.append(self._cache.seal(page, meta.block_hash, name.parent, meta.checksum))
-        self._cache.release([*fill.held, *pages])
+        assert self._fills is not None
+        self._fills.enter(number, sums)
 
     def _give_up(self, number: int) -> None:
-        fill = self._fills.pop(number, None)
-        if fill is not None:
-            assert self._cache is not None
-            self._cache.release([*fill.held, *(page for _, page in fill.pages)])
+        assert self._fills is not None
+        self._fills.give_up(number)
 
-    def _abandon(self, numbers: set[int]) -> None:
-        for number in numbers:
-            self._give_up(number)
-            self._let_go(number)
+    def _abandon(self, opened: _Open) -> None:
+        for hold in sorted(opened.holds):
+            self._let_go(hold)
+        for number, part in sorted(opened.fills):
+            assert self._fills is not None
+            self._fills.give_up(number, part)
 
 
 def _shut(connection: socket.socket) -> None:

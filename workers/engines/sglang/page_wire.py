@@ -1,17 +1,21 @@
 """What sglang's scheduler processes and their worker say to each other about pages.
 
 One connection a thread over a Unix socket, question and answer in turn: a length (4 bytes, little
-endian), then JSON. The pages themselves are never sent: both map the same file.
+endian), then JSON. The pages themselves are never sent: both map the same file, whose descriptor
+follows the answer to the first question.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 from typing import Any
 
 MAX_MESSAGE_BYTES = 1 << 20
 ANSWER_TIMEOUT_S = 10.0
+HELLO_TIMEOUT_S = 600.0
+"""The first answer waits until the kernel has set all of the memory aside."""
 
 
 def send(connection: socket.socket, message: dict[str, Any]) -> None:
@@ -37,6 +41,20 @@ def receive(connection: socket.socket) -> dict[str, Any] | None:
     if not isinstance(message, dict):
         raise ValueError("a message is a JSON object")
     return message
+
+
+def send_file(connection: socket.socket, descriptor: int) -> None:
+    """The other side gets a descriptor of its own. Raises OSError."""
+    socket.send_fds(connection, [b"\0"], [descriptor])
+
+
+def receive_file(connection: socket.socket) -> int:
+    """The descriptor that :func:`send_file` sent, for the caller to close. Raises OSError."""
+    _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
+    if len(descriptors) != 1:
+        raise ConnectionError("no file came with the answer")
+    os.set_inheritable(descriptors[0], False)
+    return descriptors[0]
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes | None:
