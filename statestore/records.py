@@ -162,6 +162,8 @@ class Session:
     """Owner before the last change of owner: may still hold the KV prefix."""
     version: int
     """Grows with every write of the record; for watchers and caches."""
+    turn_ended_at_ms: int = 0
+    """When its last turn ended; 0 before the first one did, for a fork of its own."""
 
     @property
     def ledger_bytes(self) -> int:

@@ -131,6 +131,7 @@ def session(reply: Sequence[Reply]) -> Session:
             updated_at_ms=number(f["updated"]),
             previous_owner=replica_ref(f["prev"], f["prev_inc"]) if f["prev"] else None,
             version=number(f["version"]),
+            turn_ended_at_ms=number(f["turn_ended"] or 0),
         )
     except (ValueError, TypeError, StoreCorrupt) as error:
         raise StoreCorrupt(f"session {f['id']!r} cannot be read: {error}") from error

@@ -53,6 +53,7 @@ SESSION_FIELDS = (
     "prev",
     "prev_inc",
     "version",
+    "turn_ended",
 )
 """Fields of a session's hash as replies list them (scripts keep a few more for themselves)."""
 

@@ -118,6 +118,7 @@ local function end_turn(s, status, reason, err)
   put(s, 'active', '')
   put(s, 'deadline', '0')
   put(s, 'turn_index', int(s.turn_index))
+  put(s, 'turn_ended', int(s.now))
 end
 
 -- Whichever script touches a turn first after its deadline ends it. True if it did.

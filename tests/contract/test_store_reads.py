@@ -49,6 +49,23 @@ async def test_the_bytes_of_a_ledger_are_told(backend: Backend, store: RedisStor
         assert len(stored) == size
 
 
+async def test_a_session_tells_when_its_last_turn_ended(store: RedisStore) -> None:
+    owner = await Owner.of(store)
+    assert (await session_of(store, "ses_f")).turn_ended_at_ms == 0
+    await owner.begun("t1")
+    await store.cancel_turn("ses_f", "t1")
+    cancelled = await session_of(store, "ses_f")
+    assert cancelled.created_at_ms <= cancelled.turn_ended_at_ms == cancelled.updated_at_ms
+    await owner.run_turn("t2", [4])
+    ended = (await session_of(store, "ses_f")).turn_ended_at_ms
+    await store.suspend("ses_f")
+    assert (
+        (await session_of(store, "ses_f")).turn_ended_at_ms == ended >= cancelled.turn_ended_at_ms
+    )
+    await store.fork("ses_f", "ses_f.c", None, ())
+    assert (await session_of(store, "ses_f.c")).turn_ended_at_ms == 0
+
+
 async def test_a_read_of_an_older_record_stops_at_its_head(store: RedisStore) -> None:
     owner = await Owner.of(store)
     session = await opened(store)

@@ -855,6 +855,7 @@ class RunTurnRequest(_message.Message):
     RESUME_FROM_FIELD_NUMBER: _builtins.int
     ATTACH_ONLY_FIELD_NUMBER: _builtins.int
     ACCEPTS_REDIRECT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     turn_id: _builtins.str
@@ -869,6 +870,10 @@ class RunTurnRequest(_message.Message):
     """
     accepts_redirect: _builtins.bool
     """The client follows TurnRedirect itself."""
+    traceparent: _builtins.str
+    """W3C traceparent in which the turn was accepted, for whoever goes on with it. Written by the
+    replica into what it stores; ignored in a call, whose trace context is in its metadata.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """New messages, in order. On a repeat: the same (checked by digest) or none."""
@@ -901,10 +906,11 @@ class RunTurnRequest(_message.Message):
         resume_from: Global___Position | None = ...,
         attach_only: _builtins.bool = ...,
         accepts_redirect: _builtins.bool = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params", "precondition", b"precondition", "resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_redirect", b"accepts_redirect", "attach_only", b"attach_only", "messages", b"messages", "params", b"params", "precondition", b"precondition", "resume_from", b"resume_from", "session_id", b"session_id", "timeout_ms", b"timeout_ms", "turn_id", b"turn_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_redirect", b"accepts_redirect", "attach_only", b"attach_only", "messages", b"messages", "params", b"params", "precondition", b"precondition", "resume_from", b"resume_from", "session_id", b"session_id", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
