@@ -49,7 +49,8 @@ class View:
     def __init__(self) -> None:
         self.view = ResidentView(FINGERPRINT, SIZE)
         self.buffer: list[tuple[int, bytes]] = []
-        self.heard: list[tuple[int, bytes]] = []
+        self.heard: list[tuple[int, bytes] | None] = []
+        """None: the connection was lost."""
         self.asked: list[int] = []
         self._count = 0
 
@@ -61,10 +62,14 @@ class View:
         if heard:
             self.heard.append(batch_of_events)
 
+    def restart(self) -> None:
+        """Another publisher takes its place."""
+        self.buffer, self._count = [], 0
+
     def follow(self) -> ResidentView:
         """The view after everything that was heard."""
 
-        async def published() -> AsyncIterator[tuple[int, bytes]]:
+        async def published() -> AsyncIterator[tuple[int, bytes] | None]:
             for batch_of_events in self.heard:
                 yield batch_of_events
 
@@ -157,11 +162,83 @@ def test_the_first_batches_may_have_been_missed_too(it: View) -> None:
     assert it.asked == [0]
 
 
-def test_a_batch_heard_twice_counts_once(it: View) -> None:
+def test_another_publisher_begins_the_view_anew(it: View) -> None:
+    it.publish(stored(0, 4))
+    it.publish()
+    it.restart()
     it.publish(stored(0, 2))
-    it.publish(removed(HASHES[1]))
-    it.heard.append(it.buffer[0])
+    assert it.run == 2
+    assert it.view.resyncs == 1
+    it.publish(removed(HASHES[1]), heard=False)
+    it.publish()
     assert it.run == 1
+
+
+def test_what_another_publisher_said_first_is_asked_for(it: View) -> None:
+    it.publish(stored(0, 4))
+    it.publish()
+    it.publish()
+    it.restart()
+    it.publish(stored(0, 1), heard=False)
+    it.publish(stored(1, 2))
+    assert it.run == 2
+    assert it.asked == [0]
+
+
+def test_after_a_lost_connection_nothing_is_known_but_what_can_be_had_again(it: View) -> None:
+    it.publish(stored(0, 2))
+    it.heard.append(None)
+    assert it.run == 0
+    it.publish(stored(2, 3))
+    assert it.run == 3
+    it.buffer.clear()
+    assert it.run == 0
+    it.publish(stored(0, 1))
+    assert it.run == 1
+
+
+def test_another_publisher_that_has_counted_as_far_is_told_by_its_connection(it: View) -> None:
+    it.publish(stored(0, 4))
+    it.restart()
+    it.heard.append(None)
+    it.publish(heard=False, kept=False)
+    it.publish(stored(0, 1))
+    assert it.run == 1
+
+
+def test_of_what_is_sent_again_the_end_is_taken_if_the_beginning_is_gone(it: View) -> None:
+    it.publish(removed(HASHES[0]), heard=False, kept=False)
+    it.publish(stored(0, 2), heard=False)
+    it.publish(stored(2, 3))
+    assert it.run == 3
+    assert it.view.resyncs == 1
+
+
+@pytest.mark.parametrize(
+    "unreadable",
+    [
+        b"\xc1",
+        msgspec.msgpack.encode({}),
+        batch({"type": "BlockRemoved"}),
+        batch({"type": "BlockStored", "token_ids": 3, "block_size": SIZE, "cache_salt": "00"}),
+    ],
+)
+def test_a_batch_that_cannot_be_read_makes_the_view_unknown(it: View, unreadable: bytes) -> None:
+    it.publish(stored(0, 4))
+    view = it.follow()
+    view.take(unreadable)
+    assert (view.run(NAMES), view.resyncs) == (0, 1)
+    view.take(batch(stored(0, 1)))
+    assert view.run(NAMES) == 1
+
+
+def test_pages_of_token_pairs_are_passed_over(it: View) -> None:
+    """Speculative decoding caches them."""
+    pairs = {**stored(0, 1), "token_ids": [(token, token + 1) for token in TOKENS[:SIZE]]}
+    it.publish(stored(0, 2, medium="CPU_PINNED"))
+    it.publish(pairs, {**pairs, "block_hashes": [201]}, stored(2, 3))
+    assert it.run == 3
+    assert it.view.resyncs == 0
 
 
 def test_pages_whose_beginning_is_unknown_are_passed_over(it: View) -> None:
