@@ -95,7 +95,6 @@ async def test_its_spans_are_in_the_trace_of_the_turn() -> None:
 
 async def test_replicas_may_share_a_storage_of_its_own(tmp_path: Path) -> None:
     own = {"storage": "own", "hicache_storage_backend": "file"}
-    own["hicache_storage_backend_extra_config"] = '{"prefetch_threshold": 16}'
     os.environ["SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"] = str(tmp_path)
     try:
         async with running(**own) as it:
@@ -113,6 +112,9 @@ async def test_replicas_may_share_a_storage_of_its_own(tmp_path: Path) -> None:
             there = await other.generate(prompt, 4)
             assert there.tokens == output.tokens
             assert there.cached_tokens == 96
+        other_kv = {"json_model_override_args": '{"rope_theta": 5000}'}
+        async with running(**own, **other_kv) as stranger:
+            assert (await stranger.generate(prompt, 4)).cached_tokens == 0
     finally:
         del os.environ["SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"]
 
