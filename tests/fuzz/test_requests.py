@@ -3,13 +3,11 @@ their servers run: each ends in a documented error or a result, and harms no ses
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import anyio
 import grpc
 import pytest
 from google.protobuf.message import Message
@@ -18,57 +16,24 @@ from hypothesis import strategies as st
 from sessile.v1 import fleet_pb2, replica_pb2, session_pb2
 from sessile.v1 import types_pb2 as pb
 
-from gateway.app.admission import Gate
-from gateway.rpc.auth import HeaderTenant
-from gateway.rpc.services import (
-    FLEET_SERVICE,
-    SESSION_SERVICE,
-    add_fleet_service,
-    add_session_service,
-)
-from gateway.rpc.serving import Serving
 from loadtest.simulation.loop import run
-from loadtest.simulation.world import World, world
 from statestore.digest import RollingDigest
 from statestore.records import SessionState
 from tests.fuzz.hostile import Hostile, graft, seeds
 from tests.fuzz.profile import fuzz
-from tests.fuzz.wire import Answer, Wire
-from workers.config import TurnLimits
-from workers.rpc import add_replica_service
+from tests.support.served_world import (
+    FLEET,
+    REPLICA,
+    SERVICES,
+    SESSIONS,
+    STRANGER,
+    TENANT,
+    Served,
+    finished,
+    served,
+)
+from tests.support.wire import Answer
 
-TENANT, STRANGER = "acme", "mallory"
-REPLICA_SERVICE = replica_pb2.DESCRIPTOR.services_by_name["ReplicaService"].full_name
-SESSIONS: Mapping[str, type[Message]] = {
-    "OpenSession": session_pb2.OpenSessionRequest,
-    "GetSession": session_pb2.GetSessionRequest,
-    "ListSessions": session_pb2.ListSessionsRequest,
-    "RunTurn": pb.RunTurnRequest,
-    "CancelTurn": session_pb2.CancelTurnRequest,
-    "ForkSession": session_pb2.ForkSessionRequest,
-    "SuspendSession": session_pb2.SuspendSessionRequest,
-    "ResumeSession": session_pb2.ResumeSessionRequest,
-    "CloseSession": session_pb2.CloseSessionRequest,
-    "GetTranscript": session_pb2.GetTranscriptRequest,
-    "WatchSession": session_pb2.WatchSessionRequest,
-}
-FLEET: Mapping[str, type[Message]] = {
-    "ListReplicas": fleet_pb2.ListReplicasRequest,
-    "WatchFleet": fleet_pb2.WatchFleetRequest,
-    "DrainReplica": fleet_pb2.DrainReplicaRequest,
-    "MigrateSession": fleet_pb2.MigrateSessionRequest,
-}
-REPLICA: Mapping[str, type[Message]] = {
-    "DispatchTurn": replica_pb2.DispatchTurnRequest,
-    "StopTurn": replica_pb2.StopTurnRequest,
-    "HandOver": replica_pb2.HandOverRequest,
-    "AbortHandOver": replica_pb2.AbortHandOverRequest,
-    "ExportKv": replica_pb2.ExportKvRequest,
-    "ImportSession": replica_pb2.ImportSessionRequest,
-    "ReleaseSession": replica_pb2.ReleaseSessionRequest,
-    "ReadTurns": replica_pb2.ReadTurnsRequest,
-    "SetDraining": replica_pb2.SetDrainingRequest,
-}
 WATCH_S = 3.0
 GRAFTED = (
     "session_id", "turn_id", "request_id", "model", "epoch", "replica", "source", "source_endpoint",
@@ -80,22 +45,18 @@ GRAFTED = (
 
 
 def test_every_call_is_fuzzed() -> None:
-    for module, service, fuzzed in (
-        (session_pb2, "SessionService", SESSIONS),
-        (fleet_pb2, "FleetService", FLEET),
-        (replica_pb2, "ReplicaService", REPLICA),
-    ):
-        methods = module.DESCRIPTOR.services_by_name[service].methods
-        assert {m.name: m.input_type.full_name for m in methods} == {
-            name: kind.DESCRIPTOR.full_name for name, kind in fuzzed.items()
-        }
+    for module in (session_pb2, fleet_pb2, replica_pb2):
+        for service in module.DESCRIPTOR.services_by_name.values():
+            fuzzed = SERVICES[service.full_name]
+            assert {m.name: m.input_type.full_name for m in service.methods} == {
+                name: kind.DESCRIPTOR.full_name for name, kind in fuzzed.items()
+            }
 
 
 @dataclass(frozen=True)
 class Shot:
     """One hostile call, drawn from its seed."""
 
-    service: str
     method: str
     kind: type[Message]
     seed: int
@@ -116,58 +77,26 @@ class Shot:
         return draw.choice((TENANT, TENANT, TENANT, TENANT, STRANGER)), request
 
 
-def shots(service: str, methods: Mapping[str, type[Message]]) -> st.SearchStrategy[Shot]:
+def shots(methods: Mapping[str, type[Message]]) -> st.SearchStrategy[Shot]:
     """Any call of these."""
     names = st.sampled_from(sorted(methods))
-    return st.builds(lambda name, seed: Shot(service, name, methods[name], seed), names, seeds)
+    return st.builds(lambda name, seed: Shot(name, methods[name], seed), names, seeds)
 
 
 @dataclass
-class Target:
+class Target(Served):
     """A gateway and a worker over one store, a session with a turn behind it, and a bystander's."""
 
-    world: World
-    wire: Wire
-    session_id: str
-    bystander: str
-    real: Mapping[str, Any]
+    session_id: str = ""
+    bystander: str = ""
+    real: Mapping[str, Any] = field(default_factory=dict)
 
     async def fire(self, shot: Shot) -> Answer:
         tenant, request = shot.fired(self.real)
         patience_s = WATCH_S if shot.method.startswith("Watch") else 400.0
-        answer = await self.call(shot.service, shot.method, request, tenant, patience_s)
+        answer = await self.call(shot.method, request, tenant, patience_s=patience_s)
         assert not answer.left or shot.method.startswith("Watch"), "the call does not end"
         return answer
-
-    async def call(
-        self,
-        service: str,
-        method: str,
-        request: bytes | Message,
-        tenant: str = TENANT,
-        patience_s: float = 120.0,
-    ) -> Answer:
-        data = request if isinstance(request, bytes) else request.SerializeToString()
-        return await self.wire.call(
-            f"/{service}/{method}",
-            data,
-            metadata=[("x-sessile-tenant", tenant)],
-            patience_s=patience_s,
-        )
-
-    async def open(self, request_id: str, tenant: str = TENANT) -> str:
-        request = session_pb2.OpenSessionRequest(request_id=request_id)
-        request.messages.add(role=pb.Message.ROLE_SYSTEM, content="Be brief.")
-        answer = await self.call(SESSION_SERVICE, "OpenSession", request, tenant)
-        answer.check()
-        opened = session_pb2.OpenSessionResponse.FromString(answer.responses[0])
-        return str(opened.session.session_id)
-
-    async def turn(self, session_id: str, turn_id: str, tenant: str = TENANT) -> Answer:
-        request = pb.RunTurnRequest(session_id=session_id, turn_id=turn_id)
-        request.messages.add(role=pb.Message.ROLE_USER, content="Hello")
-        request.params.max_tokens = 8
-        return await self.call(SESSION_SERVICE, "RunTurn", request, tenant)
 
     async def check_unharmed(self) -> None:
         """Both sessions can go on, and their ledgers are whole."""
@@ -177,9 +106,7 @@ class Target:
             if await self._made_idle(session_id, tenant):
                 answer = await self.turn(session_id, "after the attack", tenant)
                 answer.check()
-                events = pb.TurnStream.FromString(b"".join(answer.responses)).events
-                assert events, answer
-                assert events[-1].finished.status == pb.TURN_STATUS_COMMITTED, events
+                assert finished(answer).status == pb.TURN_STATUS_COMMITTED, answer
             await self._check_ledger(session_id)
         for replica in self.world.live_replicas():
             replica.engine.check_integrity()
@@ -193,10 +120,10 @@ class Target:
             cancel = session_pb2.CancelTurnRequest(
                 session_id=session_id, turn_id=session.active_turn_id
             )
-            (await self.call(SESSION_SERVICE, "CancelTurn", cancel, tenant)).check()
+            (await self.call("CancelTurn", cancel, tenant)).check()
         if session.state is SessionState.SUSPENDED:
             resume = session_pb2.ResumeSessionRequest(session_id=session_id)
-            (await self.call(SESSION_SERVICE, "ResumeSession", resume, tenant)).check()
+            (await self.call("ResumeSession", resume, tenant)).check()
         return True
 
     async def _check_ledger(self, session_id: str) -> None:
@@ -221,31 +148,19 @@ class Target:
 
 @asynccontextmanager
 async def target() -> AsyncIterator[Target]:
-    draw = random.Random(5)
-    limits = TurnLimits(detach_grace_s=5, open_timeout_s=10)
-    async with world(draw, turn_limits=limits) as made:
-        for name in ("a", "b"):
-            await made.start_replica(name)
-        made.start_gateway("g")
-        await anyio.sleep(1.5)
-        app = made.gateways["g"].app
-        wire = Wire()
-        serving = Serving(HeaderTenant(), Gate("max_calls", 64, 500), Gate("max_watches", 64, 500))
-        server: Any = wire
-        add_session_service(server, serving, app.sessions, app.turns, app.watches)
-        add_fleet_service(server, serving, app.store, app.watches, app.migrations, app.drains)
-        built = Target(made, wire, "", "", {})
+    async with served("a", "b") as found:
+        made, app = found.world, found.app
+        built = Target(made, app, found.gateway, found.replica)
         built.bystander = await built.open("bystander", "bystander")
         built.session_id = await built.open("target")
         (await built.turn(built.session_id, "t1")).check()
-        session = await made.store.get_session(built.session_id)
+        session = await built.session(built.session_id)
         assert session is not None
         assert session.owner is not None
-        owner = made.replicas[session.owner.replica.replica_id]
+        owner = await built.owner(built.session_id)
         other = made.replicas["b" if owner.name == "a" else "a"]
-        assert owner.app is not None
         assert other.ref is not None
-        add_replica_service(server, owner.app)
+        built.serve_replica(owner)
         head = pb.Position(length=session.head.length, digest=session.head.digest)
         ref = pb.ReplicaRef(replica_id=owner.name, incarnation=session.owner.replica.incarnation)
         built.real = {
@@ -306,25 +221,19 @@ async def attack(made: Target, shots: list[Shot]) -> None:
 
 
 METHODS = [
-    pytest.param(service, name, kinds, id=name)
-    for service, kinds in (
-        (SESSION_SERVICE, SESSIONS),
-        (FLEET_SERVICE, FLEET),
-        (REPLICA_SERVICE, REPLICA),
-    )
-    for name in kinds
+    pytest.param(name, kinds, id=name) for kinds in (SESSIONS, FLEET, REPLICA) for name in kinds
 ]
 
 
-@pytest.mark.parametrize(("service", "method", "methods"), METHODS)
+@pytest.mark.parametrize(("method", "methods"), METHODS)
 def test_hostile_requests_get_documented_errors_and_harm_nobody(
-    service: str, method: str, methods: Mapping[str, type[Message]]
+    method: str, methods: Mapping[str, type[Message]]
 ) -> None:
     @fuzz(12)
     @given(st.data())
     def fuzzed(data: st.DataObject) -> None:
-        own = data.draw(st.lists(shots(service, {method: methods[method]}), min_size=1, max_size=4))
-        others = data.draw(st.lists(shots(service, methods), max_size=2))
+        own = data.draw(st.lists(shots({method: methods[method]}), min_size=1, max_size=4))
+        others = data.draw(st.lists(shots(methods), max_size=2))
         in_a_world(lambda made: attack(made, [*others, *own]))
 
     fuzzed()
@@ -347,7 +256,7 @@ def test_a_session_that_was_opened_takes_turns(request_: session_pb2.OpenSession
     """What every turn of the session would refuse is refused when it is opened."""
 
     async def test(made: Target) -> None:
-        answer = await made.call(SESSION_SERVICE, "OpenSession", request_)
+        answer = await made.call("OpenSession", request_)
         answer.check()
         if answer.code is grpc.StatusCode.OK:
             session = session_pb2.OpenSessionResponse.FromString(answer.responses[0]).session
@@ -361,7 +270,7 @@ def test_a_tool_schema_that_is_nested_too_deep_is_an_invalid_request() -> None:
     deep = opening(tools=[pb.ToolDefinition(name="t", parameters_json="[" * 100_000)])
 
     async def test(made: Target) -> None:
-        answer = await made.call(SESSION_SERVICE, "OpenSession", deep)
+        answer = await made.call("OpenSession", deep)
         if answer.code is grpc.StatusCode.OK:
             session = session_pb2.OpenSessionResponse.FromString(answer.responses[0]).session
             answer = await made.turn(session.session_id, "t1")
@@ -381,7 +290,7 @@ WITHOUT_END: dict[str, Message] = {
 def test_what_would_never_end_is_an_invalid_request(method: str, request_: Message) -> None:
     async def test(made: Target) -> None:
         graft(request_, made.real, {"session_id", "replica_id", "target_replica_id"})
-        answer = await made.call(FLEET_SERVICE, method, request_)
+        answer = await made.call(method, request_)
         assert answer.code is grpc.StatusCode.INVALID_ARGUMENT, answer
         await made.check_unharmed()
 

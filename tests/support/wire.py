@@ -28,6 +28,7 @@ class Answer:
     code: grpc.StatusCode = grpc.StatusCode.OK
     message: str = ""
     reason: str = ""
+    hint: str = ""
     retry_ms: int | None = None
     responses: list[Any] = field(default_factory=list)
     left: bool = False
@@ -41,6 +42,7 @@ class Answer:
             return
         assert self.code in EXPECTED, f"{self.code}: {self.message}"
         assert self.reason, "an error without its reason"
+        assert self.hint, "an error that does not say what to do"
         if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             assert self.retry_ms is not None
 
@@ -75,8 +77,11 @@ class Context:
         status = status_pb2.Status.FromString(dict(trailing).get(DETAILS_KEY, b""))
         for detail in status.details:
             info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+            advice = error_details_pb2.LocalizedMessage()
             if detail.Unpack(info) and info.domain == DOMAIN:
                 self.answer.reason = info.reason
+            if detail.Unpack(advice):
+                self.answer.hint = advice.message
             if detail.Unpack(retry):
                 self.answer.retry_ms = retry.retry_delay.ToMilliseconds()
         raise Aborted
