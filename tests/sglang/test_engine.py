@@ -1,9 +1,8 @@
-"""What is sglang's own: its traces, its storages, its retention, the end of its processes."""
+"""What is sglang's own: its traces, its storages, its retention."""
 
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -136,23 +135,6 @@ async def test_what_a_session_keeps_is_evicted_last_and_its_end_ends_that() -> N
         it.engine.unpin("kept")
         await press(*range(21, 39))
         assert it.engine.held_by_sglang(it.hashes(kept)) < 6
-
-
-async def test_the_end_of_a_scheduler_is_the_end_of_the_engine() -> None:
-    others = sglang_processes()
-    async with running() as it:
-        going = it.request(it.prompt(1, 40), 400)
-        await it.until(going, 1)
-        mine = sglang_processes() - others
-        scheduler = next(c for c in mine if "scheduler" in " ".join(c.cmdline()))
-        scheduler.send_signal(signal.SIGKILL)
-        with anyio.fail_after(20):
-            while not it.failures:
-                await anyio.lowlevel.checkpoint()
-        assert "ended with -9" in str(it.failures[0])
-        with pytest.raises(EngineFailed):
-            it.request(it.prompt(2, 9), 4)
-        it.failures.clear()
 
 
 async def test_an_argument_that_sglang_does_not_know_is_refused_by_name() -> None:

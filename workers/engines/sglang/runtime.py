@@ -12,12 +12,11 @@ import asyncio
 import atexit
 import contextlib
 import contextvars
+import functools
 import logging
-import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +26,15 @@ import anyio
 from workers.engines.port import EngineFailed
 from workers.engines.sglang.events import follow_events
 from workers.engines.sglang.fingerprint import shaping_arguments
+from workers.engines.sglang.processes import ASKED, Processes
 from workers.engines.sglang.requests import Chunk, Request, chunk_of
 
 log = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 40
-END_TIMEOUT_S = 10.0
-"""A scheduler that has not ended by then is killed."""
+END_TIMEOUT_S, END_TIMEOUT_GPU_S = 10.0, 60.0
+"""A scheduler that has not ended by then is killed. On GPUs it unpins its host memory, which takes
+the kernel as long, and cannot be interrupted, once it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +75,20 @@ class Runtime:
         self._on_chunk, self._on_events, self._on_end = on_chunk, on_events, on_end
         self._thread: threading.Thread | None = None
         self._own: asyncio.AbstractEventLoop | None = None
-        self._children: list[multiprocessing.process.BaseProcess] = []
-        self._before = set(multiprocessing.active_children())
-        """Processes that are not sglang's."""
+        self._processes = Processes()
+        on_cpu = server_args.device == "cpu"
+        self._end_timeout_s = END_TIMEOUT_S if on_cpu else END_TIMEOUT_GPU_S
+        self._streams: dict[str, anyio.CancelScope] = {}
+        """Of the requests that sglang has, on its thread."""
         self._quit: asyncio.Event | None = None
-        self._failure: Exception | None = None
+        self._up = False
 
     async def start(self) -> Facts:
         """Starts the processes and warms up. Raises EngineFailed."""
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
         self._ready: asyncio.Future[Facts] = self._loop.create_future()
-        # Its schedulers tell of a crash by SIGQUIT, which would end this process on the spot.
+        # sglang's processes ask for an end by SIGQUIT, which would end this one on the spot.
         if threading.current_thread() is threading.main_thread():
             self._quit_before = signal.signal(signal.SIGQUIT, self._on_quit)
         self._thread = threading.Thread(target=self._run, name="sglang", daemon=True)
@@ -101,19 +104,19 @@ class Runtime:
             with contextlib.suppress(RuntimeError):  # its loop has ended by itself
                 self._own.call_soon_threadsafe(self._quit.set)
         with anyio.CancelScope(shield=True):
-            if not (self._ready.done() and not self._ready.cancelled()):
+            if not self._up:
                 # It is in the middle of its start, and sees only its processes end.
-                started = [c for c in multiprocessing.active_children() if c not in self._before]
-                await anyio.to_thread.run_sync(_end, started)
+                end = functools.partial(self._processes.end, self._end_timeout_s, asked=False)
+                await anyio.to_thread.run_sync(end)
             await anyio.to_thread.run_sync(thread.join)
         if signal.getsignal(signal.SIGQUIT) == self._on_quit:
             signal.signal(signal.SIGQUIT, self._quit_before)
 
     def generate(self, request: Request) -> None:
-        self._tell(lambda: self._tasks.start_soon(self._stream, request, name=request.rid))
+        self._tell(lambda: self._begin(request))
 
     def abort(self, rid: str) -> None:
-        self._tell(lambda: self._manager.abort_request(rid))
+        self._tell(lambda: self._cancel(rid))
 
     def close_session(self, session_id: str) -> None:
         """What the session's requests left in the prefix cache goes first from now on."""
@@ -170,7 +173,7 @@ class Runtime:
             engine = Engine(server_args=self._server_args)
             atexit.unregister(engine.shutdown)  # it ends every child of this process
             self._manager = engine.tokenizer_manager
-            self._children = [c for c in multiprocessing.active_children() if c not in self._before]
+            self._processes.watch(lambda detail: self._post(self._lost, detail))
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
                 await self._warm_up()
@@ -178,12 +181,13 @@ class Runtime:
                 await self._quit.wait()
                 tasks.cancel_scope.cancel()
         finally:
+            self._processes.unwatch()
             if engine is not None:
                 watchdog = engine.tokenizer_manager._subprocess_watchdog
                 if watchdog is not None:
                     watchdog.stop()
                 engine.tokenizer_manager._dispatch_to_scheduler(ShutdownReq())
-            _end([c for c in multiprocessing.active_children() if c not in self._before])
+            self._processes.end(self._end_timeout_s, asked=engine is not None)
             if engine is not None:
                 # Nobody else does: sglang looks for such files when it next starts.
                 with contextlib.suppress(FileNotFoundError):
@@ -194,20 +198,37 @@ class Runtime:
         """So that the first request does not pay for set-up."""
         ids = list(range(3, 3 + WARM_UP_TOKENS))
         request = Request("warm-up", ids, {"temperature": 0, "max_new_tokens": 2}, "", "", 0)
-        async for _ in await self._stream_of(request):
-            pass
+        async with contextlib.aclosing(self._answers(request)) as answers:
+            async for _ in answers:
+                pass
 
-    async def _stream(self, request: Request) -> None:
+    def _begin(self, request: Request) -> None:
+        scope = self._streams[request.rid] = anyio.CancelScope()
+        self._tasks.start_soon(self._stream, request, scope, name=request.rid)
+
+    def _cancel(self, rid: str) -> None:
+        """sglang's own clean-up aborts what it has given to a scheduler. Its abort_request would do
+        nothing for a request whose task has not begun yet, which then ran to its end."""
+        scope = self._streams.get(rid)
+        if scope is not None:
+            scope.cancel()
+
+    async def _stream(self, request: Request, scope: anyio.CancelScope) -> None:
         since = asyncio.get_running_loop().time()
         try:
-            async for answer in await self._stream_of(request):
-                before, since = since, asyncio.get_running_loop().time()
-                chunk = chunk_of(request.rid, answer, since - before)
-                self._post(self._on_chunk, chunk)
+            with scope:
+                async with contextlib.aclosing(self._answers(request)) as answers:
+                    async for answer in answers:
+                        before, since = since, asyncio.get_running_loop().time()
+                        chunk = chunk_of(request.rid, answer, since - before)
+                        self._post(self._on_chunk, chunk)
         except Exception as error:  # noqa: BLE001 - this request alone failed, whatever it is
             self._post(self._on_chunk, Chunk(request.rid, (), 0, 0.0, None, f"sglang: {error}"))
+        finally:
+            del self._streams[request.rid]
 
-    async def _stream_of(self, request: Request) -> Any:
+    def _answers(self, request: Request) -> Any:
+        """sglang's own generator of answers."""
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         return self._manager.generate_request(
@@ -225,12 +246,14 @@ class Runtime:
         )
 
     async def _listen(self) -> None:
-        async for batch in follow_events(self._events, self._replay):
-            self._post(self._on_events, batch)
+        async with contextlib.aclosing(follow_events(self._events, self._replay)) as batches:
+            async for batch in batches:
+                self._post(self._on_events, batch)
 
     # -- on the worker's loop -----------------------------------------------------------------
 
     def _started(self, facts: Facts) -> None:
+        self._up = True
         if not self._ready.done():
             self._ready.set_result(facts)
 
@@ -241,32 +264,18 @@ class Runtime:
         elif error is not None:
             self._on_end(EngineFailed(f"sglang failed: {error!r}; restart the replica"))
 
+    def _lost(self, detail: str) -> None:
+        if self._thread is None:
+            return  # it is being closed
+        if not self._ready.done():
+            self._ready.set_exception(EngineFailed(f"sglang did not start: {detail}"))
+        else:
+            self._on_end(EngineFailed(detail))
+
     def _on_quit(self, number: int, frame: Any) -> None:
-        self._post(self._look_at_children, None)
+        self._post(self._lost, ASKED)
         if callable(self._quit_before):
             self._quit_before(number, frame)  # of another engine in this process
-
-    def _look_at_children(self, _: None) -> None:
-        for child in self._children:
-            if not child.is_alive():
-                self._on_end(
-                    EngineFailed(
-                        f"a process of sglang ended with {child.exitcode}; restart the replica"
-                    )
-                )
-                return
-        log.warning("SIGQUIT, and every process of sglang lives")
-
-
-def _end(children: list[multiprocessing.process.BaseProcess]) -> None:
-    """The schedulers were asked to; the others end when they are told."""
-    deadline = time.monotonic() + END_TIMEOUT_S
-    for stop in (None, "terminate", "kill"):
-        for child in children:
-            if stop is not None and child.is_alive():
-                getattr(child, stop)()
-        for child in children:
-            child.join(max(0.1, deadline - time.monotonic()) / 3 if stop != "kill" else None)
 
 
 def _facts(engine: Any) -> Facts:
