@@ -258,3 +258,13 @@ async def test_no_request_id_begins_as_another_does(world: World) -> None:
             asked.it.cancel(f"g{number}")
     rids = [request.rid for request in [*world.asked, *other.asked]]
     assert [(a, b) for a in rids for b in rids if a is not b and b.startswith(a)] == []
+
+
+async def test_of_every_request_the_first_chunk_is_its_prefill(world: World) -> None:
+    world.submit(tokens=[5] * 10, stop_token_ids=frozenset({EOS}), min_new_tokens=2)
+    world.say(7)  # 6 computed in half a second
+    world.say(8, finish="length")
+    assert (world.it.rates.prefill, world.it.rates.decode) == (12.0, 2.0)
+    world.say(9)  # 8 computed, of its second request
+    assert world.it.rates.decode == 2.0
+    assert world.it.rates.prefill > 12.0

@@ -10,6 +10,11 @@ from collections.abc import Callable
 from workers.engines.port import EngineFailed, EngineLoad, GenerateRequest
 from workers.engines.sglang.requests import Generations
 
+TAG_TTL_S = 3600.0
+"""For what a turn leaves whose session is pinned by nobody afterwards."""
+MAX_TAGGED = 1 << 16
+"""Sessions; over it the one that was tagged first is closed."""
+
 
 class RequestEngine(ABC):
     """A subclass sets :attr:`_generations` in ``start``, and calls :meth:`_end` in ``aclose``."""
@@ -24,10 +29,13 @@ class RequestEngine(ABC):
 
     @abstractmethod
     def _close_session(self, session_id: str) -> None:
-        """Tells sglang that what the session's requests left may go first from now on."""
+        """Tells sglang that what the session's requests left may go first from now on. It keeps an
+        entry for every session that it is not told of."""
 
     def submit(self, request: GenerateRequest) -> None:
         self._generations.submit(request)
+        if request.retention_id and request.retention_id not in self._tagged:
+            self._tag(request.retention_id, TAG_TTL_S)
 
     def park(self, generation_id: str) -> None:
         self._generations.park(generation_id)
@@ -62,13 +70,15 @@ class RequestEngine(ABC):
             timer.cancel()
         loop = asyncio.get_running_loop()
         self._tagged[session_id] = loop.call_later(ttl_s, self._untag, session_id)
+        if len(self._tagged) > MAX_TAGGED:
+            self._untag(next(iter(self._tagged)))
 
     def _untag(self, session_id: str) -> None:
-        """Unknown ones are ignored."""
+        """Also of one that is not tagged any more: a request may have come after its end."""
         timer = self._tagged.pop(session_id, None)
         if timer is not None:
             timer.cancel()
-            self._close_session(session_id)
+        self._close_session(session_id)
 
     def _load(self, free_pages: int, pinned_pages: int) -> EngineLoad:
         """``free_pages`` before what the running contexts need."""

@@ -104,6 +104,8 @@ class _Generation:
     """Tokens at most, by the request and by the context."""
     rid: str = ""
     """Of the request that sglang has now; empty: none."""
+    input_tokens: int = 0
+    """Of that request, until its first chunk has come."""
     output: list[int] = field(default_factory=list)
     """Everything delivered or held."""
     held: list[StepOutput] = field(default_factory=list)
@@ -292,6 +294,7 @@ class Generations:
         # request whose id begins with the one that it is given.
         generation.rid = f"{self._prefix}/{request.generation_id}#{self._rids}."
         self._by_rid[generation.rid] = generation
+        generation.input_tokens = len(request.tokens) + len(generation.output)
         self._sender.generate(
             Request(
                 generation.rid,
@@ -358,10 +361,11 @@ class Generations:
             self.on_step([*due.values()])
 
     def _measure(self, generation: _Generation, chunk: Chunk) -> None:
-        """Rates: of a first chunk its prefill, of others their step."""
-        if generation.cached_tokens is None:
-            computed = len(generation.request.tokens) - chunk.cached_tokens
+        """Rates: of a request's first chunk its prefill, of others their step."""
+        if generation.input_tokens:
+            computed = generation.input_tokens - chunk.cached_tokens
             self.rates.record(computed, False, chunk.seconds)
+            generation.input_tokens = 0
         elif chunk.tokens:
             self.rates.record(0, True, chunk.seconds / len(chunk.tokens))
 
