@@ -33,7 +33,16 @@ class FakeSglang:
         """Chunks after which a stream is cut."""
         self.hold: asyncio.Event | None = None
         """Waited for before a stream's second chunk."""
+        self.hold_at = 1
+        """Or before this one; 0: before the headers too."""
+        self.garbage: dict[str, Any] | None = None
+        """Sent as the first event."""
+        self.left: list[str] = []
+        """Requests whose client went away while they were held."""
+        self.away = 0.0
+        """Times that it will not be there when it is asked for; math.inf: for good."""
         self.healthy = True
+        self.probes = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -44,7 +53,12 @@ class FakeSglang:
                     name, _, value = line.decode().partition(":")
                     headers[name.lower()] = value.strip()
                 body = await reader.readexactly(int(headers.get("content-length", "0")))
-                await self._answer(path, headers, json.loads(body) if body else {}, writer)
+                content = json.loads(body) if body else {}
+                if path == "/generate" and self.refusal is None:
+                    self.asked.append((path, headers, content))
+                    await self._generate(content, reader, writer)
+                else:
+                    await self._answer(path, headers, content, writer)
         except ConnectionError:
             pass  # the client went away
         finally:
@@ -58,28 +72,53 @@ class FakeSglang:
         writer: asyncio.StreamWriter,
     ) -> None:
         if path == "/health":
+            self.probes += 1
             await _send(writer, 200 if self.healthy else 503, b"")
+            return
+        if path == "/model_info":
+            there = self.away <= 0
+            self.away -= not there
+            await _send(writer, 200 if there else 503, b"{}")
             return
         self.asked.append((path, headers, body))
         if path == "/server_info":
             await _send(writer, 200, json.dumps(self.info).encode())
         elif path == "/generate" and self.refusal is not None:
             await _send(writer, *self.refusal)
-        elif path == "/generate":
-            await self._generate(body, writer)
         else:
             await _send(writer, 200, b"{}")
 
-    async def _generate(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def _held(self, rid: str, reader: asyncio.StreamReader) -> None:
+        """Raises ConnectionError if the client does not wait for it."""
+        assert self.hold is not None
+        go = asyncio.ensure_future(self.hold.wait())
+        gone = asyncio.ensure_future(reader.read(1))  # who waits for an answer asks nothing more
+        try:
+            await asyncio.wait({go, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                self.left.append(rid)
+                raise ConnectionError
+        finally:
+            for either in (go, gone):
+                either.cancel()
+            await asyncio.gather(go, gone, return_exceptions=True)
+
+    async def _generate(
+        self, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if self.hold is not None and self.hold_at == 0:
+            await self._held(body["rid"], reader)
         writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        if self.garbage is not None:
+            await _chunk(writer, b"data: " + json.dumps(self.garbage).encode() + b"\n\n")
         count, last = body["sampling_params"]["max_new_tokens"], body["input_ids"][-1]
         output: list[int] = []
         for index in range(count):
             if index == self.break_after:
                 writer.transport.abort()
                 return
-            if index == 1 and self.hold is not None:
-                await self.hold.wait()
+            if index == self.hold_at and self.hold is not None:
+                await self._held(body["rid"], reader)
             output.append(last + 1 + index)
             event = {
                 "output_ids": output

@@ -13,7 +13,6 @@ import pytest
 from tests.support.engines import EngineHarness
 from tests.support.fake_sglang import FakeSglang, fake_sglang
 from workers.engines.port import EngineFailed, EngineFinish, PagesExhausted
-from workers.engines.sglang_server import engine as engine_module
 from workers.engines.sglang_server.config import SglangServerConfig
 from workers.engines.sglang_server.engine import SglangServerEngine
 
@@ -81,8 +80,27 @@ async def test_a_cancelled_generation_is_aborted_at_the_server(
     await it.until(running, 1)
     it.engine.cancel(running)
     await _until_asked(server, "/abort_request")
-    assert server.asked[-1][2] == {"rid": server.asked[1][2]["rid"]}
+    rid = server.asked[1][2]["rid"]
+    assert server.asked[-1][2] == {"rid": rid}
+    assert server.left == [rid]
+
+
+async def test_one_that_the_server_has_not_answered_yet_does_not_run_on_there(
+    server: FakeSglang, it: EngineHarness
+) -> None:
+    """The server forgets an abort that overtakes its request."""
+    server.hold, server.hold_at = asyncio.Event(), 0
+    going = it.request([10], 100)
+    await _until_asked(server, "/generate")
+    it.engine.cancel(going)
+    await _until_asked(server, "/abort_request")
+    assert server.left == [server.asked[1][2]["rid"]]
+    it.engine.cancel(it.request([10], 100))
+    assert it.engine.load().running == 0
     server.hold.set()
+    assert (await it.generate([10], 2)).tokens == (11, 12)
+    asked = [body["rid"] for path, _, body in server.asked if path == "/generate"]
+    assert len(asked) == 2  # the one that was cancelled at once never came here
 
 
 async def test_a_refusal_and_a_broken_stream_end_the_generation_alone(
@@ -95,7 +113,10 @@ async def test_a_refusal_and_a_broken_stream_end_the_generation_alone(
     server.refusal, server.break_after = None, 2
     broken = await it.generate([10], 4)
     assert (broken.tokens, broken.error is None) == ((11, 12), False)
-    server.break_after = None
+    server.break_after, server.garbage = None, {"output_ids": [1], "meta_info": None}
+    unreadable = await it.generate([10], 4)
+    assert (unreadable.tokens, unreadable.error is None) == ((), False)
+    server.garbage = None
     assert (await it.generate([10], 2)).tokens == (11, 12)
 
 
@@ -116,20 +137,21 @@ async def test_what_is_pinned_is_given_up_with_its_session(
     it.engine.unpin("s")
     await _until_asked(server, "/close_session")
     assert server.asked[-1][2] == {"session_id": "s"}
-    it.engine.unpin("s")
 
 
-async def test_a_server_that_does_not_answer_any_more_is_the_end_of_the_replica(
-    server: FakeSglang, it: EngineHarness, monkeypatch: pytest.MonkeyPatch
+async def test_a_server_without_tags_is_told_of_no_session(
+    server: FakeSglang, folder: Path
 ) -> None:
-    monkeypatch.setattr(engine_module, "HEALTH_PERIOD_S", 0.01)
-    server.healthy = False
-    with anyio.fail_after(10):
-        while not it.failures:
-            await anyio.lowlevel.checkpoint()
-    assert "does not answer" in str(it.failures[0])
-    with pytest.raises(EngineFailed):
-        it.request([10], 1)
+    server.info["enable_session_radix_cache"] = False
+    engine = SglangServerEngine(config_of(server, folder), folder)
+    it = EngineHarness(engine)
+    await engine.start(it.on_step, it.failures.append)
+    engine.pin("s", it.hashes([1] * 64), 60.0)
+    engine.unpin("s")
+    await it.generate([10], 1, retention_id="s")
+    assert [path for path, _, _ in server.asked] == ["/server_info", "/generate"]
+    assert "session_id" not in server.asked[-1][2]
+    await engine.aclose()
 
 
 async def test_what_is_no_sglang_server_is_refused(server: FakeSglang, folder: Path) -> None:
@@ -139,6 +161,27 @@ async def test_what_is_no_sglang_server_is_refused(server: FakeSglang, folder: P
     gone = SglangServerConfig(url="http://127.0.0.1:1", model=str(folder))
     with pytest.raises(EngineFailed, match="cannot be asked"):
         await SglangServerEngine(gone, folder).start(print, print)
+
+
+async def test_a_model_of_more_than_text_keeps_its_vocabulary_apart(
+    server: FakeSglang, folder: Path
+) -> None:
+    nested = {"eos_token_id": 5, "text_config": {"vocab_size": 300, "eos_token_id": 7}}
+    (folder / "config.json").write_text(json.dumps(nested))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9]}))
+    engine = SglangServerEngine(config_of(server, folder), folder)
+    await engine.start(print, print)
+    assert (engine.info.vocab_size, engine.info.eos_token_ids) == (300, (5, 7, 9))
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("config", ["{}", "[1]", "no JSON"])
+async def test_a_folder_that_is_no_models_is_refused(
+    server: FakeSglang, folder: Path, config: str
+) -> None:
+    (folder / "config.json").write_text(config)
+    with pytest.raises(EngineFailed, match=r"config\.json"):
+        await SglangServerEngine(config_of(server, folder), folder).start(print, print)
 
 
 @pytest.mark.parametrize(

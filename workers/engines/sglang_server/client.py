@@ -12,6 +12,8 @@ import httpx2
 from workers.engines.port import EngineFailed
 from workers.engines.sglang.requests import Request
 
+PROBE_TIMEOUT_S = 60.0
+"""sglang itself gives up a generation of its health check after 20 s."""
 MAX_IDLE_S = 600.0
 """A stream without a byte for so long is given up; the turn's own time limits are shorter."""
 
@@ -70,10 +72,18 @@ class SglangClient:
                 f"{self._url}/server_info is not an sglang server's: {error!r}"
             ) from error
 
-    async def healthy(self) -> bool:
-        """Whether the server answers that it is."""
+    async def answers(self) -> bool:
+        """Whether the server is there. Its scheduler may be busy."""
         try:
-            return (await self._http.get("/health")).is_success
+            return (await self._http.get("/model_info")).is_success
+        except httpx2.HTTPError:
+            return False
+
+    async def generates(self) -> bool:
+        """Whether the server says that it does: it generates one token, and waits for any output of
+        its scheduler. There is none while that computes a long prompt."""
+        try:
+            return (await self._http.get("/health", timeout=PROBE_TIMEOUT_S)).is_success
         except httpx2.HTTPError:
             return False
 
