@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -10,7 +11,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 
+import anyio
 import pytest
 
 from statestore.embedded import dies_with_parent
@@ -31,10 +34,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where a real one answers."""
+
+    url: str
+    events: str
+    replay: str
+
+
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    port, events, replay = free_port(), free_port(), free_port()
+    at = Server(
+        *(
+            f"{kind}://127.0.0.1:{n}"
+            for kind, n in zip(("http", "tcp", "tcp"), (port, events, replay), strict=True)
+        )
+    )
+    publisher = {
+        "publisher": "zmq",
+        "endpoint": at.events,
+        "bind": True,
+        "replay_endpoint": at.replay,
+    }
     arguments = {
+        "--kv-events-config": json.dumps(publisher),
         "--model-path": str(model_folder()),
         "--device": "cpu",
         "--attention-backend": "torch_native",
@@ -56,14 +81,13 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
         )
-    address = f"http://127.0.0.1:{port}"
     give_up_at = time.monotonic() + START_S
     try:
-        while not _healthy(address):
+        while not _healthy(at.url):
             assert server.poll() is None, log.read_text(errors="replace")[-3000:]
             assert time.monotonic() < give_up_at, log.read_text(errors="replace")[-3000:]
             time.sleep(0.5)
-        yield address
+        yield at
     finally:
         server.terminate()
         try:
@@ -81,10 +105,24 @@ def _healthy(address: str) -> bool:
         return False
 
 
+def _idle(address: str) -> bool:
+    """Whether the server computes nothing any more within a few seconds of the half minute that the
+    longest generation takes: only then it empties its cache."""
+    request = urllib.request.Request(f"{address}/flush_cache?timeout=5", method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError:
+        return False
+
+
 @pytest.fixture
-async def it(url: str) -> AsyncIterator[EngineHarness]:
+async def it(server: Server) -> AsyncIterator[EngineHarness]:
     folder = model_folder()
-    engine = SglangServerEngine(SglangServerConfig(url=url, model=str(folder)), folder)
+    config = SglangServerConfig(
+        url=server.url, model=str(folder), events=server.events, replay=server.replay
+    )
+    engine = SglangServerEngine(config, folder)
     harness = EngineHarness(engine)
     await engine.start(harness.on_step, harness.failures.append)
     yield harness
@@ -112,6 +150,30 @@ async def test_a_cancelled_generation_ends_at_the_server_too(it: EngineHarness) 
     it.engine.cancel(running)
     assert (await it.generate(it.prompt(3, 9), 4)).finish is EngineFinish.MAX_TOKENS
     assert it.engine.load().running == 0
+
+
+async def test_one_cancelled_at_once_does_not_run_on_at_the_server(
+    it: EngineHarness, server: Server
+) -> None:
+    sent = it.request(it.prompt(6, 60), 1900)
+    await anyio.sleep(0.02)  # on its way
+    it.engine.cancel(sent)
+    it.engine.cancel(it.request(it.prompt(7, 60), 1900))
+    assert await anyio.to_thread.run_sync(_idle, server.url)
+
+
+async def test_what_its_cache_holds_its_events_tell(it: EngineHarness) -> None:
+    prompt = it.prompt(8, 70)
+    hashes = it.hashes(prompt)
+    assert it.engine.reusable_pages(hashes) == 0
+    await it.generate(prompt, 1)
+    for _ in range(100):
+        if it.engine.reusable_pages(hashes) == len(hashes):
+            break
+        await anyio.sleep(0.05)  # they come when the server has time
+    assert it.engine.reusable_pages(hashes) == len(hashes)
+    again = await it.generate(prompt, 1)
+    assert again.cached_tokens == 69  # in pages of one token
 
 
 async def test_a_parked_generation_goes_on_the_same(it: EngineHarness) -> None:
