@@ -297,8 +297,9 @@ async def test_a_closed_desk_leaves_no_thread(tmp_path: Path) -> None:
     desk = PageDesk(tmp_path / "socket", lambda pages: HostPages(tmp_path, 1, pages.page_bytes))
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(desk.path))
-        mine = set(threading.enumerate()) - before
-        assert mine
+        await ask(connection, op="count", keys=[])  # by now the next one is waited for
+        mine = {t for t in threading.enumerate() if t.name == "sglang-pages"} - before
+        assert len(mine) == 2
         desk.close()
         for thread in mine:
             await anyio.to_thread.run_sync(thread.join, 10.0)
