@@ -35,10 +35,10 @@ from sessile import Sessile, Session, Tokens
 from gateway.cli.launch import Cluster
 from workers.engines.model_store import model_folder
 from workers.engines.registry import create_backend
-from workers.engines.sglang.arguments import server_arguments
 from workers.engines.sglang.config import SglangConfig
-from workers.engines.sglang.requests import Chunk, Request
+from workers.engines.sglang.native import server_arguments
 from workers.engines.sglang.runtime import Runtime
+from workers.engines.sglang_requests.generations import Chunk, Request
 from workers.text.port import ChatMessage, LastTurn, Role, TextCodec
 
 OPTIONS = {"max_total_tokens": "8192", "max_running": "8", "chunked_prefill_size": "512"}

@@ -9,9 +9,9 @@ import pytest
 
 from tests.unit.test_sglang_requests import INFO
 from workers.engines.port import GenerateRequest, Sampling
-from workers.engines.sglang import base as base_module
-from workers.engines.sglang.base import RequestEngine
-from workers.engines.sglang.requests import Generations, Request
+from workers.engines.sglang_requests import base as base_module
+from workers.engines.sglang_requests.base import RequestEngine
+from workers.engines.sglang_requests.generations import Generations, Request
 
 pytestmark = pytest.mark.anyio
 

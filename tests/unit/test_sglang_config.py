@@ -10,7 +10,8 @@ import typer
 
 from gateway.cli.serve import parse_options
 from workers.engines.registry import create_backend
-from workers.engines.sglang.config import SGLANG_VERSIONS, SglangConfig, check_version
+from workers.engines.sglang.config import SglangConfig, check_version
+from workers.engines.sglang_requests.generations import SGLANG_VERSIONS
 
 
 def test_arguments_after_the_dashes_are_options_too() -> None:

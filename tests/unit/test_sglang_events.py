@@ -9,7 +9,7 @@ import anyio
 import msgspec
 import pytest
 
-from workers.engines.sglang.events import ResidentView, in_order
+from workers.engines.sglang_requests.events import ResidentView, in_order
 from workers.kv.blocks import block_hashes
 
 SIZE = 4

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from tests.support.fake_kv_events import FakeKvEvents, fake_kv_events
-from workers.engines.sglang import events as events_module
-from workers.engines.sglang.events import follow_events
+from workers.engines.sglang_requests import events as events_module
+from workers.engines.sglang_requests.events import follow_events
 
 pytestmark = pytest.mark.anyio
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from workers.engines.sglang.fingerprint import kv_fingerprint, shaping_arguments
-from workers.engines.sglang.requests import namespace_of, salt_of
+from workers.engines.sglang_requests.generations import namespace_of, salt_of
 
 DEFAULTS: dict[str, Any] = {
     "tp_size": 1,

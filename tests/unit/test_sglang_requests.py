@@ -16,7 +16,7 @@ from workers.engines.port import (
     Sampling,
     StepOutput,
 )
-from workers.engines.sglang.requests import PARKED_TOKENS, Chunk, Generations, Request
+from workers.engines.sglang_requests.generations import PARKED_TOKENS, Chunk, Generations, Request
 
 pytestmark = pytest.mark.anyio
 

@@ -13,8 +13,8 @@ import anyio
 import pytest
 
 from workers.engines.port import EngineFailed
-from workers.engines.sglang.requests import Chunk, Request
 from workers.engines.sglang.runtime import Facts, Runtime
+from workers.engines.sglang_requests.generations import Chunk, Request
 
 pytestmark = pytest.mark.anyio
 

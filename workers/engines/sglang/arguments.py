@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.engines.sglang.config import SglangConfig, refuse_argument
-from workers.engines.sglang.events import TOPIC
+from workers.engines.sglang_requests.events import TOPIC
 
 PREFETCH_THRESHOLD_PAGES = 1
 """Pages in a storage that are worth a look, at least."""

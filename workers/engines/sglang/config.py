@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from workers.engines.model_store import BUNDLED_MODEL
 from workers.engines.registry import parse_options
+from workers.engines.sglang_requests.generations import SGLANG_VERSIONS
 
-SGLANG_VERSIONS = ("0.5.23",)
-"""What this engine was read against and tested with."""
 OWNED = frozenset(
     {
         "model_path",

@@ -22,9 +22,7 @@ import anyio
 
 from workers.engines.cached_pages import CachedPages
 from workers.engines.port import EngineFailed, EngineInfo, EngineLoad, OnStep
-from workers.engines.sglang.base import RequestEngine
 from workers.engines.sglang.config import SglangConfig
-from workers.engines.sglang.events import ResidentView
 from workers.engines.sglang.fingerprint import kv_fingerprint
 from workers.engines.sglang.host_pages import HostPages, NoPages
 from workers.engines.sglang.keys import ContextNames, PageNames
@@ -35,8 +33,10 @@ from workers.engines.sglang.native import (
     server_arguments,
 )
 from workers.engines.sglang.page_desk import PageDesk, PageFormat
-from workers.engines.sglang.requests import Generations, salt_of
 from workers.engines.sglang.runtime import Facts, Runtime
+from workers.engines.sglang_requests.base import RequestEngine
+from workers.engines.sglang_requests.events import ResidentView
+from workers.engines.sglang_requests.generations import Generations, salt_of
 
 NAMES_PER_PAGE = 4
 """Page names kept for each page of the pool."""

@@ -24,10 +24,10 @@ from typing import Any
 import anyio
 
 from workers.engines.port import EngineFailed
-from workers.engines.sglang.events import follow_events
 from workers.engines.sglang.fingerprint import shaping_arguments
 from workers.engines.sglang.processes import ASKED, Processes
-from workers.engines.sglang.requests import Chunk, Request, chunk_of
+from workers.engines.sglang_requests.events import follow_events
+from workers.engines.sglang_requests.generations import Chunk, Request, chunk_of
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Facts:
 
 
 class Runtime:
-    """A :class:`workers.engines.sglang.requests.Sender`.
+    """A :class:`workers.engines.sglang_requests.generations.Sender`.
 
     ``on_chunk``, ``on_events`` and ``on_end`` are called on the loop that :meth:`start` was called
     on; nothing of the others may be called before it returned.

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 
 from workers.engines.port import EngineFailed
-from workers.engines.sglang.requests import Request
+from workers.engines.sglang_requests.generations import Request
 
 PROBE_TIMEOUT_S = 60.0
 """sglang itself gives up a generation of its health check after 20 s."""

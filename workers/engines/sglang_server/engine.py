@@ -29,10 +29,15 @@ from workers.engines.port import (
     PageMeta,
     PagesExhausted,
 )
-from workers.engines.sglang.base import RequestEngine
-from workers.engines.sglang.config import SGLANG_VERSIONS
-from workers.engines.sglang.events import ResidentView, follow_events
-from workers.engines.sglang.requests import Chunk, Generations, Request, chunk_of
+from workers.engines.sglang_requests.base import RequestEngine
+from workers.engines.sglang_requests.events import ResidentView, follow_events
+from workers.engines.sglang_requests.generations import (
+    SGLANG_VERSIONS,
+    Chunk,
+    Generations,
+    Request,
+    chunk_of,
+)
 from workers.engines.sglang_server.client import ServerFacts, SglangClient
 from workers.engines.sglang_server.config import SglangServerConfig
 from workers.kv.blocks import block_hashes
@@ -187,7 +192,7 @@ class SglangServerEngine(RequestEngine):
     # -- generations --------------------------------------------------------------------------
 
     def generate(self, request: Request) -> None:
-        """As a :class:`workers.engines.sglang.requests.Sender`."""
+        """As a :class:`workers.engines.sglang_requests.generations.Sender`."""
         scope = self._streams[request.rid] = anyio.CancelScope()
         self._tasks.start_soon(self._stream, request, scope, name=request.rid)
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from workers.engines.port import EngineFailed, EngineLoad, GenerateRequest
-from workers.engines.sglang.requests import Generations
+from workers.engines.sglang_requests.generations import Generations
 
 TAG_TTL_S = 3600.0
 """For what a turn leaves whose session is pinned by nobody afterwards."""

@@ -24,6 +24,8 @@ from workers.engines.port import (
 )
 from workers.engines.rates import StepRates
 
+SGLANG_VERSIONS = ("0.5.23",)
+"""What all of this was read against and tested with."""
 PARKED_TOKENS = 256
 """Of a parked generation that are kept; past them it is taken back from sglang until it goes on."""
 FORBIDDEN = -1e9

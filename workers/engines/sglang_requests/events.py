@@ -19,7 +19,7 @@ import zmq
 import zmq.asyncio
 
 from statestore.digest import pack_tokens
-from workers.engines.sglang.requests import namespace_of
+from workers.engines.sglang_requests.generations import namespace_of
 from workers.kv.blocks import next_hash, root_hash
 
 log = logging.getLogger(__name__)
