@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import anyio
 from sessile.v1 import fleet_pb2, replica_pb2, types_pb2
 
+from gateway.app.assignment import not_open
 from gateway.app.convert import epoch_to_pb, position_from_pb, position_to_pb, ref_to_pb
 from gateway.app.frames import BadFrame, Kind, events
 from gateway.app.services import Services
@@ -78,9 +79,11 @@ class Migrations:
         self._services = services
 
     async def migrate(self, session: Session, options: MoveOptions) -> fleet_pb2.MigrationResult:
-        """Moves a placed session. Raises MigrationRefused if it cannot be tried; a move that was
-        tried and failed is a result with ``moved`` false."""
-        if session.owner is None or session.state is not SessionState.OPEN:
+        """Moves a placed session. Raises WrongState if it cannot be tried; a move that was tried
+        and failed is a result with ``moved`` false."""
+        if session.state is not SessionState.OPEN:
+            raise not_open(session.session_id, session.state)
+        if session.owner is None:
             raise MigrationRefused(
                 "the session is on no replica: there is nothing to move",
                 hint="It is placed when its next turn comes.",

@@ -45,6 +45,17 @@ def check_roles(messages: Iterable[types_pb2.Message]) -> None:
         raise InvalidRequest("every message needs a role: system, user, assistant or tool")
 
 
+def check_leading(messages: Iterable[types_pb2.Message]) -> None:
+    """Raises InvalidRequest for a system message that is not the session's first: no template
+    renders it, so no turn could ever run."""
+    system = types_pb2.Message.ROLE_SYSTEM
+    if any(message.role == system for index, message in enumerate(messages) if index):
+        raise InvalidRequest(
+            "a system message can only be a session's first message",
+            hint="Join the instructions into one system message and send it first.",
+        )
+
+
 def check_tools(tools: Iterable[types_pb2.ToolDefinition]) -> None:
     """Raises InvalidRequest for a name that is no name or is given twice, and for parameters that
     are not a JSON object, or nested too deep to be read as one."""

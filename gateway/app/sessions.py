@@ -16,12 +16,14 @@ from sessile.v1 import types_pb2 as pb
 from gateway.app.assignment import not_open
 from gateway.app.convert import SESSION_STATES, TURN_STATUSES, epoch_to_pb, session_to_pb
 from gateway.app.directory import unknown_session
-from gateway.app.request_checks import check_params, check_roles, check_tools
+from gateway.app.request_checks import check_leading, check_params, check_roles, check_tools
 from gateway.app.services import Services
 from gateway.core.errors import (
     InvalidRequest,
     NotFound,
+    OutOfRange,
     Overloaded,
+    RequestConflict,
     SessileError,
     SessionClosed,
     TurnInProgress,
@@ -62,10 +64,11 @@ class Sessions:
     async def open(
         self, tenant: str, request: session_pb2.OpenSessionRequest
     ) -> session_pb2.OpenSessionResponse:
-        """Idempotent by request id; the same id with other content is InvalidRequest."""
+        """Idempotent by request id; the same id with other content is RequestConflict."""
         self._check_request_id(request.request_id)
         self._check_labels(request.labels)
         check_roles(request.messages)
+        check_leading(request.messages)
         check_tools(request.tools)
         check_params(request.default_params)
         salt = await self._directory.salt(tenant)
@@ -88,10 +91,8 @@ class Sessions:
             outcome = await self._store.open_session(new)
             existing = outcome.session if isinstance(outcome, SessionWritten) else None
         if existing is None or existing.tenant != tenant or existing.preamble != asked:
-            raise InvalidRequest(
-                "the request id was used to open a session with other content, or one now gone",
-                reason="REQUEST_ID_REUSED",
-                hint="Use a new request id for a new session.",
+            raise RequestConflict(
+                "the request id was used to open a session with other content, or one now gone"
             )
         self._directory.remember(existing)
         return session_pb2.OpenSessionResponse(session=session_to_pb(existing))
@@ -150,13 +151,21 @@ class Sessions:
         parent = await self._settled(tenant, request.session_id)
         at = request.at_turn_index if request.HasField("at_turn_index") else None
         if at is not None and at > parent.turn_index:
-            raise InvalidRequest(f"the session has {parent.turn_index} ended turns only")
+            raise OutOfRange(
+                f"the session has {parent.turn_index} ended turns, it cannot be forked after {at}",
+                hint="Fork after at most as many turns as have ended, or leave at_turn_index out.",
+            )
         child_id = await self._directory.new_fork_id(tenant, request.session_id, request.request_id)
         await self._admitted(tenant, child_id)
         labels = tuple(sorted(request.labels.items()))
         outcome = await self._store.fork(request.session_id, child_id, at, labels)
         match outcome:
             case SessionWritten(session):
+                if session.labels != labels or not _forked_after(session, at):
+                    raise RequestConflict(
+                        "the request id was used to fork this session otherwise",
+                        hint="Use a new request id for a new fork.",
+                    )
                 self._directory.remember(session)
                 return session_pb2.ForkSessionResponse(session=session_to_pb(session))
             case Missing():
@@ -326,6 +335,12 @@ class Sessions:
         longest = max((len(text) for pair in labels.items() for text in pair), default=0)
         if longest > admission.max_label_chars:
             raise InvalidRequest(f"labels have at most {admission.max_label_chars} characters")
+
+
+def _forked_after(fork: Session, turns: int | None) -> bool:
+    """Whether a fork may have been made after so many turns (None: those there were then). One that
+    refers to no ancestor, for it inherited none or copied them, does not tell."""
+    return turns is None or not fork.segments or fork.segments[-1].end_turn == turns
 
 
 def refusal(session: Session, state: SessionState, turn_id: str | None) -> WrongState:

@@ -2,7 +2,8 @@
 
     SessileError
     ├── InvalidRequest          the request itself is wrong
-    │   └── ContextTooLong      the turn's input does not fit the model's context
+    │   ├── ContextTooLong      the turn's input does not fit the model's context
+    │   └── OutOfRange          it asks for what is past the session's end
     ├── NotFound                SESSION_, TURN_, REPLICA_, MODEL_NOT_FOUND
     ├── WrongState              the session cannot do this now
     │   ├── SessionClosed
@@ -11,6 +12,7 @@
     │   ├── StaleClient         the caller's precondition is behind the ledger
     │   └── MigrationRefused    the target cannot take the session
     ├── TurnConflict            the turn id was used with other input
+    ├── RequestConflict         the request id was used with other content
     ├── TurnCancelled           the turn was cancelled before it began
     ├── DataLoss                the caller holds more than the ledger does
     ├── NotOwner                between gateway and replica: ask the store again
@@ -68,6 +70,13 @@ class ContextTooLong(InvalidRequest):
     default_hint = "Send less input, or open or fork a session with a shorter history."
 
 
+class OutOfRange(InvalidRequest):
+    """It asks for what is past the session's end; as the session grows, it may come to be right."""
+
+    reason = "OUT_OF_RANGE"
+    default_hint = "Read the session and ask for what it has."
+
+
 class NotFound(SessileError):
     """No such session, turn, replica or model (for this tenant)."""
 
@@ -122,6 +131,13 @@ class TurnConflict(SessileError):
 
     reason = "TURN_ID_REUSED"
     default_hint = "Use a new turn id for new input."
+
+
+class RequestConflict(SessileError):
+    """The request id was used to open or fork a session with other content."""
+
+    reason = "REQUEST_ID_REUSED"
+    default_hint = "Use a new request id for a new session."
 
 
 class TurnCancelled(SessileError):

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from gateway.app.admission import Gate
-from gateway.core.errors import InternalError, SessileError, Unavailable
+from gateway.core.errors import DeadlineExceeded, InternalError, SessileError, Unavailable
 from gateway.rpc.auth import Authenticator
 from gateway.rpc.status import abort, parsed
 from statestore.ports import StoreError, StoreUnavailable
@@ -90,8 +90,12 @@ class Serving:
         return grpc.unary_stream_rpc_method_handler(handler, None, None)
 
     async def _tenant(self, context: Context) -> str:
-        """Who calls; from here on the call's task is in the caller's trace."""
+        """Who calls; from here on the call's task is in the caller's trace. Nothing is begun for a
+        caller whose time is over."""
         attach_caller(context.invocation_metadata())
+        left_s = context.time_remaining()
+        if left_s is not None and left_s <= 0:
+            raise DeadlineExceeded("the call's deadline passed before it was begun")
         metadata = {
             key: value
             for key, value in context.invocation_metadata() or ()

@@ -36,6 +36,7 @@ CODES: dict[type[SessileError], grpc.StatusCode] = {
     SessileError: grpc.StatusCode.INTERNAL,
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ContextTooLong: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
     errors.WrongState: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SessionClosed: grpc.StatusCode.FAILED_PRECONDITION,
@@ -44,6 +45,7 @@ CODES: dict[type[SessileError], grpc.StatusCode] = {
     errors.StaleClient: grpc.StatusCode.FAILED_PRECONDITION,
     errors.MigrationRefused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.TurnConflict: grpc.StatusCode.ALREADY_EXISTS,
+    errors.RequestConflict: grpc.StatusCode.ALREADY_EXISTS,
     # Not CANCELLED: client libraries take that for a cancel of the call itself.
     errors.TurnCancelled: grpc.StatusCode.ABORTED,
     errors.DataLoss: grpc.StatusCode.DATA_LOSS,
@@ -63,7 +65,7 @@ _BY_REASON: dict[str, type[SessileError]] = {
 _BY_CODE: dict[grpc.StatusCode, type[SessileError]] = {
     grpc.StatusCode.CANCELLED: errors.Unavailable,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
-    grpc.StatusCode.OUT_OF_RANGE: errors.InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: errors.OutOfRange,
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
     grpc.StatusCode.FAILED_PRECONDITION: errors.WrongState,
     grpc.StatusCode.ALREADY_EXISTS: errors.TurnConflict,
@@ -128,7 +130,11 @@ def parsed(kind: type[Request], data: bytes) -> Request:
     try:
         return kind.FromString(data)
     except DecodeError as error:
-        raise errors.InvalidRequest(f"the request is no {kind.DESCRIPTOR.name}") from error
+        raise errors.InvalidRequest(
+            f"the request is no {kind.DESCRIPTOR.name}: its bytes are malformed, or a text in it "
+            "is not UTF-8",
+            hint="Serialise it with stubs of proto/sessile/v1; send text that is valid UTF-8.",
+        ) from error
 
 
 def error_from_rpc(error: aio.AioRpcError) -> SessileError:

@@ -2,7 +2,8 @@
 
     SessileError
     ├── InvalidRequest          the request itself is wrong
-    │   └── ContextTooLong      the turn's input does not fit the model's context
+    │   ├── ContextTooLong      the turn's input does not fit the model's context
+    │   └── OutOfRange          it asks for what is past the session's end
     ├── NotFound                no such session, turn, replica or model for this tenant
     ├── AccessDenied            credentials are missing or refused (by a proxy, for example)
     ├── WrongState              the session cannot do this now
@@ -12,6 +13,7 @@
     │   ├── StaleClient         the session moved on since this client last saw it
     │   └── MigrationRefused    the target cannot take the session
     ├── TurnConflict            the turn id was used before with other input
+    ├── RequestConflict         the request id was used before with other content
     ├── TurnCancelled           the turn id was cancelled before the turn began
     ├── TurnFailed              the turn was accepted and ended FAILED; ``result`` has what there is
     ├── DataLoss                this client holds more than the ledger does
@@ -76,6 +78,10 @@ class ContextTooLong(InvalidRequest):
     """The input does not fit the model's context."""
 
 
+class OutOfRange(InvalidRequest):
+    """It asks for what is past the session's end, such as a fork after turns that never were."""
+
+
 class NotFound(SessileError):
     """No such thing for this tenant."""
 
@@ -110,6 +116,10 @@ class MigrationRefused(WrongState):
 
 class TurnConflict(SessileError):
     """The turn id was used before with other input."""
+
+
+class RequestConflict(SessileError):
+    """The request id was used before to open or fork a session with other content."""
 
 
 class TurnCancelled(SessileError):
@@ -159,6 +169,7 @@ class InternalError(SessileError):
 BY_REASON: Mapping[str, type[SessileError]] = {
     "INVALID_REQUEST": InvalidRequest,
     "CONTEXT_TOO_LONG": ContextTooLong,
+    "OUT_OF_RANGE": OutOfRange,
     "NOT_FOUND": NotFound,
     "SESSION_NOT_FOUND": NotFound,
     "TURN_NOT_FOUND": NotFound,
@@ -171,6 +182,7 @@ BY_REASON: Mapping[str, type[SessileError]] = {
     "STALE_CLIENT": StaleClient,
     "MIGRATION_REFUSED": MigrationRefused,
     "TURN_ID_REUSED": TurnConflict,
+    "REQUEST_ID_REUSED": RequestConflict,
     "TURN_CANCELLED": TurnCancelled,
     "DATA_LOSS": DataLoss,
     # Between gateway and replica; a client that meets them just asks again.
@@ -188,7 +200,7 @@ BY_CODE: Mapping[grpc.StatusCode, type[SessileError]] = {
     # The call was not cancelled here (that is CancelledError): the server went away under it.
     grpc.StatusCode.CANCELLED: Unavailable,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: OutOfRange,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.FAILED_PRECONDITION: WrongState,
     grpc.StatusCode.ALREADY_EXISTS: TurnConflict,

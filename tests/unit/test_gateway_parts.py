@@ -434,6 +434,9 @@ class Call:
     def invocation_metadata(self) -> tuple[()]:
         return ()
 
+    def time_remaining(self) -> None:
+        return None
+
     def cancelled(self) -> bool:
         return False
 

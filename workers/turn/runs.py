@@ -99,7 +99,10 @@ class TurnRuns:
             while run.ending is None:
                 await run.changed(END_WAIT_S)
         if run.ending is None:
-            raise Unavailable("the turn that runs here is waiting for the store; try again")
+            raise Unavailable(
+                "the turn that runs here goes on: the store has this replica as the session's "
+                "owner, or does not answer; try again once the session has another"
+            )
 
     async def find(self, request: pb.DispatchTurnRequest, epoch: Epoch) -> Found:
         """The live run, a replay from the ledger, or a new run; in this order."""
