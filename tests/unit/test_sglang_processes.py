@@ -94,6 +94,20 @@ async def test_what_was_there_before_is_none_of_them() -> None:
     assert ends.told == []
 
 
+async def test_what_another_engine_starts_later_is_none_of_them() -> None:
+    processes = Processes()
+    run(SPAWN.Event())
+    processes.watch(Ends())
+    go = SPAWN.Event()
+    other = run(go)
+    processes.unwatch()
+    processes.end(5.0, asked=False)
+    assert processes.started() == []
+    assert other.is_alive()
+    go.set()
+    await anyio.to_thread.run_sync(other.join)
+
+
 async def test_an_end_that_was_asked_for_is_not_told(processes: Processes) -> None:
     go = SPAWN.Event()
     child = run(go)

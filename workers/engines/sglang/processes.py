@@ -22,15 +22,20 @@ ASKED = (
 
 
 class Processes:
-    """Those that this process starts through multiprocessing from now on."""
+    """Those that this process starts through multiprocessing from now on, until :meth:`watch`."""
 
     def __init__(self) -> None:
         self._before = set(multiprocessing.active_children())
+        self._mine: frozenset[BaseProcess] | None = None
+        """None: what is started still counts."""
         self._watched: list[BaseProcess] = []
 
     def started(self) -> list[BaseProcess]:
         """Those that live."""
-        return [c for c in multiprocessing.active_children() if c not in self._before]
+        alive = multiprocessing.active_children()
+        if self._mine is None:
+            return [child for child in alive if child not in self._before]
+        return [child for child in alive if child in self._mine]
 
     def watch(self, on_end: Callable[[str], None]) -> None:
         """Calls ``on_end`` once, on the running loop, when one of those that live now has ended,
@@ -43,6 +48,7 @@ class Processes:
             on_end(f"a process of sglang ended with {child.exitcode}; restart the replica")
 
         self._watched = self.started()
+        self._mine = frozenset(self._watched)
         for child in self._watched:
             loop.add_reader(child.sentinel, ended, child)
 
