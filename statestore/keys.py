@@ -68,3 +68,13 @@ def salt_key(tenant: str) -> str:
 def lease_key(name: str) -> str:
     """Hash of a lease."""
     return f"sessile:lease:{name}"
+
+
+def fence_key(tag: str) -> str:
+    """String without content, written before WAIT; ``tag`` decides its hash slot."""
+    return f"sessile:fence:{{{tag}}}"
+
+
+def hash_tag(key: str) -> str:
+    """What decides a key's hash slot."""
+    return key[key.index("{") + 1 : key.index("}")] if "{" in key else key

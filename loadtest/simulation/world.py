@@ -28,7 +28,7 @@ from loadtest.simulation.server import StoreWeather, WatchedExecutor, simulated_
 from loadtest.simulation.timeline import Timeline
 from statestore.ports import StoreMisconfigured, StoreUnavailable
 from statestore.records import ReplicaRef, StoreLimits
-from statestore.redis_executor import check_info
+from statestore.redis_failures import check_info
 from statestore.redis_store import RedisStore
 from workers.config import ReplicaSettings, TurnLimits
 from workers.engines.port import EngineInfo

@@ -13,9 +13,12 @@ import pytest
 from redis import exceptions as errors
 from redis.asyncio import Redis
 
+from statestore.connection import StoreConnection, parse_address
 from statestore.executor import Script, ScriptCall
 from statestore.ports import StoreCorrupt, StoreError, StoreMisconfigured, StoreUnavailable
-from statestore.redis_executor import ServerExecutor, _failure, _server_client, check_info, connect
+from statestore.redis_clients import server_client
+from statestore.redis_executor import ServerExecutor, connect
+from statestore.redis_failures import check_info, failure
 from statestore.redis_store import RedisStore
 from tests.support.owners import Owner
 from tests.support.servers import free_port, redis_binary, running_server, valkey_binary
@@ -26,6 +29,11 @@ pytestmark = pytest.mark.anyio
 
 def call(source: str, *keys: str) -> ScriptCall:
     return ScriptCall(Script("test", source), keys or ("k",), (b"\x00\xff", "ü", 7))
+
+
+def client_of(url: str) -> Redis:
+    settings = StoreConnection()
+    return server_client(parse_address(url, settings), settings)
 
 
 @pytest.fixture
@@ -67,7 +75,7 @@ async def test_one_failed_call_leaves_the_others_alone(backend: ServerBackend) -
 
 async def test_a_server_that_is_silent_for_too_long_gave_no_answer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        executor = ServerExecutor(_server_client(f"redis://127.0.0.1:{silent.getsockname()[1]}"))
+        executor = ServerExecutor(client_of(f"redis://127.0.0.1:{silent.getsockname()[1]}"))
         results = await executor.execute([call("return 1"), call("return 2")], 0.01)
         assert [type(result) for result in results] == [StoreUnavailable] * 2
         await executor.aclose()
@@ -77,7 +85,7 @@ def test_a_write_to_a_connection_that_was_just_reset_is_no_answer(valkey_url: st
     """uvloop refuses it with a RuntimeError, which redis-py passes on as it is."""
 
     async def reset_between_look_and_write() -> None:
-        client = _server_client(valkey_url)
+        client = client_of(valkey_url)
         executor = ServerExecutor(client)
         assert await executor.execute([call("return 1")], 5) == [1]
         connection: Any = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
@@ -101,13 +109,13 @@ def test_a_write_to_a_connection_that_was_just_reset_is_no_answer(valkey_url: st
 
 def test_a_bug_is_not_taken_for_a_lost_connection() -> None:
     closed = RuntimeError("unable to perform operation on <TCPTransport>; the handler is closed")
-    assert isinstance(_failure(closed), StoreUnavailable)
+    assert isinstance(failure(closed), StoreUnavailable)
     with pytest.raises(RuntimeError, match="cannot reuse"):
-        _failure(RuntimeError("cannot reuse already awaited coroutine"))
+        failure(RuntimeError("cannot reuse already awaited coroutine"))
 
 
 async def test_a_refused_connection_is_no_answer() -> None:
-    executor = ServerExecutor(_server_client(f"redis://127.0.0.1:{free_port()}"))
+    executor = ServerExecutor(client_of(f"redis://127.0.0.1:{free_port()}"))
     results = await executor.execute([call("return 1"), call("return 2")], 5)
     assert [type(result) for result in results] == [StoreUnavailable] * 2
     await executor.aclose()
@@ -170,7 +178,7 @@ def test_an_old_server_is_refused() -> None:
     ],
 )
 def test_each_failure_has_its_meaning(error: Exception, kind: type[StoreError]) -> None:
-    assert isinstance(_failure(error, "append"), kind)
+    assert isinstance(failure(error, "append"), kind)
 
 
 async def test_an_append_costs_one_read_and_two_writes(backend: ServerBackend) -> None:
