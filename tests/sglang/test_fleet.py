@@ -7,8 +7,9 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 import anyio
 import psutil
@@ -26,6 +27,16 @@ SGLANG = {
     "max_running": "4",
     "chunked_prefill_size": "256",
 }
+OWN = {
+    "max_total_tokens": "4096",
+    "max_running": "4",
+    "chunked_prefill_size": "256",
+    "storage": "own",
+    "hicache_storage_backend": "file",
+}
+"""KV in a storage of sglang's own that replicas share, here a folder."""
+OPTIONS = {"s": ("sglang", SGLANG), "o": ("sglang", OWN), "t": ("torch", {"threads": "1"})}
+"""By the first letter of a replica's name: its engine and that one's options."""
 STORY = "Tell a long story about a lighthouse keeper who learns to speak with whales. "
 LONG = "The keeper counts the ships, lights the lamp and writes the weather in his book. " * 30
 TENANTS = (f"tenant-{index}" for index in count())
@@ -37,13 +48,14 @@ class Fleet:
     """What a test uses; dead workers are started again by the next one that asks."""
 
     cluster: Cluster
-    tokens: dict[str, list[int]] = field(default_factory=dict)
+    storage: Path
+    """Where the replicas of OWN keep their KV."""
 
-    async def replica(self, name: str, engine: str = "sglang") -> Child:
+    async def replica(self, name: str) -> Child:
         for child in self.cluster.workers:
             if child.name == name and child.running:
                 return child
-        options = SGLANG if engine == "sglang" else {"threads": "1"}
+        engine, options = OPTIONS[name[0]]
         child = await self.cluster.start_worker(name, engine=engine, engine_options=options)
         await self.cluster.wait_ready()
         return child
@@ -56,12 +68,16 @@ class Fleet:
 async def fleet(
     anyio_backend: object, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Fleet]:
-    logs = tmp_path_factory.mktemp("logs")
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    logs, storage = (tmp_path_factory.mktemp(name) for name in ("logs", "kv"))
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(storage),
+    }
     model_folder()  # converted once, before two processes want to
     async with Cluster(log_directory=logs, environment=environment) as cluster:
         await cluster.start_gateway()
-        yield Fleet(cluster)
+        yield Fleet(cluster, storage)
     for child in cluster.children:
         assert "Traceback" not in child.log.read_text(errors="replace"), child.log
 
@@ -88,9 +104,8 @@ async def said(session: Session, text: str, max_tokens: int) -> TurnResult:
 async def test_a_turn_survives_its_replica_and_says_the_same(
     fleet: Fleet, victim: str, heir: str
 ) -> None:
-    engines = {"s": "sglang", "t": "torch"}
     for name in (victim, heir):
-        await fleet.replica(name, engines[name[0]])
+        await fleet.replica(name)
     async with fleet.client() as client:
         session = await client.open(system="Be brief.")
         first = await said(session, STORY, 24)
@@ -190,7 +205,7 @@ async def test_a_drained_replica_gives_its_sessions_away_with_their_kv(fleet: Fl
 
 async def test_the_crash_of_a_scheduler_is_the_end_of_its_replica(fleet: Fleet) -> None:
     replica = await fleet.replica("s2")
-    await fleet.replica("t1", "torch")
+    await fleet.replica("t1")
     async with fleet.client() as client:
         session = await client.open(system="Be brief.")
         await said(session, STORY, 8)
@@ -201,3 +216,26 @@ async def test_the_crash_of_a_scheduler_is_the_end_of_its_replica(fleet: Fleet) 
         os.kill(schedulers[0].pid, signal.SIGKILL)
         assert await anyio.to_thread.run_sync(lambda: replica.process.wait(30)) == 1
         assert (await said(session, "And then?", 8)).usage.output_tokens == 8
+
+
+async def test_where_sglang_shares_its_storage_the_next_owner_has_the_context_before_its_turn(
+    fleet: Fleet,
+) -> None:
+    for name in ("o1", "o2"):
+        await fleet.replica(name)
+    async with fleet.client() as client:
+        session = await client.open(system=LONG)
+        await said(session, STORY, 8)
+        await on(client, session, "o1")
+        before = await said(session, "And then?", 8)
+        context = before.usage.input_tokens + before.usage.output_tokens
+        with anyio.fail_after(30):
+            while len(list(fleet.storage.iterdir())) < context // 16:
+                await anyio.sleep(0.1)  # sglang writes behind the scenes
+        moved = await client.fleet.migrate(session.session_id, target="o2")
+        assert moved.moved, moved.detail
+        assert moved.bytes_copied == 0
+        assert moved.verified_tokens >= context - 16
+        assert not moved.detail, "all of it was in the storage"
+        after = await said(session, "And what happened to the whales?", 8)
+        assert after.usage.cached_tokens >= context - 16
