@@ -9,6 +9,7 @@ from gateway.core.failover import FailoverLimits
 from gateway.core.liveness import LivenessLimits
 from gateway.core.migration import MigrationLimits
 from gateway.core.placement import PlacementModel
+from statestore.connection import StoreConnection, parse_address
 from statestore.records import StoreLimits
 
 
@@ -125,7 +126,9 @@ class GatewayConfig:
     gateway_id: str = ""
     """Names this process among gateways; empty: random."""
     redis_url: str = ""
-    """redis://, rediss://, unix:// …; the store's adapter knows which. Empty: a private server."""
+    """redis://, rediss://, redis+sentinel://, redis+cluster://, unix:// …; empty: a private server.
+    What does not belong into a URL is in ``redis``."""
+    redis: StoreConnection = field(default_factory=StoreConnection)
     data_directory: Path | None = None
     """Where the private server keeps its data; None: nowhere, they end with this process."""
     reflection: bool = True
@@ -144,6 +147,8 @@ class GatewayConfig:
             raise ValueError(f"listen is host:port, not {self.listen!r}")
         if self.redis_url and self.data_directory is not None:
             raise ValueError("a data directory is for a private store: give it, or a store's URL")
+        if self.redis_url:
+            parse_address(self.redis_url, self.redis)
         for group in (self.admission, self.times, self.tables):
             for name in group.__dataclass_fields__:
                 if getattr(group, name) <= 0:

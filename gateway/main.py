@@ -21,6 +21,7 @@ from gateway.app.gateway import GatewayApp
 from gateway.config import GatewayConfig
 from gateway.core.machines import ReplicaState
 from gateway.rpc.auth import Authenticator, HeaderTenant
+from gateway.rpc.late import LateServices
 from gateway.rpc.replica_client import GrpcReplicaClients
 from gateway.rpc.services import (
     FLEET_SERVICE,
@@ -31,8 +32,8 @@ from gateway.rpc.services import (
 from gateway.rpc.serving import Serving
 from statestore.embedded import embedded_server
 from statestore.ports import StoreMisconfigured
-from statestore.process import PRINTED, Announce, run_process
-from statestore.redis_executor import connect
+from statestore.process import PRINTED, Announce, or_stopped, run_process
+from statestore.redis_executor import connect_when_there
 from statestore.redis_store import RedisStore
 from statestore.script_runner import RetryPolicy
 
@@ -64,15 +65,16 @@ class SystemIds:
 
 @asynccontextmanager
 async def open_store(config: GatewayConfig) -> AsyncIterator[RedisStore]:
-    """The store at a URL, or a private embedded server without one (it ends with this process and
-    its workers need its URL: for one machine)."""
+    """The store at a URL, which is waited for, or a private embedded server without one (it ends
+    with this process and its workers need its URL: for one machine)."""
     async with AsyncExitStack() as stack:
         url = config.redis_url
         if not url:
             url = await stack.enter_async_context(embedded_server(config.data_directory))
             log.info("the private store is at %s", url)
         try:
-            store = RedisStore(await connect(url), limits=config.store, retry=STORE_RETRY)
+            executor = await connect_when_there(url, config.redis)
+            store = RedisStore(executor, limits=config.store, retry=STORE_RETRY)
         except ValueError as error:
             raise StoreMisconfigured(str(error)) from error
         try:
@@ -89,22 +91,32 @@ async def serve(
     authenticator: Authenticator | None = None,
     task_status: TaskStatus[str] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serves until ``stop`` is set, then lets streams end within the grace. Reports host:port as
-    soon as calls are taken. Raises StoreError if the store cannot be used at start, OSError if the
+    """Serves until ``stop`` is set, then lets streams end within the grace. Listens at once, but
+    until the store is there its health is NOT_SERVING and calls are UNAVAILABLE; reports host:port
+    as soon as it serves. Raises StoreError if the store cannot be used at start, OSError if the
     address cannot be bound."""
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_store(config))
+        services = LateServices("this gateway waits for its store")
+        server, port = _server(config)
+        health_service = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+        server.add_generic_rpc_handlers((services,))
+        await _set_health(health_service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await server.start()
+        stack.push_async_callback(_stop_now, server)
+        opening = partial(stack.enter_async_context, open_store(config))
+        store = await or_stopped(stop, opening)
+        if store is None:
+            return
         replicas = GrpcReplicaClients(config)
         stack.push_async_callback(replicas.aclose)
         app = GatewayApp(store, replicas, LoopClock(), SystemIds(), config)
         await app.fleet.refresh()
-        server, port = _server(config, app, authenticator or HeaderTenant())
-        health_service = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+        _add_services(services, config, app, authenticator or HeaderTenant())
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(app.run, name="gateway")
             tasks.start_soon(_keep_warm, app, replicas, name="channels")
-            await server.start()
+            services.open()
             try:
                 await _set_health(health_service, health_pb2.HealthCheckResponse.SERVING)
                 address = f"{config.listen.rpartition(':')[0]}:{port}"
@@ -114,9 +126,13 @@ async def serve(
                 await health_service.enter_graceful_shutdown()
                 await server.stop(config.times.shutdown_grace_s)
             finally:
-                with anyio.CancelScope(shield=True):
-                    await server.stop(None)
+                await _stop_now(server)
             tasks.cancel_scope.cancel()
+
+
+async def _stop_now(server: aio.Server) -> None:
+    with anyio.CancelScope(shield=True):
+        await server.stop(None)
 
 
 def run(config: GatewayConfig, announce: Announce = PRINTED) -> None:
@@ -124,11 +140,9 @@ def run(config: GatewayConfig, announce: Announce = PRINTED) -> None:
     run_process(partial(serve, config), announce)
 
 
-def _server(
-    config: GatewayConfig, app: GatewayApp, authenticator: Authenticator
-) -> tuple[aio.Server, int]:
+def _server(config: GatewayConfig) -> tuple[aio.Server, int]:
+    """A server bound to the address but not started; and its port."""
     admission = config.admission
-    shared = (admission.retry_after_ms, admission.share_per_tenant)
     server = aio.server(
         maximum_concurrent_rpcs=admission.max_rpcs,
         options=[
@@ -144,13 +158,6 @@ def _server(
             *config.times.keepalive_options(),
         ],
     )
-    serving = Serving(
-        authenticator,
-        calls=Gate("max_calls", admission.max_calls, *shared),
-        watches=Gate("max_watches", admission.max_watches, *shared),
-    )
-    add_session_service(server, serving, app.sessions, app.turns, app.watches)
-    add_fleet_service(server, serving, app.store, app.watches, app.migrations, app.drains)
     if config.reflection:
         names = (SESSION_SERVICE, FLEET_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -158,6 +165,20 @@ def _server(
         return server, server.add_insecure_port(config.listen)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {config.listen}: {error}") from error
+
+
+def _add_services(
+    server: LateServices, config: GatewayConfig, app: GatewayApp, authenticator: Authenticator
+) -> None:
+    admission = config.admission
+    shared = (admission.retry_after_ms, admission.share_per_tenant)
+    serving = Serving(
+        authenticator,
+        calls=Gate("max_calls", admission.max_calls, *shared),
+        watches=Gate("max_watches", admission.max_watches, *shared),
+    )
+    add_session_service(server, serving, app.sessions, app.turns, app.watches)
+    add_fleet_service(server, serving, app.store, app.watches, app.migrations, app.drains)
 
 
 async def _set_health(service: health.HealthServicer, status: int) -> None:

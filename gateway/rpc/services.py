@@ -17,6 +17,7 @@ from gateway.app.sessions import Sessions
 from gateway.app.turns import Turns
 from gateway.app.watch import Watches
 from gateway.core.errors import InvalidRequest
+from gateway.rpc.late import LateServices
 from gateway.rpc.serving import Serving
 from statestore.ports import SessionStore
 
@@ -29,7 +30,11 @@ MAX_WATCH_INTERVAL_S = 60.0
 
 
 def add_session_service(
-    server: aio.Server, serving: Serving, sessions: Sessions, turns: Turns, watches: Watches
+    server: aio.Server | LateServices,
+    serving: Serving,
+    sessions: Sessions,
+    turns: Turns,
+    watches: Watches,
 ) -> None:
     """The agent API. RunTurn passes serialised messages through."""
 
@@ -55,7 +60,7 @@ def add_session_service(
 
 
 def add_fleet_service(
-    server: aio.Server,
+    server: aio.Server | LateServices,
     serving: Serving,
     store: SessionStore,
     watches: Watches,
@@ -107,5 +112,5 @@ def _check_ms(name: str, value_ms: int, limit_s: float) -> None:
         raise InvalidRequest(f"{name} is at most {int(limit_s * 1000)}")
 
 
-def _add(server: aio.Server, service: str, methods: dict[str, Any]) -> None:
+def _add(server: aio.Server | LateServices, service: str, methods: dict[str, Any]) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
