@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from statestore.connection import StoreConnection, parse_address
+
 MAX_REPLICA_ID_CHARS = 128
 
 
@@ -60,8 +62,10 @@ class WorkerConfig:
     """One worker process."""
 
     redis_url: str
-    """Of the store that the gateways use, see ``statestore/redis_executor.py``."""
+    """Of the store that the gateways use: redis://, rediss://, redis+sentinel://, redis+cluster://,
+    unix:// …; what does not belong into a URL is in ``redis``."""
     replica: ReplicaSettings
+    redis: StoreConnection = field(default_factory=StoreConnection)
     engine: str = "sim"
     """See ``workers/engines/registry.py``."""
     engine_options: tuple[tuple[str, str], ...] = ()
@@ -78,6 +82,7 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         if not self.redis_url:
             raise ValueError("a worker needs the URL of the gateways' store (redis_url)")
+        parse_address(self.redis_url, self.redis)
         for name in ("listen", "kv_listen"):
             split_address(name, getattr(self, name))
         wildcard = split_address("listen", self.listen)[0] in ("0.0.0.0", "::")

@@ -10,13 +10,15 @@ from functools import partial
 
 import anyio
 from anyio.abc import TaskStatus
+from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
+from gateway.rpc.late import LateServices
 from statestore.journal import RedisJournal
-from statestore.process import PRINTED, Announce, run_process
+from statestore.process import PRINTED, Announce, or_stopped, run_process
 from statestore.records import ReplicaRef
-from statestore.redis_executor import connect
+from statestore.redis_executor import connect_when_there
 from workers.config import WorkerConfig, join_address, split_address
 from workers.engines.port import EngineFailed
 from workers.engines.registry import create_backend
@@ -36,14 +38,13 @@ async def serve(
     task_status: TaskStatus[str] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves until ``stop`` is set (also by the end of a drain); reports host:port once it does.
+    While it waits for the store its health is NOT_SERVING.
 
     Raises ValueError or ImportError for an engine that cannot be made, OSError if an address
     cannot be bound, StoreError if the store cannot be used, EngineFailed, ReplicaReplaced.
     """
     backend = create_backend(config.engine, dict(config.engine_options), anyio.current_time)
     async with AsyncExitStack() as stack:
-        store = RedisJournal(await connect(config.redis_url))
-        stack.push_async_callback(_shielded, store)
         peers = GrpcPeers()
         stack.push_async_callback(peers.aclose)
         host, port = split_address("listen", config.listen)
@@ -54,6 +55,18 @@ async def serve(
         endpoint = join_address(config.advertise_host or host, port)
         health_service = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+        services = LateServices("this replica waits for its store")
+        server.add_generic_rpc_handlers((services,))
+        await _set_health(health_service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await server.start()
+        stack.push_async_callback(_stop_now, server)
+        executor = await or_stopped(
+            stop, partial(connect_when_there, config.redis_url, config.redis)
+        )
+        if executor is None:
+            return
+        store = RedisJournal(executor)
+        stack.push_async_callback(_shielded, store)
         adapters = ReplicaAdapters(
             store=store,
             engine=backend.engine,
@@ -65,10 +78,9 @@ async def serve(
         )
 
         async def reachable(app: ReplicaApp, ref: ReplicaRef) -> None:
-            add_replica_service(server, app)
-            await server.start()
-            for name in ("", SERVICE):
-                await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
+            add_replica_service(services, app)
+            services.open()
+            await _set_health(health_service, health_pb2.HealthCheckResponse.SERVING)
             log.info("%s serves %s on %s", ref, backend.engine.info.model, endpoint)
             task_status.started(endpoint)
 
@@ -79,9 +91,18 @@ async def serve(
                 await health_service.enter_graceful_shutdown()
                 await server.stop(config.shutdown_grace_s)
             finally:
-                with anyio.CancelScope(shield=True):
-                    await server.stop(None)
+                await _stop_now(server)
             tasks.cancel_scope.cancel()
+
+
+async def _stop_now(server: aio.Server) -> None:
+    with anyio.CancelScope(shield=True):
+        await server.stop(None)
+
+
+async def _set_health(service: health.HealthServicer, status: int) -> None:
+    for name in ("", SERVICE):
+        await service.set(name, status)
 
 
 async def _shielded(store: RedisJournal) -> None:

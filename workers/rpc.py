@@ -19,6 +19,7 @@ from sessile.v1 import replica_pb2 as pb
 from sessile.v1 import replica_pb2_grpc
 
 from gateway.core.errors import SessileError
+from gateway.rpc.late import LateServices
 from gateway.rpc.status import abort, error_from_rpc, parsed
 from telemetry.propagation import attach_caller, injected
 from workers.config import join_address
@@ -51,7 +52,7 @@ Request = TypeVar("Request", bound=Message)
 Context = aio.ServicerContext[Any, Any]
 
 
-def add_replica_service(server: aio.Server, app: ReplicaApp) -> None:
+def add_replica_service(server: aio.Server | LateServices, app: ReplicaApp) -> None:
     """The replica API; see ``workers/service.py`` for what each call does."""
     methods = {
         "DispatchTurn": _dispatch(app),
