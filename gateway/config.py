@@ -11,6 +11,7 @@ from gateway.core.migration import MigrationLimits
 from gateway.core.placement import PlacementModel
 from statestore.connection import StoreConnection, parse_address
 from statestore.records import StoreLimits
+from telemetry.config import TelemetryConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,7 @@ class GatewayConfig:
     placement: PlacementModel = field(default_factory=PlacementModel)
     migration: MigrationLimits = field(default_factory=MigrationLimits)
     store: StoreLimits = field(default_factory=StoreLimits)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
         host, _, port = self.listen.rpartition(":")

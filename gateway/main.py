@@ -36,6 +36,7 @@ from statestore.process import PRINTED, Announce, or_stopped, run_process
 from statestore.redis_executor import connect_when_there
 from statestore.redis_store import RedisStore
 from statestore.script_runner import RetryPolicy
+from telemetry.setup import OFF, Telemetry, installed
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ async def serve(
     *,
     stop: anyio.Event,
     authenticator: Authenticator | None = None,
+    telemetry: Telemetry = OFF,
     task_status: TaskStatus[str] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves until ``stop`` is set, then lets streams end within the grace. Listens at once, but
@@ -110,7 +112,7 @@ async def serve(
             return
         replicas = GrpcReplicaClients(config)
         stack.push_async_callback(replicas.aclose)
-        app = GatewayApp(store, replicas, LoopClock(), SystemIds(), config)
+        app = GatewayApp(store, replicas, LoopClock(), SystemIds(), config, telemetry)
         await app.fleet.refresh()
         _add_services(services, config, app, authenticator or HeaderTenant())
         async with anyio.create_task_group() as tasks:
@@ -136,8 +138,10 @@ async def _stop_now(server: aio.Server) -> None:
 
 
 def run(config: GatewayConfig, announce: Announce = PRINTED) -> None:
-    """Runs a gateway process until SIGTERM or SIGINT; a second signal ends it at once."""
-    run_process(partial(serve, config), announce)
+    """Runs a gateway process until SIGTERM or SIGINT; a second signal ends it at once. Raises what
+    :func:`telemetry.setup.installed` does for telemetry that cannot be."""
+    with installed(config.telemetry, "sessile-gateway", config.gateway_id, {}) as telemetry:
+        run_process(partial(serve, config, telemetry=telemetry), announce)
 
 
 def _server(config: GatewayConfig) -> tuple[aio.Server, int]:
@@ -176,6 +180,7 @@ def _add_services(
         authenticator,
         calls=Gate("max_calls", admission.max_calls, *shared),
         watches=Gate("max_watches", admission.max_watches, *shared),
+        metrics=app.metrics,
     )
     add_session_service(server, serving, app.sessions, app.turns, app.watches)
     add_fleet_service(server, serving, app.store, app.watches, app.migrations, app.drains)

@@ -19,8 +19,13 @@ def attach_caller(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
     context.attach(propagate.extract(dict(metadata or ())))
 
 
-def injected() -> Metadata | None:
-    """Metadata by which a call goes on in the trace of the running task; None outside of one."""
+def headers() -> dict[str, str]:
+    """What says that something goes on in the trace of the running task; empty outside of one."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
-    return tuple(carrier.items()) or None
+    return carrier
+
+
+def injected() -> Metadata | None:
+    """The same as metadata of a call; None outside of a trace."""
+    return tuple(headers().items()) or None

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from statestore.connection import StoreConnection, parse_address
+from telemetry.config import TelemetryConfig
 
 MAX_REPLICA_ID_CHARS = 128
 
@@ -78,6 +79,7 @@ class WorkerConfig:
     """Host that gateways and peers should use, if it is not the one listened on."""
     shutdown_grace_s: float = 2.0
     """Streams are cut this long after a stop (their turns go on elsewhere)."""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
         if not self.redis_url:

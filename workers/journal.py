@@ -21,7 +21,15 @@ from typing import TypeVar
 import anyio
 from anyio.abc import TaskStatus
 
-from statestore.ports import Append, AppendOutcome, JournalPort, StoreError, StoreUnavailable
+from statestore.ports import (
+    Append,
+    AppendOutcome,
+    Fenced,
+    JournalPort,
+    StoreError,
+    StoreUnavailable,
+)
+from telemetry.metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +76,9 @@ class _Lane:
     """One pipeline in flight; at most one append per session waits or flies (the caller's duty,
     checked here), so the queue is bounded by the number of running turns."""
 
-    def __init__(self, store: JournalPort) -> None:
+    def __init__(self, store: JournalPort, metrics: WorkerMetrics) -> None:
         self._store = store
+        self._metrics = metrics
         self._queue: deque[_Waiting] = deque()
         self._sessions: set[str] = set()
         self._wake = anyio.Event()
@@ -112,13 +121,17 @@ class _Lane:
 
     async def _send(self, batch: list[_Waiting]) -> list[_Waiting]:
         """Resolves what was answered; returns what was not and may still be retried."""
+        sent_at = anyio.current_time()
         outcomes = await self._store.append_many([waiting.append for waiting in batch])
         now = anyio.current_time()
+        self._metrics.committed(len(batch), now - sent_at)
         unanswered: list[_Waiting] = []
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, StoreUnavailable) and now < waiting.give_up_at:
                 unanswered.append(waiting)
             else:
+                if isinstance(outcome, Fenced):
+                    self._metrics.fenced("append")
                 waiting.resolve(outcome)
         return unanswered
 
@@ -127,10 +140,12 @@ class Journal:
     """The group-commit side of a replica's store. :meth:`run` must be running for appends to be
     sent. Raises nothing but what the store raises for one append."""
 
-    def __init__(self, store: JournalPort, *, lanes: int = 1) -> None:
+    def __init__(
+        self, store: JournalPort, *, lanes: int = 1, metrics: WorkerMetrics | None = None
+    ) -> None:
         if lanes < 1:
             raise ValueError("a journal needs at least one lane")
-        self._lanes = tuple(_Lane(store) for _ in range(lanes))
+        self._lanes = tuple(_Lane(store, metrics or WorkerMetrics()) for _ in range(lanes))
 
     async def append(self, append: Append, give_up_at: float) -> AppendOutcome:
         """Journals one append; at most one per session at a time.

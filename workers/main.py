@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from functools import partial
 
 import anyio
@@ -19,6 +19,7 @@ from statestore.journal import RedisJournal
 from statestore.process import PRINTED, Announce, or_stopped, run_process
 from statestore.records import ReplicaRef
 from statestore.redis_executor import connect_when_there
+from telemetry.setup import OFF, Telemetry, installed
 from workers.config import WorkerConfig, join_address, split_address
 from workers.engines.port import EngineFailed
 from workers.engines.registry import create_backend
@@ -35,6 +36,7 @@ async def serve(
     config: WorkerConfig,
     *,
     stop: anyio.Event,
+    telemetry: Telemetry = OFF,
     task_status: TaskStatus[str] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves until ``stop`` is set (also by the end of a drain); reports host:port once it does.
@@ -75,6 +77,7 @@ async def serve(
             peers=peers,
             pull_pages=pull_pages,
             random=random.SystemRandom(),
+            telemetry=telemetry,
         )
 
         async def reachable(app: ReplicaApp, ref: ReplicaRef) -> None:
@@ -114,11 +117,19 @@ def run(config: WorkerConfig, announce: Announce = PRINTED) -> None:
     """Runs a worker process until SIGTERM, SIGINT or the end of a drain; a second signal ends it at
     once. Exits with 1 if the engine fails or another process takes the replica's id."""
     try:
-        run_process(partial(serve, config), announce)
+        with _telemetry(config) as telemetry:
+            run_process(partial(serve, config, telemetry=telemetry), announce)
     except* (EngineFailed, ReplicaReplaced) as group:
         for error in _leaves(group):
             log.critical("the worker must stop: %s", error)
         raise SystemExit(1) from group
+
+
+def _telemetry(config: WorkerConfig) -> AbstractContextManager[Telemetry]:
+    replica = config.replica
+    says = {"sessile.engine": config.engine, "sessile.site": replica.site}
+    says = {name: value for name, value in says.items() if value}
+    return installed(config.telemetry, "sessile-worker", replica.replica_id, says)
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:

@@ -18,6 +18,8 @@ import anyio
 from statestore.ports import JournalPort, StoreUnavailable
 from statestore.records import ReplicaRef, ReplicaRegistration
 from statestore.replica_info import ReplicaDetails
+from telemetry.metrics import WorkerMetrics
+from telemetry.setup import OFF, Telemetry
 from workers.config import ReplicaSettings
 from workers.engines.port import Engine, EngineFailed
 from workers.heartbeat import ReplicaReplaced, heartbeat
@@ -48,6 +50,7 @@ class ReplicaAdapters:
     peers: PeerClient
     pull_pages: Puller
     random: random.Random
+    telemetry: Telemetry = OFF
 
 
 async def run_replica(
@@ -86,8 +89,13 @@ async def run_replica(
             partial(store.register_replica, registration),
             anyio.current_time() + REGISTER_TIMEOUT_S,
         )
-        journal = Journal(store, lanes=settings.journal_lanes)
-        ports, transfer = _ports(adapters, settings, ref, dispatcher, journal)
+        metrics = WorkerMetrics(
+            adapters.telemetry.meter("sessile.worker"),
+            model=engine.info.model,
+            tenant_labels=adapters.telemetry.tenant_labels,
+        )
+        journal = Journal(store, lanes=settings.journal_lanes, metrics=metrics)
+        ports, transfer = _ports(adapters, settings, ref, dispatcher, journal, metrics)
         async with anyio.create_task_group() as tasks:
             await tasks.start(journal.run)
             prefetches = Prefetches(ports, settings.pull_timeout_s)
@@ -114,7 +122,9 @@ def _ports(
     ref: ReplicaRef,
     dispatcher: Dispatcher,
     journal: Journal,
+    metrics: WorkerMetrics,
 ) -> tuple[TurnPorts, KvTransfer]:
+    tracing = adapters.telemetry.tracing("sessile.worker")
     residency = Residency(
         adapters.engine,
         max_sessions=settings.max_resident_sessions,
@@ -128,6 +138,8 @@ def _ports(
         adapters.peers,
         adapters.pull_pages,
         pull_timeout_s=settings.pull_timeout_s,
+        tracing=tracing,
+        metrics=metrics,
     )
     ports = TurnPorts(
         ref=ref,
@@ -141,6 +153,8 @@ def _ports(
         pull_prefix=partial(pull_by_plan, transfer, settings.pin_ttl_s),
         draw_seed=partial(adapters.random.getrandbits, SEED_BITS),
         limits=settings.turn,
+        tracing=tracing,
+        metrics=metrics,
     )
     return ports, transfer
 

@@ -129,6 +129,10 @@ class Residency:
         """Ids of the sessions held as their owner, sorted."""
         return sorted(s.session_id for s in self._sessions.values() if s.epoch != NO_EPOCH)
 
+    def owned_tokens(self) -> int:
+        """Length of the ledgers of the sessions held as their owner, together."""
+        return sum(len(s.tokens) for s in self._sessions.values() if s.epoch != NO_EPOCH)
+
     def get(self, session_id: str) -> ResidentSession | None:
         return self._sessions.get(session_id)
 

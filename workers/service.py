@@ -26,6 +26,7 @@ from gateway.core.errors import (
 from statestore.ports import Refused, StoreError, StoreUnavailable
 from statestore.records import Epoch, Position, ReplicaRef, SessionState
 from statestore.replica_info import ReplicaLoad
+from telemetry.logs import about
 from workers.journal import until_answered
 from workers.kv.transfer import KvTransfer, lease_seconds
 from workers.prefetch import Prefetches
@@ -163,6 +164,10 @@ class ReplicaApp:
     async def import_session(self, request: pb.ImportSessionRequest) -> pb.ImportSessionResponse:
         """Gets a session's pages up to a ledger position, from their source or, where the engine
         has none that a peer could give, by itself; says how far they are verified."""
+        with about(request.session_id), self._ports.tracing.span("import", request.session_id):
+            return await self._import_session(request)
+
+    async def _import_session(self, request: pb.ImportSessionRequest) -> pb.ImportSessionResponse:
         session_id, up_to = request.session_id, _read_position(request.up_to)
         if session_id in self._runs:
             raise MigrationRefused(f"session {session_id} runs here already")
@@ -261,13 +266,26 @@ class ReplicaApp:
     def load(self) -> ReplicaLoad:
         """For the heartbeat."""
         load = self._ports.engine.load()
+        queued = max(0, len(self._runs) - load.running)
+        sessions = self.session_ids()
+        self._ports.metrics.load(
+            running=load.running,
+            queued=queued,
+            pages={
+                "free": load.free_pages,
+                "used": self._ports.engine.info.capacity_pages - load.free_pages,
+            },
+            pinned_pages=load.pinned_pages,
+            sessions=len(sessions),
+            ledger_bytes=4 * self._ports.residency.owned_tokens(),
+        )
         return ReplicaLoad(
             running_turns=load.running,
-            queued_turns=max(0, len(self._runs) - load.running),
+            queued_turns=queued,
             queued_prefill_tokens=load.queued_prefill_tokens,
             free_pages=load.free_pages,
             pinned_pages=load.pinned_pages,
-            sessions=len(self.session_ids()),
+            sessions=len(sessions),
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             decode_tokens_per_s=load.decode_tokens_per_s,
             leading=self._ports.residency.leading_tokens(),

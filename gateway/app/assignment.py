@@ -52,6 +52,10 @@ class Assignment:
     replica: Replica
     pull_from: Replica | None = None
     """Pull the KV prefix from there first."""
+    decision: Decision | None = None
+    """Why it is this one, if ownership was written for it just now."""
+    taken: bool = False
+    """It was written over another owner's."""
 
 
 class Assigner:
@@ -200,7 +204,7 @@ class Assigner:
                 log.info("%s goes to %s: %s", written.session_id, target.ref, decision)
                 if written.owner is None:
                     raise SessileError(f"{written.session_id} was placed but has no owner")
-                return Assignment(written.owner, target, decision.pull_from)
+                return Assignment(written.owner, target, decision.pull_from, decision, owned)
             case EpochLost(now):
                 self._directory.remember(now)
                 return now

@@ -40,6 +40,7 @@ class Drains:
         self._store = services.store
         self._directory = services.directory
         self._fleet = services.fleet
+        self._metrics = services.metrics
         self._migrations = migrations
         self._replicas = services.replicas
         self._clock = services.clock
@@ -127,7 +128,9 @@ class Drains:
                 await self._unplace(session, progress)
                 return
             timeout_s = min(left_s, self._config.times.default_migration_s)
-            options = MoveOptions(planned.target.replica_id, timeout_s, allow_recompute=True)
+            options = MoveOptions(
+                planned.target.replica_id, timeout_s, allow_recompute=True, cause="drain"
+            )
             result = await self._migrations.migrate(session, options)
         except (SessileError, StoreUnavailable) as error:
             progress.failed[session.session_id] = str(error)
@@ -145,4 +148,5 @@ class Drains:
         outcome = await self._store.take(session.session_id, session.epoch, None, self._ids.nonce())
         if isinstance(outcome, SessionWritten):
             self._directory.remember(outcome.session)
+            self._metrics.epoch_taken("drain")
             progress.without_kv += 1

@@ -19,6 +19,8 @@ from gateway.app.turns import Turns
 from gateway.app.watch import Watches
 from gateway.config import GatewayConfig
 from statestore.ports import SessionStore, StoreError
+from telemetry.metrics import GatewayMetrics
+from telemetry.setup import OFF, Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +35,31 @@ class GatewayApp:
         clock: Clock,
         ids: Ids,
         config: GatewayConfig,
+        telemetry: Telemetry = OFF,
     ) -> None:
         self.config = config
         self.store = store
         self.fleet = FleetView(store, clock, config)
         directory = SessionDirectory(store, config)
         assigner = Assigner(store, directory, self.fleet, ids, config)
-        services = Services(store, directory, self.fleet, assigner, replicas, clock, ids, config)
+        self.metrics = GatewayMetrics(
+            telemetry.meter("sessile.gateway"), tenant_labels=telemetry.tenant_labels
+        )
+        self.services = services = Services(
+            store,
+            directory,
+            self.fleet,
+            assigner,
+            replicas,
+            clock,
+            ids,
+            config,
+            telemetry.tracing("sessile.gateway"),
+            self.metrics,
+        )
         self.sessions = Sessions(services)
         self.turns = Turns(services)
+        self.metrics.count_streams(lambda: self.turns.open_streams)
         self.watches = Watches(services)
         self.migrations = Migrations(services)
         self.drains = Drains(services, self.migrations)
@@ -54,9 +72,16 @@ class GatewayApp:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self.fleet.run, name="fleet view")
                 tasks.start_soon(self.sweeper.run, name="sweeper")
+                tasks.start_soon(self._report_fleet, name="fleet metrics")
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(1.0):
                 try:
                     await self.sweeper.resign()
                 except StoreError as error:
                     log.info("the sweeper's lease ends by itself: %s", error)
+
+    async def _report_fleet(self) -> None:
+        while True:
+            # No await from the look at the fleet to the wait for its next change.
+            self.metrics.fleet(replica.state.lower() for replica in self.fleet.snapshot.replicas)
+            await self.fleet.changed()

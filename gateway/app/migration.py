@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import anyio
@@ -17,7 +18,6 @@ from gateway.app.assignment import not_open
 from gateway.app.convert import epoch_to_pb, position_from_pb, position_to_pb, ref_to_pb
 from gateway.app.frames import BadFrame, Kind, events
 from gateway.app.services import Services
-from gateway.app.tracing import tracer
 from gateway.core.errors import (
     MigrationFailed,
     MigrationRefused,
@@ -56,6 +56,9 @@ from statestore.ports import (
     StoreError,
 )
 from statestore.records import Epoch, Owner, Session, SessionState
+from telemetry import attributes as a
+from telemetry.logs import about
+from telemetry.tracing import Spans
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,12 @@ class MoveOptions:
     target_id: str = ""
     timeout_s: float = 0.0
     allow_recompute: bool = False
+    cause: str = "operator"
+    """Who asked for it, in traces and metrics."""
+
+
+PHASES = {Begin: "begin", Import: "copy", HoldTurn: "hold", Switch: "switch"}
+"""Spans of a move. Copies repeat until little is missing."""
 
 
 class Migrations:
@@ -95,10 +104,40 @@ class Migrations:
         target = self._target(snapshot, session, source, options.target_id)
         carrier = _Carrier(self._services, session, session.owner, source, target, options)
         timeout_s = options.timeout_s or self._services.config.times.default_migration_s
-        with tracer.start_as_current_span("migrate") as span:
-            span.set_attribute("sessile.session_id", session.session_id)
-            span.set_attribute("sessile.target", str(target.ref))
-            return await carrier.run(timeout_s)
+        says = {
+            "sessile.source": str(source.ref),
+            "sessile.target": str(target.ref),
+            a.CAUSE: options.cause,
+        }
+        span = self._services.tracing.session_span("migrate", session.session_id, says)
+        with about(session.session_id), span as spans:
+            result = await carrier.run(timeout_s)
+            self._report(spans, options.cause, result)
+            return result
+
+    def _report(self, spans: Spans, cause: str, result: fleet_pb2.MigrationResult) -> None:
+        mode = "running" if result.running_turn else "idle"
+        mode += "_with_kv" if result.verified_tokens else "_without_kv"
+        spans.set(
+            {
+                a.MODE: mode,
+                a.OUTCOME: "moved" if result.moved else "failed",
+                "sessile.migration.verified_tokens": result.verified_tokens,
+                "sessile.migration.bytes_copied": result.bytes_copied,
+                "sessile.migration.detail": result.detail,
+            }
+        )
+        if not result.moved:
+            spans.fail(result.detail, kind="migration_failed")
+        self._services.metrics.moved(
+            cause=cause,
+            mode=mode,
+            outcome="moved" if result.moved else "failed",
+            duration_s=result.duration_ms / 1000,
+            bytes_copied=result.bytes_copied,
+        )
+        if result.moved:
+            self._services.metrics.epoch_taken("migration")
 
     def _target(
         self, snapshot: FleetSnapshot, session: Session, source: Replica, target_id: str
@@ -130,6 +169,7 @@ class _Carrier:
     ) -> None:
         self._store = services.store
         self._directory = services.directory
+        self._tracing = services.tracing
         self._clock = services.clock
         self._times = services.config.times
         self._limits = services.config.migration
@@ -163,16 +203,25 @@ class _Carrier:
         try:
             async with anyio.create_task_group() as self._holders:
                 while not MIGRATION.final(self._move.phase):
-                    self._move, action = advance(self._move, await self._do(action), self._limits)
+                    with self._phase(PHASES.get(type(action), "end")) as span:
+                        event = await self._do(action)
+                        if isinstance(event, Failed | ImportFailed):
+                            span.fail(event.why, kind=type(event).__name__)
+                    self._move, action = advance(self._move, event, self._limits)
                 self._holders.cancel_scope.cancel()
         finally:
             # Also when the caller was cancelled in mid-move: what is held must not stand still.
             with anyio.CancelScope(shield=True), anyio.move_on_after(CLEAN_UP_S):
                 if isinstance(action, Finish):
-                    await self._finish(action)
+                    with self._phase("finish"):
+                        await self._finish(action)
                 else:
-                    await self._undo()
+                    with self._phase("undo"):
+                        await self._undo()
         return self._result(self._clock.now() - started)
+
+    def _phase(self, name: str) -> AbstractContextManager[Spans]:
+        return self._tracing.span(name, self._session_id)
 
     async def _do(self, action: Action) -> Event:
         try:

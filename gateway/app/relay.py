@@ -41,6 +41,11 @@ class Outbox:
     def full(self) -> bool:
         return self._bytes >= self._limit_bytes
 
+    @property
+    def failure(self) -> SessileError | None:
+        """What the stream ends with, once it is closed."""
+        return self._failure
+
     async def put(self, chunk: bytes) -> None:
         """Queues a message, then waits until there is room for another: who is cancelled in the
         wait has not lost what the cursor counts as delivered."""
@@ -85,7 +90,11 @@ class TurnCursor:
         self._last_tokens = b""
         self._replica = pb.ReplicaRef()
         self.accepted = False
+        self.attached = False
+        """The turn was there before this stream."""
         self.finished = False
+        self.end: bytes | None = None
+        """The event TurnFinished."""
         self.redirect: pb.TurnRedirect | None = None
         self.moved_because = pb.TurnMoved.REASON_FAILOVER
         self.token_messages = 0
@@ -122,7 +131,7 @@ class TurnCursor:
     def _pass(self, kind: Kind, event: bytes) -> bytes | None:
         """What becomes of an event that is not tokens; None drops it."""
         if kind is Kind.FINISHED:
-            self.finished = True
+            self.finished, self.end = True, event
         elif kind is Kind.ACCEPTED:
             return self._accepted(event)
         elif kind is Kind.REDIRECT:
@@ -136,7 +145,7 @@ class TurnCursor:
         accepted = event_of(event).accepted
         before, self._replica = self._replica, accepted.replica
         if not self.accepted:
-            self.accepted = True
+            self.accepted, self.attached = True, accepted.attached
             self._began = accepted.output_start
             return event
         if before == accepted.replica:

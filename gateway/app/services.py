@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway.app.assignment import Assigner
 from gateway.app.directory import SessionDirectory
@@ -10,6 +10,8 @@ from gateway.app.fleet_view import FleetView
 from gateway.app.ports import Clock, Ids, ReplicaClients
 from gateway.config import GatewayConfig
 from statestore.ports import SessionStore
+from telemetry.metrics import GatewayMetrics
+from telemetry.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +26,5 @@ class Services:
     clock: Clock
     ids: Ids
     config: GatewayConfig
+    tracing: Tracing = field(default_factory=lambda: Tracing("sessile.gateway"))
+    metrics: GatewayMetrics = field(default_factory=GatewayMetrics)

@@ -41,6 +41,7 @@ from statestore.ports import (
     TurnUnknown,
 )
 from statestore.records import NewSession, Owner, ReplicaRef, Session, SessionState
+from telemetry import attributes as a
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Sessions:
     """The agent API beside turns."""
 
     def __init__(self, services: Services) -> None:
+        self.services = services
         self._store = services.store
         self._directory = services.directory
         self._fleet = services.fleet
@@ -90,6 +92,9 @@ class Sessions:
             )
             outcome = await self._store.open_session(new)
             existing = outcome.session if isinstance(outcome, SessionWritten) else None
+            if existing is not None:
+                says = {a.TENANT: tenant, a.MODEL: new.model}
+                self.services.tracing.opened(session_id, None, says)
         if existing is None or existing.tenant != tenant or existing.preamble != asked:
             raise RequestConflict(
                 "the request id was used to open a session with other content, or one now gone"
@@ -167,6 +172,8 @@ class Sessions:
                         hint="Use a new request id for a new fork.",
                     )
                 self._directory.remember(session)
+                says = {a.TENANT: tenant, a.MODEL: session.model}
+                self.services.tracing.opened(child_id, request.session_id, says)
                 return session_pb2.ForkSessionResponse(session=session_to_pb(session))
             case Missing():
                 raise unknown_session(request.session_id)

@@ -31,7 +31,8 @@ from gateway.app.frames import BadFrame, waiting
 from gateway.app.ports import ReplicaLost
 from gateway.app.relay import Outbox, Sink, TurnCursor
 from gateway.app.services import Services
-from gateway.app.tracing import tracer
+from gateway.app.tracing import placement_attributes
+from gateway.app.turn_report import TurnReport
 from gateway.config import GatewayConfig
 from gateway.core import failover
 from gateway.core.errors import (
@@ -48,6 +49,8 @@ from gateway.core.machines import ReplicaState
 from gateway.core.placement import BYTES_PER_TOKEN, NoCandidate
 from statestore.ports import StoreUnavailable
 from statestore.records import Owner, Session, SessionState
+from telemetry import attributes as a
+from telemetry.logs import about
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -120,18 +123,18 @@ class Turns:
         Raises SessileError; the turn itself may go on then and can be attached to again.
         ``time_left_s`` is the client's own limit for this call."""
         check_turn_request(request, self._services.config)
-        with self._streams.entered(tenant), tracer.start_as_current_span("turn") as span:
-            span.set_attribute("sessile.session_id", request.session_id)
-            span.set_attribute("sessile.turn_id", request.turn_id)
-            await self._services.directory.find(tenant, request.session_id)
+        session_id, turn_id = request.session_id, request.turn_id
+        with self._streams.entered(tenant):
             outbox = Outbox(self._services.config.tables.relay_buffer_bytes)
             stream = _TurnStream(self._services, tenant, request, time_left_s, outbox)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(stream.pump)
-                failure = await outbox.drain_to(sink)
-                tasks.cancel_scope.cancel()
-            if failure is not None:
-                raise failure
+            await self._services.directory.find(tenant, session_id)
+            with about(session_id, turn_id), stream.report.of_turn(turn_id, outbox):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(stream.pump)
+                    failure = await outbox.drain_to(sink)
+                    tasks.cancel_scope.cancel()
+                if failure is not None:
+                    raise failure
 
 
 def check_turn_request(request: pb.RunTurnRequest, config: GatewayConfig) -> None:
@@ -179,6 +182,7 @@ class _TurnStream:
         pass a session round."""
         self._fruitless = 0
         self._disowned = 0
+        self.report = TurnReport(services, tenant, request.session_id)
         self._last_heard = 0.0
         self._last_waiting = services.clock.now()
 
@@ -226,15 +230,18 @@ class _TurnStream:
             assignment = self._s.assigner.current(known.owner)
             if assignment is not None:
                 return assignment
-        with tracer.start_as_current_span("place"):
+        with self._s.tracing.span("place", self._request.session_id) as span:
             if self._lost is not None:
                 taken = await self._retake(known, self._lost)
                 if taken is not None:
+                    self.report.placed(span, taken, "failover")
                     return taken
             while True:
                 found = await self._patiently(self._read_and_assign)
                 if isinstance(found, Assignment):
+                    self.report.placed(span, found, "failover" if found.taken else "placement")
                     return found
+                span.event("no candidate", placement_attributes(found))
                 await self._after_no_candidate(found)
 
     async def _retake(self, known: KnownSession, lost: Owner) -> Assignment | None:
@@ -285,7 +292,11 @@ class _TurnStream:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._watch_silence, assignment, tasks.cancel_scope)
             try:
-                end = await self._read_stream(assignment)
+                with self.report.dispatching(assignment) as span:
+                    end = await self._read_stream(assignment)
+                    span.set({a.OUTCOME: type(end).__name__.lower()})
+                    if isinstance(end, Broken):
+                        span.fail(end.why, kind="broken")
             except (SessileError, BadFrame) as error:
                 failure = error  # not as the group it would leave this block in
             tasks.cancel_scope.cancel()
@@ -302,6 +313,7 @@ class _TurnStream:
         self._last_heard = self._s.clock.now()
         cursor = self._cursor
         cursor.redirect = None
+        before, silent = cursor.token_messages, True
         try:
             async with aclosing(client.dispatch_turn(dispatch, self._time_left())) as stream:
                 async for message in stream:
@@ -309,7 +321,11 @@ class _TurnStream:
                     if forward:
                         await self._outbox.put(forward)
                     self._last_heard = self._s.clock.now()
+                    if silent and cursor.token_messages > before:
+                        silent = False
+                        self.report.first_tokens(again=before > 0 or cursor.attached)
                     if cursor.finished:
+                        self.report.end = cursor.end
                         with anyio.move_on_after(DRAIN_AFTER_FINISH_S):
                             async for _ in stream:
                                 pass
@@ -388,8 +404,12 @@ class _TurnStream:
         await self._pause(max(self._backoff_s(), (error.retry_after_ms or 0) / 1000))
 
     async def _relieve(self, owner: Owner) -> Assignment | None:
-        session = await self._s.directory.read(self._tenant, self._request.session_id)
-        return await self._s.assigner.relieve(session, owner, self._new_tokens())
+        with self._s.tracing.span("place", self._request.session_id) as span:
+            session = await self._s.directory.read(self._tenant, self._request.session_id)
+            found = await self._s.assigner.relieve(session, owner, self._new_tokens())
+            if found is not None:
+                self.report.placed(span, found, "relief")
+            return found
 
     async def _after_broken(self, assignment: Assignment, refused: bool, why: str) -> None:
         replica = assignment.owner.replica
@@ -402,17 +422,16 @@ class _TurnStream:
             seen, self._request.session_id, self._earlier_fruitless(), self._s.config.failover
         )
         log.info("%s lost %s (%s): %s", self._request.session_id, replica, why, decision.why)
-        with tracer.start_as_current_span("failover") as span:
-            span.set_attribute("sessile.why", why)
-            match decision:
-                case Take():
-                    self._lost = assignment.owner
-                case AskAgain():
-                    self._s.directory.forget_owner(self._request.session_id, assignment.owner)
-            if decision.delay_ms:
-                # An immediate take-over is heard of as TurnMoved.
-                await self._wait(pb.TurnWaiting.REASON_FAILOVER, force=True)
-                await self._pause(decision.delay_ms / 1000)
+        self.report.lost(replica, refused, why, last_heard=self._last_heard)
+        match decision:
+            case Take():
+                self._lost = assignment.owner
+            case AskAgain():
+                self._s.directory.forget_owner(self._request.session_id, assignment.owner)
+        if decision.delay_ms:
+            # An immediate take-over is heard of as TurnMoved.
+            await self._wait(pb.TurnWaiting.REASON_FAILOVER, force=True)
+            await self._pause(decision.delay_ms / 1000)
 
     async def _after_no_candidate(self, found: NoCandidate) -> None:
         fresh = not self._cursor.accepted and self._lost is None

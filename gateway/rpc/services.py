@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from gateway.app.directory import unknown_session
 from gateway.app.drain import Drains
 from gateway.app.migration import Migrations, MoveOptions
 from gateway.app.sessions import Sessions
+from gateway.app.tracing import traced
 from gateway.app.turns import Turns
 from gateway.app.watch import Watches
 from gateway.core.errors import InvalidRequest
@@ -43,16 +45,25 @@ def add_session_service(
     ) -> AsyncGenerator[session_pb2.WatchSessionResponse, None]:
         return watches.session(tenant, request.session_id)
 
+    named = partial(traced, sessions.services)
     methods: dict[str, Any] = {
         "OpenSession": serving.unary(sessions.open, session_pb2.OpenSessionRequest),
         "GetSession": serving.unary(sessions.get, session_pb2.GetSessionRequest),
         "ListSessions": serving.unary(sessions.list, session_pb2.ListSessionsRequest),
         "RunTurn": serving.relayed(turns.run, pb.RunTurnRequest),
-        "CancelTurn": serving.unary(sessions.cancel_turn, session_pb2.CancelTurnRequest),
-        "ForkSession": serving.unary(sessions.fork, session_pb2.ForkSessionRequest),
-        "SuspendSession": serving.unary(sessions.suspend, session_pb2.SuspendSessionRequest),
-        "ResumeSession": serving.unary(sessions.resume, session_pb2.ResumeSessionRequest),
-        "CloseSession": serving.unary(sessions.close, session_pb2.CloseSessionRequest),
+        "CancelTurn": serving.unary(
+            named("cancel", sessions.cancel_turn), session_pb2.CancelTurnRequest
+        ),
+        "ForkSession": serving.unary(named("fork", sessions.fork), session_pb2.ForkSessionRequest),
+        "SuspendSession": serving.unary(
+            named("suspend", sessions.suspend), session_pb2.SuspendSessionRequest
+        ),
+        "ResumeSession": serving.unary(
+            named("resume", sessions.resume), session_pb2.ResumeSessionRequest
+        ),
+        "CloseSession": serving.unary(
+            named("close", sessions.close), session_pb2.CloseSessionRequest
+        ),
         "GetTranscript": serving.unary(sessions.transcript, session_pb2.GetTranscriptRequest),
         "WatchSession": serving.streaming(watch, session_pb2.WatchSessionRequest),
     }

@@ -16,6 +16,7 @@ from gateway.core.errors import DeadlineExceeded, InternalError, SessileError, U
 from gateway.rpc.auth import Authenticator
 from gateway.rpc.status import abort, parsed
 from statestore.ports import StoreError, StoreUnavailable
+from telemetry.metrics import GatewayMetrics
 from telemetry.propagation import attach_caller
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,17 @@ def store_failure(error: StoreError) -> SessileError:
 class Serving:
     """Makes handlers of application calls."""
 
-    def __init__(self, authenticator: Authenticator, calls: Gate, watches: Gate) -> None:
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        calls: Gate,
+        watches: Gate,
+        metrics: GatewayMetrics | None = None,
+    ) -> None:
         self._authenticator = authenticator
         self._calls = calls
         self._watches = watches
+        self._metrics = metrics or GatewayMetrics()
 
     def unary(self, call: Unary, request: type[Message]) -> Any:
         """One request, one response."""
@@ -53,7 +61,7 @@ class Serving:
                 with self._calls.entered(tenant):
                     return await call(tenant, parsed(request, data))
             except Exception as error:  # noqa: BLE001 - every failure gets a status
-                await _fail(context, error)
+                await self._fail(context, error)
 
         return grpc.unary_unary_rpc_method_handler(
             handler, None, lambda answer: answer.SerializeToString()
@@ -70,7 +78,7 @@ class Serving:
                         async for answer in answers:
                             yield answer
             except Exception as error:  # noqa: BLE001 - every failure gets a status
-                await _fail(context, error)
+                await self._fail(context, error)
 
         return grpc.unary_stream_rpc_method_handler(
             handler, None, lambda answer: answer.SerializeToString()
@@ -85,7 +93,7 @@ class Serving:
                 message = parsed(request, data)
                 await call(tenant, message, context.time_remaining(), context.write)
             except Exception as error:  # noqa: BLE001 - every failure gets a status
-                await _fail(context, error)
+                await self._fail(context, error)
 
         return grpc.unary_stream_rpc_method_handler(handler, None, None)
 
@@ -103,16 +111,17 @@ class Serving:
         }
         return await self._authenticator.tenant(metadata)
 
-
-async def _fail(context: Context, error: Exception) -> NoReturn:
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    if isinstance(error, SessileError):
-        await abort(context, error)
-    if isinstance(error, StoreError):
-        await abort(context, store_failure(error))
-    if context.cancelled() or context.done():
-        log.debug("a caller left: %s", error)
-        raise error
-    log.error("a call failed unexpectedly", exc_info=error)
-    await abort(context, InternalError(f"unexpected {type(error).__name__} in the gateway"))
+    async def _fail(self, context: Context, error: Exception) -> NoReturn:
+        while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        if isinstance(error, StoreError):
+            error = store_failure(error)
+        if isinstance(error, SessileError):
+            self._metrics.call_failed(error.reason)
+            await abort(context, error)
+        if context.cancelled() or context.done():
+            log.debug("a caller left: %s", error)
+            raise error
+        log.error("a call failed unexpectedly", exc_info=error)
+        self._metrics.call_failed(InternalError.reason)
+        await abort(context, InternalError(f"unexpected {type(error).__name__} in the gateway"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import grpc
 
@@ -19,8 +19,12 @@ from sessile.fleet import Fleet
 from sessile.messages import Message, Sampling, Tool, messages_to_pb, sampling_to_pb
 from sessile.records import SessionInfo, SessionState
 from sessile.session import Session
+from sessile.tracing import Tracing
 from sessile.transport import TENANT_KEY, RetryPolicy, Runtime, Transport, built
 from sessile.v1 import session_pb2
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
 
 LIST_PAGE = 100
 
@@ -37,7 +41,9 @@ class Sessile:
     fleet: any of them serves any session, and calls go to the next one when one fails.
 
     ``timeout_s`` limits calls other than turns. ``metadata`` is sent with every call (for example
-    the authorisation that a proxy wants). Bound to the event loop on which it is entered."""
+    the authorisation that a proxy wants). Where OpenTelemetry is installed each turn is a span and
+    calls carry the trace, recorded by ``tracer_provider`` (default: the global one). Bound to the
+    event loop on which it is entered."""
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class Sessile:
         timeout_s: float = 30.0,
         retry: RetryPolicy | None = None,
         runtime: Runtime | None = None,
+        tracer_provider: TracerProvider | None = None,
     ) -> None:
         self._targets = [target] if isinstance(target, str) else list(target)
         if not self._targets or not all(self._targets):
@@ -69,6 +76,7 @@ class Sessile:
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
         self._runtime = runtime or Runtime()
+        self._tracing = Tracing(tracer_provider)
         self._opened: Transport | None = None
 
     async def __aenter__(self) -> Self:
@@ -81,6 +89,7 @@ class Sessile:
             self._retry,
             self._runtime,
             self._timeout_s,
+            self._tracing,
         )
         return self
 

@@ -213,6 +213,7 @@ class Session:
             timeout_s=timeout_s,
             on_abandon=on_abandon,
             on_end=self._turn_ended,
+            model=self._info.model if self._info is not None else "",
         )
 
     def _turn_ended(self, accepted: Accepted | None, finished: Finished | None) -> None:

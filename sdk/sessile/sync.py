@@ -19,7 +19,7 @@ import concurrent.futures
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import grpc
 
@@ -39,6 +39,9 @@ from sessile.records import (
 )
 from sessile.transport import RetryPolicy, Runtime
 from sessile.turn import OnAbandon
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
 
 T = TypeVar("T")
 
@@ -277,6 +280,7 @@ class Sessile:
         timeout_s: float = 30.0,
         retry: RetryPolicy | None = None,
         runtime: Runtime | None = None,
+        tracer_provider: TracerProvider | None = None,
     ) -> None:
         self._client = aio_client.Sessile(
             target,
@@ -286,6 +290,7 @@ class Sessile:
             timeout_s=timeout_s,
             retry=retry,
             runtime=runtime,
+            tracer_provider=tracer_provider,
         )
         self._thread: _LoopThread | None = None
 

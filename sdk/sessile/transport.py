@@ -22,6 +22,7 @@ import grpc
 from grpc import aio
 
 from sessile import errors
+from sessile.tracing import Tracing
 from sessile.v1 import fleet_pb2_grpc, session_pb2_grpc
 
 log = logging.getLogger("sessile")
@@ -131,8 +132,10 @@ class Transport:
         retry: RetryPolicy,
         runtime: Runtime,
         timeout_s: float,
+        tracing: Tracing | None = None,
     ) -> None:
         self.metadata = tuple(metadata)
+        self.tracing = tracing or Tracing()
         self.retry = retry
         self.runtime = runtime
         self.timeout_s = timeout_s
@@ -174,6 +177,7 @@ class Transport:
     ) -> Response:
         """One unary call within ``timeout_s`` (default: the client's), repeated as allowed."""
         message = built(request)
+        metadata = (*self.metadata, *self.tracing.headers())
         attempts = self.attempts(
             self.timeout_s if timeout_s is None else timeout_s, idempotent=idempotent
         )
@@ -181,7 +185,7 @@ class Transport:
             gateway = self.gateway
             try:
                 return await method(gateway)(
-                    message, timeout=attempts.time_left_s(), metadata=self.metadata
+                    message, timeout=attempts.time_left_s(), metadata=metadata
                 )
             except aio.AioRpcError as error:
                 await attempts.failed(errors.from_rpc(error), gateway)
@@ -201,7 +205,8 @@ class Transport:
             gateway, left_s = self.gateway, attempts.time_left_s()
             limit_s = min(left_s, STREAM_S)
             message = built(partial(request, left_s))
-            call = method(gateway)(message, timeout=limit_s, metadata=self.metadata)
+            metadata = (*self.metadata, *self.tracing.headers())
+            call = method(gateway)(message, timeout=limit_s, metadata=metadata)
             try:
                 async for response in call:
                     attempts.progressed()

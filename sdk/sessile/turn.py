@@ -19,8 +19,9 @@ from typing import Literal, Self
 from grpc import aio
 
 from sessile import errors
-from sessile.events import Accepted, Finished, Tokens, TurnEvent, TurnFold
+from sessile.events import Accepted, Finished, Moved, Tokens, TurnEvent, TurnFold
 from sessile.records import Position, TurnResult, TurnStatus
+from sessile.tracing import TurnSpan
 from sessile.transport import CLEANUP_S, Gateway, Transport
 from sessile.v1 import session_pb2
 from sessile.v1 import types_pb2 as pb
@@ -56,12 +57,15 @@ class Turn:
         timeout_s: float | None,
         on_abandon: OnAbandon,
         on_end: Callable[[Accepted | None, Finished | None], None],
+        model: str = "",
     ) -> None:
         self._transport = transport
         self._request = request
         self._timeout_s = timeout_s if timeout_s is not None else DEFAULT_TIMEOUT_S
         self._on_abandon = on_abandon
         self._on_end = on_end
+        self._model = model
+        self._span = TurnSpan()  # replaced when the turn is started
         self._attempts = transport.attempts(0.0)  # replaced when the turn is started
         self._fold = TurnFold(
             Position.from_pb(request.resume_from) if request.HasField("resume_from") else None
@@ -99,7 +103,8 @@ class Turn:
         except asyncio.CancelledError:
             await self.aclose()
             raise
-        except errors.SessileError:
+        except errors.SessileError as error:
+            self._span.failed(error, error.reason or type(error).__name__)
             self._drop()
             raise
         if event is None:
@@ -167,6 +172,8 @@ class Turn:
             self._call = None
         if self._started_at is not None and self._fold.finished is None:
             self._on_end(self._fold.accepted, None)
+            self._span.event("the end was not seen")
+        self._span.end()
 
     async def _next(self) -> TurnEvent | None:
         """The next event to show, or None at the end."""
@@ -189,6 +196,9 @@ class Turn:
         if self._started_at is None:
             self._started_at = runtime.now()
             self._attempts = self._transport.attempts(self._timeout_s + VERDICT_S)
+            self._span = self._transport.tracing.turn(
+                self._request.session_id, self.turn_id, self._model
+            )
         if self._call is None:
             self._open()
         assert self._call is not None
@@ -217,10 +227,12 @@ class Turn:
         self._transport.warm_next()
         self._fold.reconnected()
         self._streams += 1
+        if self._streams > 1:
+            self._span.event("connected again", gateway=self._gateway.target)
         self._call = self._gateway.sessions.RunTurn(
             self._next_request(),
             timeout=self._attempts.time_left_s(),
-            metadata=self._transport.metadata,
+            metadata=(*self._transport.metadata, *self._span.headers()),
         )
 
     def _next_request(self) -> pb.RunTurnRequest:
@@ -240,8 +252,15 @@ class Turn:
         now = self._transport.runtime.now()
         if isinstance(event, Tokens) and self._first_token_at is None:
             self._first_token_at = now
+            self._span.event("first token")
+        elif isinstance(event, Moved):
+            self._span.event("moved", target=event.target.replica_id)
         elif isinstance(event, Finished):
             self._finished_at = now
+            self._span.finished(
+                event.status.name.lower(), str(event.reason), event.usage, event.error
+            )
+            self._span.end()
             self._on_end(self._fold.accepted, event)
 
     def _result(self, finished: Finished) -> TurnResult:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from workers.engines.cached_pages import CachedPages
 from workers.engines.port import (
@@ -89,7 +90,7 @@ class PagedEngine(CachedPages, ABC):
     def submit(self, request: GenerateRequest) -> None:
         if self._on_step is None:
             raise self._failure or EngineFailed("the engine is not running")
-        self._scheduler.submit(request, self._retry_after_ms())
+        self._scheduler.submit(request, self._retry_after_ms(), now=self._clock())
         self._wake()
 
     def park(self, generation_id: str) -> None:
@@ -149,6 +150,7 @@ class PagedEngine(CachedPages, ABC):
         try:
             self._works, failures = self._scheduler.plan()
             if self._works:
+                self._note_begins()
                 self._compute(self._works)
         except Exception as error:  # noqa: BLE001 - the books are broken, whatever it is
             self._fail(error)
@@ -166,7 +168,7 @@ class PagedEngine(CachedPages, ABC):
             return
         works, self._works = self._works, []
         try:
-            outputs = enter(works)
+            outputs = [self._with_queue_time(output, works) for output in enter(works)]
             self._scheduler.end_step()
         except Exception as error:  # noqa: BLE001 - as above
             self._fail(error)
@@ -177,6 +179,24 @@ class PagedEngine(CachedPages, ABC):
         failures = self._begin_step()
         self._deliver(outputs)
         self._deliver(failures)
+
+    def _note_begins(self) -> None:
+        now = self._clock()
+        for work in self._works:
+            if work.generation.begun_at is None:
+                work.generation.begun_at = now
+
+    @staticmethod
+    def _with_queue_time(output: StepOutput, works: Sequence[Work]) -> StepOutput:
+        """A first output says how long its generation has waited."""
+        if output.cached_tokens is None:
+            return output
+        for work in works:
+            generation = work.generation
+            if generation.request.generation_id == output.generation_id:
+                begun_at = generation.begun_at or generation.submitted_at
+                return replace(output, queue_s=begun_at - generation.submitted_at)
+        return output
 
     def _deliver(self, outputs: Sequence[StepOutput]) -> None:
         if outputs and self._on_step is not None:

@@ -113,6 +113,9 @@ class StepOutput:
     """Set with the first output: prefix tokens taken from the cache."""
     error: str | None = None
     """This generation alone failed (for instance it can never fit); nothing follows."""
+    queue_s: float | None = None
+    """With the first output: time from submission until its first step began, if the engine
+    knows."""
 
 
 OnStep = Callable[[Sequence[StepOutput]], None]

@@ -47,6 +47,9 @@ class Generation:
     cached_tokens: int | None = None
     parked: bool = False
     ended: bool = False
+    submitted_at: float = 0.0
+    begun_at: float | None = None
+    """When its first step began; both by the engine's clock."""
     state: object | None = None
     """Whatever the engine keeps for ``tokens[:computed]``; None again after a preemption."""
 
@@ -96,7 +99,7 @@ class Scheduler:
 
     # -- requests -----------------------------------------------------------------------------
 
-    def submit(self, request: GenerateRequest, retry_after_ms: int) -> None:
+    def submit(self, request: GenerateRequest, retry_after_ms: int, *, now: float = 0.0) -> None:
         """Queues a generation; see :meth:`workers.engines.port.Engine.submit`."""
         self._check(request)
         if len(self._by_id) >= self._info.max_running + self._info.max_queued:
@@ -104,7 +107,7 @@ class Scheduler:
                 f"{self._info.max_queued} generations are queued already", retry_after_ms
             )
         rank = (-request.priority, next(self._sequence))
-        generation = Generation(request, rank, list(request.tokens))
+        generation = Generation(request, rank, list(request.tokens), submitted_at=now)
         self._by_id[request.generation_id] = generation
         heapq.heappush(self._queue, generation)
 

@@ -24,6 +24,8 @@ from gateway.core.errors import (
     SessileError,
 )
 from statestore.records import Position, ReplicaRef
+from telemetry.metrics import WorkerMetrics
+from telemetry.tracing import Tracing
 from workers.engines.port import Engine, PageExport, PageImport, PageMeta, PagesExhausted
 from workers.kv.blocks import BLOCK_HASH_BYTES
 from workers.residency import ResidentSession
@@ -99,6 +101,8 @@ class KvTransfer:
         pull_pages: Puller,
         *,
         pull_timeout_s: float = 30.0,
+        tracing: Tracing | None = None,
+        metrics: WorkerMetrics | None = None,
     ) -> None:
         self._ref = ref
         self._engine = engine
@@ -106,6 +110,8 @@ class KvTransfer:
         self._peers = peers
         self._pull_pages = pull_pages
         self._pull_timeout_s = pull_timeout_s
+        self._tracing = tracing or Tracing("sessile.worker")
+        self._metrics = metrics or WorkerMetrics()
         self._limiter = anyio.Semaphore(MAX_CONCURRENT_PULLS)
         self._exports: dict[_CountedExport, int] = {}
 
@@ -159,6 +165,22 @@ class KvTransfer:
     ) -> Pulled:
         """Makes the session's pages resident as far as the source has them, and pins them for
         ``lease_s``. Never raises for a transfer that fails; takes at most the pull timeout."""
+        says = {"sessile.source": str(source)}
+        with self._tracing.span("pull KV", resident.session_id, says) as span:
+            pulled = await self._pull(resident, source_endpoint, source, lease_s)
+            span.set(
+                {
+                    "sessile.kv.pages": pulled.pages,
+                    "sessile.kv.bytes": pulled.bytes_copied,
+                    "sessile.kv.detail": pulled.detail,
+                }
+            )
+            self._metrics.pulled(pulled.bytes_copied)
+            return pulled
+
+    async def _pull(
+        self, resident: ResidentSession, source_endpoint: str, source: ReplicaRef, lease_s: float
+    ) -> Pulled:
         # Nobody has the KV of a context's last token: it is computed with the next one.
         whole = max(0, len(resident.tokens) - 1) // self._engine.info.page_size
         hashes = resident.block_hashes(self._engine.info)[:whole]

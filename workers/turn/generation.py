@@ -8,12 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from opentelemetry import propagate
+import anyio
 
+from telemetry.propagation import headers
 from workers.engines.port import EngineOverloaded, GenerateRequest, StepOutput
 from workers.turn.opening import Opened
 from workers.turn.ports import TurnPorts
+
+
+@dataclass(frozen=True, slots=True)
+class FirstOutput:
+    """How a generation came to its first token; times are the event loop's."""
+
+    submitted_at: float
+    came_at: float
+    queue_s: float | None
+    """Of that time, in the engine's queue; None: the engine does not tell."""
+    cached_tokens: int
+    context_tokens: int
 
 
 class Generation:
@@ -35,6 +49,8 @@ class Generation:
         self._parked = False
         self._not_before = -math.inf
         self._active_since = math.inf
+        self._submitted_at, self._submitted_tokens = 0.0, 0
+        self._first: FirstOutput | None = None
 
     def measure(self) -> None:
         """Takes the estimate: what of the prefix is in the cache now. An engine computes at least
@@ -53,8 +69,6 @@ class Generation:
         turn, plan, done = opened.turn, opened.plan, len(opened.output.tokens)
         session_id, turn_id = opened.resident.session_id, turn.spec.turn_id
         generation_id = f"{session_id}/{turn_id}/{turn.attempt}/{self._starts}"
-        trace: dict[str, str] = {}
-        propagate.inject(trace)
         request = GenerateRequest(
             generation_id=generation_id,
             tokens=opened.resident.tokens[:],
@@ -64,7 +78,7 @@ class Generation:
             min_new_tokens=max(0, plan.rules.min_tokens - done),
             stop_token_ids=plan.rules.stop_token_ids,
             retention_id=session_id,
-            trace=trace,
+            trace=headers(),
         )
         self._ports.dispatcher.expect(generation_id, self._deliver)
         try:
@@ -78,6 +92,12 @@ class Generation:
             self._wake()
         else:
             self._id, self._active_since = generation_id, now
+            self._submitted_at, self._submitted_tokens = now, len(request.tokens)
+
+    def take_first(self) -> FirstOutput | None:
+        """How the last start came to its first token, once."""
+        first, self._first = self._first, None
+        return first
 
     def retract(self) -> None:
         """Takes the generation back; nothing more is delivered for it. What it computed stays in
@@ -114,6 +134,13 @@ class Generation:
         output = self._opened.output
         if step.cached_tokens is not None:
             self.cached_tokens = step.cached_tokens
+            self._first = FirstOutput(
+                self._submitted_at,
+                anyio.current_time(),
+                step.queue_s,
+                step.cached_tokens,
+                self._submitted_tokens,
+            )
         output.push(step.tokens)
         self.unacked_steps += 1
         if step.error is not None:

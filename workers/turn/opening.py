@@ -154,9 +154,15 @@ class TurnOpening:
     """Opens one dispatched turn; used once."""
 
     def __init__(
-        self, ports: TurnPorts, request: replica_pb2.DispatchTurnRequest, epoch: Epoch
+        self,
+        ports: TurnPorts,
+        request: replica_pb2.DispatchTurnRequest,
+        epoch: Epoch,
+        traceparent: str = "",
     ) -> None:
+        """``traceparent``: in which a new turn is accepted; stored with it."""
         self._ports = ports
+        self._traceparent = traceparent
         self._request = request
         self._turn = request.turn
         self._epoch = epoch
@@ -209,6 +215,7 @@ class TurnOpening:
             if isinstance(outcome, store.Fenced | store.Refused | store.Missing):
                 raise refusal(session.session_id, outcome)
             self._ports.residency.doubt()
+            self._ports.metrics.repaired()
             if isinstance(outcome, store.TurnEnded) and outcome.turn.output_end != resident.head:
                 # The store went on from what it had: what this replica holds is another history.
                 raise NotOwner(
@@ -261,6 +268,7 @@ class TurnOpening:
             info=self._ports.engine.info,
             seed=self._seed,
             fork=session.parent_id is not None,
+            traceparent=self._traceparent,
         )
         began_at = anyio.current_time()
         outcome = await until_answered(
@@ -281,6 +289,11 @@ class TurnOpening:
                 resident.extend(tokens)
                 if turn.output_end.length > len(resident.tokens):
                     return None  # an earlier call of ours began it; take it up as a resume
+                self._ports.metrics.appended(len(tokens))
+                begun_ms = turn.deadline_at_ms - spec.timeout_ms
+                self._ports.tracing.gap(
+                    session.session_id, "tool gap", session.turn_ended_at_ms, begun_ms
+                )
                 await self._note_leading(session, tokens)
                 output = fold(self._ports, turn, state, [])
                 plan = _plan(self._ports, turn)
@@ -297,6 +310,8 @@ class TurnOpening:
             case store.TurnTombstoned():
                 raise TurnCancelled(f"turn {spec.turn_id} was cancelled before it began")
             case _:
+                if isinstance(outcome, store.Fenced):
+                    self._ports.metrics.fenced("begin")
                 raise refusal(session.session_id, outcome)
 
     def _check_nothing_heard(self, start: Position) -> None:
@@ -377,6 +392,8 @@ class TurnOpening:
             case store.TurnResumed(session=session, turn=resumed):
                 pass  # the ledger may have grown between our look and the take-over
             case _:
+                if isinstance(outcome, store.Fenced):
+                    self._ports.metrics.fenced("resume")
                 raise refusal(self._turn.session_id, outcome)
         resident = await self._ports.residency.load(
             self._ports.store, session, salt, context.ledger

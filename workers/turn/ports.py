@@ -22,6 +22,8 @@ from gateway.core.errors import (
 )
 from statestore.ports import Fenced, JournalPort, LimitReached, Missing, Refused
 from statestore.records import ReplicaRef, Session, SessionState, TurnContext
+from telemetry.metrics import WorkerMetrics
+from telemetry.tracing import Tracing
 from workers.config import TurnLimits
 from workers.engines.port import Engine
 from workers.journal import Journal, until_answered
@@ -59,6 +61,8 @@ class TurnPorts:
     render_threads: anyio.CapacityLimiter = field(
         default_factory=lambda: anyio.CapacityLimiter(MAX_RENDER_THREADS)
     )
+    tracing: Tracing = field(default_factory=lambda: Tracing("sessile.worker"))
+    metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
 
     async def render(
         self, last_turn: LastTurn, messages: Sequence[ChatMessage], tools: Sequence[Tool]

@@ -106,6 +106,7 @@ def resolve(
     info: EngineInfo,
     seed: int,
     fork: bool,
+    traceparent: str = "",
 ) -> TurnSpec:
     """The spec to store. ``output_start`` is the ledger's length after the turn's input; ``seed``
     is used if the client gave none; of a ``fork`` the session's default seed is an inherited one.
@@ -132,7 +133,11 @@ def resolve(
     elif fork and not turn.params.HasField("seed"):
         params.seed = fork_seed(params.seed, turn.session_id)
     body = types_pb2.RunTurnRequest(
-        session_id=turn.session_id, turn_id=turn.turn_id, messages=turn.messages, params=params
+        session_id=turn.session_id,
+        turn_id=turn.turn_id,
+        messages=turn.messages,
+        params=params,
+        traceparent=traceparent,
     )
     return TurnSpec(
         turn_id=turn.turn_id,

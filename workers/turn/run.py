@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import anyio
-from opentelemetry import trace
 from sessile.v1 import types_pb2 as pb
 
 from gateway.core.errors import InternalError, SessileError, Unavailable
@@ -29,9 +28,9 @@ from workers.turn.opening import Opened
 from workers.turn.output import TurnOutput
 from workers.turn.ports import TurnPorts, refusal
 from workers.turn.repair import repair
+from workers.turn.report import RunReport
 
 log = logging.getLogger(__name__)
-tracer = trace.get_tracer("sessile.worker")
 
 MAX_REPAIRS = 8
 """Repairs of one run without an append in between; then its streams end and may be resumed."""
@@ -87,7 +86,9 @@ class TurnRun:
         self._told: Ending | None = None
         self._decided: tuple[FinishReason, str] | None = None
         self._unwritten: list[int] = []
-        self._wrote_end = False
+        self._wrote_end: TurnResult | None = None
+        """What this run has ended the turn with in the ledger."""
+        self._report = RunReport(ports, tenant, session_id, turn_id)
 
     # -- what streams and the service use -------------------------------------------------------
 
@@ -162,22 +163,16 @@ class TurnRun:
 
     # -- the run --------------------------------------------------------------------------------
 
-    async def run(self, open_turn: OpenTurn, pull: PullTurn) -> None:
+    async def run(self, open_turn: OpenTurn, pull: PullTurn, traceparent: str = "") -> None:
         """Opens the turn, makes its prefix resident, generates until it ends. Never raises: what
-        goes wrong becomes the ending that streams report."""
+        goes wrong becomes the ending that streams report. ``traceparent``: that of a turn which
+        was accepted before."""
         self._ports.residency.hold(self.session_id)
-        with tracer.start_as_current_span("run turn") as span:
-            span.set_attribute("sessile.session_id", self.session_id)
-            span.set_attribute("sessile.turn_id", self.turn_id)
-            span.set_attribute("sessile.replica", str(self._ports.ref))
+        with self._report.of_run(traceparent):
             try:
                 await self._run(open_turn, pull)
             finally:
-                span.set_attribute("sessile.ending", type(self.ending).__name__)
-                if self.opened is not None:
-                    span.set_attribute("sessile.attempt", self.opened.turn.attempt)
-                    span.set_attribute("sessile.cached_tokens", self.cached_tokens)
-                    span.set_attribute("sessile.output_tokens", self.released)
+                self._report.ended(self.ending, self._wrote_end)
 
     async def _run(self, open_turn: OpenTurn, pull: PullTurn) -> None:
         try:
@@ -202,7 +197,7 @@ class TurnRun:
             self._end(Broken(Unavailable("the replica is stopping")))
             raise
         self._end(ending)
-        if self.opened is not None and not self._wrote_end:
+        if self.opened is not None and self._wrote_end is None:
             # Perhaps because the session was closed: then its pages are not kept for a next turn.
             await self._ports.residency.look(self._ports.store, self.session_id)
 
@@ -220,9 +215,11 @@ class TurnRun:
         self._notify()
 
     async def _drive(self, open_turn: OpenTurn, pull: PullTurn) -> Ending:
-        opened = await open_turn()
+        with self._report.opening():
+            opened = await open_turn()
         if isinstance(opened, Turn):
             return Ended(opened)
+        self._report.opened(opened)
         self._head = opened.turn.output_end
         self.released = len(opened.output.tokens)
         generation = self._generation = Generation(self._ports, opened, lambda: self._wake.set())
@@ -325,7 +322,9 @@ class TurnRun:
         tokens = output.tokens[self.released :]
         append = Append(self.session_id, self.epoch, self.turn_id, self._head, tokens, head, commit)
         self.waiting = pb.TurnWaiting.REASON_STORE
+        asked_at = anyio.current_time()
         outcome = await self._ports.journal.append(append, opened.deadline_at)
+        self._report.committed(asked_at)
         self.waiting = pb.TurnWaiting.REASON_UNSPECIFIED
         match outcome:
             case store.Appended():
@@ -333,7 +332,7 @@ class TurnRun:
                 generation.acknowledge(steps, anyio.current_time())
                 if commit is None:
                     return None
-                self._wrote_end = True
+                self._wrote_end = commit
                 return Ended(
                     replace(opened.turn, status=commit.status, output_end=head, result=commit)
                 )
@@ -347,6 +346,9 @@ class TurnRun:
     def _acknowledge(self, opened: Opened, count: int, head: Position) -> None:
         """The ledger has the first ``count`` output tokens: streams may have them too."""
         opened.resident.extend(opened.output.tokens[self.released : count])
+        if self._generation is not None and (first := self._generation.take_first()) is not None:
+            self._report.first_output(first)
+        self._report.released(count - self.released)
         self.released, self._head, self._repairs = count, head, 0
         self._notify()
 
@@ -385,6 +387,7 @@ class TurnRun:
         match outcome:
             case store.Appended():
                 log.warning("session %s: repaired after lost writes", self.session_id)
+                self._ports.metrics.repaired()
                 self._ports.residency.doubt()
                 return None
             case store.TurnEnded(turn=turn):

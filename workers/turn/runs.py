@@ -24,6 +24,7 @@ from gateway.core.errors import (
 )
 from statestore.ports import Appended, Missing, StoreError, StoreUnavailable, TurnEnded
 from statestore.records import Epoch, Position, Session, SessionState, Turn, TurnContext
+from telemetry.tracing import traceparent
 from workers.residency import ResidentSession
 from workers.turn.cursor import Replay, TurnView, accepted_event
 from workers.turn.ending import Broken, Redirected
@@ -176,6 +177,7 @@ class TurnRuns:
         )
         if isinstance(outcome, Appended):
             log.warning("session %s: put back after lost writes", session.session_id)
+            self._ports.metrics.repaired()
         elif isinstance(outcome, TurnEnded) and outcome.turn.output_end != resident.head:
             log.warning("session %s: the store went on from what it had", session.session_id)
             if session.session_id not in self._runs:
@@ -195,7 +197,9 @@ class TurnRuns:
         run = TurnRun(
             self._ports, request.tenant, turn.session_id, turn.turn_id, epoch, self._ended
         )
-        opening = TurnOpening(self._ports, request, epoch)
+        stored = context.turn
+        trace = traceparent() if stored is None else body_of(stored.spec).traceparent
+        opening = TurnOpening(self._ports, request, epoch, trace)
 
         async def open_turn() -> Opened | Turn:
             return await opening.open(context, salt)
@@ -204,7 +208,8 @@ class TurnRuns:
             await self._ports.pull_prefix(opened.resident, request.prefix)
 
         self._runs[turn.session_id] = run
-        self._tasks.start_soon(run.run, open_turn, pull, name=f"turn {turn.turn_id}")
+        began = "" if stored is None else trace
+        self._tasks.start_soon(run.run, open_turn, pull, began, name=f"turn {turn.turn_id}")
         return run
 
     def _check_room(self, tenant: str) -> None:
