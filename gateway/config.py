@@ -148,7 +148,9 @@ class GatewayConfig:
         if not host or not port.isdecimal() or int(port) > 65_535:
             raise ValueError(f"listen is host:port, not {self.listen!r}")
         if self.redis_url and self.data_directory is not None:
-            raise ValueError("a data directory is for a private store: give it, or a store's URL")
+            raise ValueError(
+                "data_directory is of a private store: give it, or redis_url, not both"
+            )
         if self.redis_url:
             parse_address(self.redis_url, self.redis)
         for group in (self.admission, self.times, self.tables):

@@ -85,8 +85,9 @@ class Cluster:
     """An async context manager; leaving it ends every child, the store last.
 
     Without ``redis_url`` it starts a private store, which keeps its data in ``data_directory``, or
-    not at all. ``engine_options`` go to each worker's engine as text. Logs are written to
-    ``log_directory`` (default: a new temporary one, which is left there for reading).
+    not at all. An empty ``engine`` leaves it to the workers' settings. ``engine_options`` go to
+    each worker's engine as text. Logs are written to ``log_directory`` (default: a new temporary
+    one, which is left there for reading).
     """
 
     engine: str = "sim"
@@ -167,7 +168,8 @@ class Cluster:
         """Starts a worker as this replica (again: as its next incarnation); returns when it
         serves. With an ``engine`` of its own it has only these options. Raises LaunchFailed."""
         arguments = ["--redis", self.redis_url, "--id", replica_id]
-        arguments += ["--engine", engine or self.engine]
+        if engine or self.engine:
+            arguments += ["--engine", engine or self.engine]
         usual = {} if engine else self.engine_options
         for name, value in {**usual, **(engine_options or {})}.items():
             arguments += ["--engine-option", f"{name}={value}"]

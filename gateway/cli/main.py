@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gateway.cli import chat, fleet, serve, sessions
+from gateway.cli import chat, config, fleet, serve, sessions
 from gateway.cli.output import JsonOption, fail, reported_errors
 
 
@@ -34,6 +34,7 @@ app.add_typer(fleet.app, name="replicas")
 app.command()(fleet.migrate)
 app.command()(serve.gateway)
 app.command()(serve.worker)
+app.add_typer(config.app, name="config")
 
 
 @app.command()

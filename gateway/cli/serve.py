@@ -12,6 +12,7 @@ import re
 import secrets
 import signal
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -20,7 +21,15 @@ import typer
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from gateway.cli.output import DEFAULT_GATEWAY, JsonOption, console, print_json, reported_errors
+from gateway.cli.output import (
+    DEFAULT_GATEWAY,
+    JsonOption,
+    console,
+    print_json,
+    reported_errors,
+    tell,
+)
+from gateway.cli.sources import CONFIG_VARIABLE, SettingsRefused, Tree, from_flags
 from statestore.ports import StoreError
 from statestore.process import Announce
 
@@ -28,6 +37,8 @@ if TYPE_CHECKING:
     from gateway.cli.launch import Child, Cluster
 
 WATCH_INTERVAL_S = 0.2
+MADE_UP = "made up"
+"""Origin of a setting that a command invents."""
 
 
 class Engine(enum.StrEnum):
@@ -39,17 +50,30 @@ class Engine(enum.StrEnum):
     SGLANG_SERVER = "sglang-server"
 
 
-RedisOption = Annotated[
-    str,
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings in TOML. [default: the file SESSILE_CONFIG names]"),
+]
+SetOption = Annotated[
+    list[str] | None,
     typer.Option(
-        envvar="SESSILE_REDIS", help="Store: redis://, rediss://, redis+cluster://, unix://."
+        "--set",
+        metavar="PATH=VALUE",
+        help="Any setting, as in times.fleet_poll_s=0.5; may be repeated. "
+        "`sessile config show --defaults` lists them.",
+    ),
+]
+RedisOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Store: redis://, rediss://, redis+cluster://, unix://. [environment: SESSILE_REDIS]"
     ),
 ]
 EngineOption = Annotated[
-    Engine,
+    Engine | None,
     typer.Option(
         help="torch: embedded; sglang: in the worker; sglang-server: one that runs elsewhere; "
-        "sim: simulated."
+        "sim: simulated, the default."
     ),
 ]
 ModelOption = Annotated[
@@ -91,119 +115,163 @@ LogLevel = Annotated[str, typer.Option(envvar="SESSILE_LOG_LEVEL")]
 
 def up(
     engine_arguments: EngineArguments = None,
-    engine: EngineOption = Engine.SIM,
+    engine: EngineOption = None,
     model: ModelOption = "",
     replicas: Annotated[int, typer.Option(min=1)] = 2,
     gateways: Annotated[int, typer.Option(min=1)] = 1,
     listen: Annotated[
         str, typer.Option(help="host:port of the first gateway; the others take the next ports.")
     ] = DEFAULT_GATEWAY,
-    redis: RedisOption = "",
+    redis: RedisOption = None,
     data_directory: DataOption = None,
     engine_option: EngineOptions = None,
     log_directory: Annotated[
         Path | None, typer.Option(help="Default: a new temporary one.")
     ] = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a fleet on this machine until Ctrl-C: a private store, gateways and workers.
 
     On a store given by --redis, its replicas have names of their own beside those of others."""
     from gateway.cli.launch import Cluster, LaunchFailed
-    from gateway.config import GatewayConfig
 
-    _checked(GatewayConfig, listen=listen, redis_url=redis, data_directory=data_directory)
+    flags = from_flags(
+        ("listen", "--listen", listen),
+        ("redis_url", "--redis", redis),
+        ("data_directory", "--data-directory", data_directory),
+    )
+    options = parse_options(engine_option, model, engine_arguments)
+    own = loaded("gateway", config, flags)
+    # The children have the store's URL from here: theirs is no private one, with data of its own.
+    environment = {"SESSILE_GATEWAY__DATA_DIRECTORY": ""}
+    if config is not None:
+        environment[CONFIG_VARIABLE] = str(config.absolute())
     cluster = Cluster(
-        engine=engine,
-        engine_options=dict(parse_options(engine_option, model, engine_arguments)),
-        redis_url=redis,
-        data_directory=data_directory,
+        engine=str(engine or ""),
+        engine_options=dict(options),
+        redis_url=own.redis_url,
+        data_directory=own.data_directory,
         log_directory=log_directory,
+        environment=environment,
     )
     with reported_errors(LaunchFailed, StoreError):
         anyio.run(_up, cluster, listen, gateways, replicas, as_json)
 
 
 def gateway(
-    redis: RedisOption = "",
+    redis: RedisOption = None,
     data_directory: DataOption = None,
-    listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = (
-        DEFAULT_GATEWAY
-    ),
+    listen: Annotated[
+        str | None, typer.Option(help=f"host:port; port 0 takes a free one. [{DEFAULT_GATEWAY}]")
+    ] = None,
     gateway_id: Annotated[str, typer.Option("--id", callback=_name, help="Default: random.")] = "",
-    reflection: Annotated[bool, typer.Option(help="Serve gRPC reflection.")] = True,
+    reflection: Annotated[
+        bool | None, typer.Option("--reflection/--no-reflection", help="Serve gRPC reflection.")
+    ] = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
     log_level: LogLevel = "INFO",
     as_json: JsonOption = False,
 ) -> None:
     """Run one gateway in this process."""
-    from gateway.config import GatewayConfig
     from gateway.main import run
 
-    gateway_id = gateway_id or f"gateway-{_suffix()}"
+    flags = from_flags(
+        ("redis_url", "--redis", redis),
+        ("data_directory", "--data-directory", data_directory),
+        ("listen", "--listen", listen),
+        ("gateway_id", "--id", gateway_id or None),
+        ("reflection", "--reflection", reflection),
+    )
     with reported_errors(StoreError):
-        config = _checked(
-            GatewayConfig,
-            listen=listen,
-            gateway_id=gateway_id,
-            redis_url=redis,
-            data_directory=data_directory,
-            reflection=reflection,
-        )
+        settings = loaded("gateway", config, flags, assignments)
         _log_to_stderr(log_level)
-        run(config, _announcer("gateway", gateway_id, as_json))
+        run(settings, _announcer("gateway", settings.gateway_id, as_json))
 
 
 def worker(
-    redis: RedisOption,
+    redis: RedisOption = None,
     replica_id: Annotated[
         str,
         typer.Option(
             "--id", callback=_name, help="Default: a new one of the host's name and random letters."
         ),
     ] = "",
-    engine: EngineOption = Engine.SIM,
+    engine: EngineOption = None,
     model: ModelOption = "",
     engine_option: EngineOptions = None,
     engine_arguments: EngineArguments = None,
-    listen: Annotated[str, typer.Option(help="host:port of the replica service.")] = "127.0.0.1:0",
-    kv_listen: Annotated[str, typer.Option(help="host:port of the KV channel.")] = "127.0.0.1:0",
+    listen: Annotated[
+        str | None, typer.Option(help="host:port of the replica service. [127.0.0.1, a free port]")
+    ] = None,
+    kv_listen: Annotated[
+        str | None, typer.Option(help="host:port of the KV channel. [127.0.0.1, a free port]")
+    ] = None,
     advertise_host: Annotated[
-        str, typer.Option(help="Host under which gateways and peers reach this worker.")
-    ] = "",
-    site: Annotated[str, typer.Option(help="Free text, for operators.")] = "",
-    hardware: Annotated[str, typer.Option(help="Free text, for operators.")] = "",
+        str | None, typer.Option(help="Host under which gateways and peers reach this worker.")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Free text, for operators.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Free text, for operators.")] = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
     log_level: LogLevel = "INFO",
     as_json: JsonOption = False,
 ) -> None:
     """Run one worker (a replica with its engine) in this process."""
-    from workers.config import ReplicaSettings, WorkerConfig
     from workers.engines.port import EngineFailed
     from workers.heartbeat import ReplicaReplaced
     from workers.main import run
     from workers.text.port import TemplateRefused
 
+    flags = from_flags(
+        ("redis_url", "--redis", redis),
+        ("replica.replica_id", "--id", replica_id or None),
+        ("engine", "--engine", engine and str(engine)),
+        ("listen", "--listen", listen),
+        ("kv_listen", "--kv-listen", kv_listen),
+        ("advertise_host", "--advertise-host", advertise_host),
+        ("replica.site", "--site", site),
+        ("replica.hardware", "--hardware", hardware),
+        *(
+            (f"engine_options.{name}", f"--engine-option {name}", value)
+            for name, value in parse_options(engine_option, model, engine_arguments)
+        ),
+    )
     # ValueError, ImportError, TemplateRefused: the engine's own options, the packages it needs, the
     # model's tokenizer and template.
     errors = (StoreError, ValueError, ImportError, TemplateRefused, EngineFailed, ReplicaReplaced)
     with reported_errors(*errors):
-        settings = _checked(
-            ReplicaSettings,
-            replica_id=replica_id or f"{socket.gethostname()}-{_suffix()}",
-            site=site,
-            hardware=hardware,
-        )
-        config = _checked(
-            WorkerConfig,
-            redis_url=redis,
-            replica=settings,
-            engine=str(engine),
-            engine_options=parse_options(engine_option, model, engine_arguments),
-            listen=listen,
-            kv_listen=kv_listen,
-            advertise_host=advertise_host,
-        )
+        settings = loaded("worker", config, flags, assignments)
         _log_to_stderr(log_level)
-        run(config, _announcer("worker", settings.replica_id, as_json))
+        run(settings, _announcer("worker", settings.replica.replica_id, as_json))
+
+
+def loaded(
+    process: str, file: Path | None, flags: Tree, assignments: list[str] | None = None
+) -> Any:
+    """The configuration of this process; what is refused is a usage error, each with its fix."""
+    from gateway.cli.settings import load
+
+    try:
+        return load(
+            process,
+            file=file,
+            flags=flags,
+            assignments=assignments or (),
+            generated=made_up_names(process),
+        ).config
+    except SettingsRefused as refused:
+        for problem in refused.problems:
+            tell(problem)
+        raise typer.Exit(2) from refused
+
+
+def made_up_names(process: str) -> Tree:
+    """Names for a process that is given none."""
+    if process == "gateway":
+        return from_flags(("gateway_id", MADE_UP, f"gateway-{_suffix()}"))
+    return from_flags(("replica.replica_id", MADE_UP, f"{socket.gethostname()}-{_suffix()}"))
 
 
 def _suffix() -> str:
@@ -242,15 +310,10 @@ def parse_options(
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else "true"
         pairs.append((name.replace("-", "_"), value))
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise typer.BadParameter(f"engine option {twice[0]} is given twice")
     return tuple(pairs)
-
-
-def _checked(cls: type[Any], **settings: Any) -> Any:
-    """A config value; what it refuses is a usage error."""
-    try:
-        return cls(**settings)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _log_to_stderr(level: str) -> None:
