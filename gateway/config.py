@@ -9,6 +9,7 @@ from gateway.core.failover import FailoverLimits
 from gateway.core.liveness import LivenessLimits
 from gateway.core.migration import MigrationLimits
 from gateway.core.placement import PlacementModel
+from gateway.security.config import GatewaySecurity
 from statestore.connection import StoreConnection, parse_address
 from statestore.records import StoreLimits
 from telemetry.config import TelemetryConfig
@@ -142,11 +143,13 @@ class GatewayConfig:
     migration: MigrationLimits = field(default_factory=MigrationLimits)
     store: StoreLimits = field(default_factory=StoreLimits)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    security: GatewaySecurity = field(default_factory=GatewaySecurity)
 
     def __post_init__(self) -> None:
         host, _, port = self.listen.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65_535:
             raise ValueError(f"listen is host:port, not {self.listen!r}")
+        self.security.check_listener("listen", host)
         if self.redis_url and self.data_directory is not None:
             raise ValueError(
                 "data_directory is of a private store: give it, or redis_url, not both"

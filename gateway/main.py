@@ -20,7 +20,7 @@ from gateway.app.admission import Gate
 from gateway.app.gateway import GatewayApp
 from gateway.config import GatewayConfig
 from gateway.core.machines import ReplicaState
-from gateway.rpc.auth import Authenticator, HeaderTenant
+from gateway.rpc.auth import Authenticator, authenticator_of
 from gateway.rpc.late import LateServices
 from gateway.rpc.replica_client import GrpcReplicaClients
 from gateway.rpc.services import (
@@ -30,6 +30,8 @@ from gateway.rpc.services import (
     add_session_service,
 )
 from gateway.rpc.serving import Serving
+from gateway.security.audit import AuditLog
+from gateway.security.tls import Tls
 from statestore.embedded import embedded_server
 from statestore.ports import StoreMisconfigured
 from statestore.process import PRINTED, Announce, or_stopped, run_process
@@ -96,8 +98,9 @@ async def serve(
     """Serves until ``stop`` is set, then lets streams end within the grace. Listens at once, but
     until the store is there its health is NOT_SERVING and calls are UNAVAILABLE; reports host:port
     as soon as it serves. Raises StoreError if the store cannot be used at start, OSError if the
-    address cannot be bound."""
+    address cannot be bound, OSError or ValueError for keys and certificates that cannot be used."""
     async with AsyncExitStack() as stack:
+        authenticator = authenticator or authenticator_of(config.security)
         services = LateServices("this gateway waits for its store")
         server, port = _server(config)
         health_service = health.HealthServicer()
@@ -114,7 +117,7 @@ async def serve(
         stack.push_async_callback(replicas.aclose)
         app = GatewayApp(store, replicas, LoopClock(), SystemIds(), config, telemetry)
         await app.fleet.refresh()
-        _add_services(services, config, app, authenticator or HeaderTenant())
+        _add_services(services, config, app, authenticator)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(app.run, name="gateway")
             tasks.start_soon(_keep_warm, app, replicas, name="channels")
@@ -166,7 +169,13 @@ def _server(config: GatewayConfig) -> tuple[aio.Server, int]:
         names = (SESSION_SERVICE, FLEET_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
     try:
-        return server, server.add_insecure_port(config.listen)
+        if config.security.tls is None:
+            return server, server.add_insecure_port(config.listen)
+        tls = config.security.tls
+        credentials = Tls(tls).server_credentials(
+            require_client_certificate=tls.require_client_certificate
+        )
+        return server, server.add_secure_port(config.listen, credentials)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {config.listen}: {error}") from error
 
@@ -175,12 +184,15 @@ def _add_services(
     server: LateServices, config: GatewayConfig, app: GatewayApp, authenticator: Authenticator
 ) -> None:
     admission = config.admission
+    audit = AuditLog(config.security.audit_log)
+    audit.check()
     shared = (admission.retry_after_ms, admission.share_per_tenant)
     serving = Serving(
         authenticator,
         calls=Gate("max_calls", admission.max_calls, *shared),
         watches=Gate("max_watches", admission.max_watches, *shared),
         metrics=app.metrics,
+        audit=audit,
     )
     add_session_service(server, serving, app.sessions, app.turns, app.watches)
     add_fleet_service(server, serving, app.store, app.watches, app.migrations, app.drains)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from gateway.security.config import WorkerSecurity
 from statestore.connection import StoreConnection, parse_address
 from telemetry.config import TelemetryConfig
 
@@ -80,13 +81,15 @@ class WorkerConfig:
     shutdown_grace_s: float = 2.0
     """Streams are cut this long after a stop (their turns go on elsewhere)."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    security: WorkerSecurity = field(default_factory=WorkerSecurity)
 
     def __post_init__(self) -> None:
         if not self.redis_url:
             raise ValueError("a worker needs the URL of the gateways' store (redis_url)")
         parse_address(self.redis_url, self.redis)
         for name in ("listen", "kv_listen"):
-            split_address(name, getattr(self, name))
+            host, _ = split_address(name, getattr(self, name))
+            self.security.check_listener(name, host)
         wildcard = split_address("listen", self.listen)[0] in ("0.0.0.0", "::")
         if wildcard and not self.advertise_host:
             raise ValueError("with a wildcard listen address, advertise_host must say how to call")

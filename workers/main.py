@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 from gateway.rpc.late import LateServices
+from gateway.security.tls import Tls, endpoint_of
 from statestore.journal import RedisJournal
 from statestore.process import PRINTED, Announce, or_stopped, run_process
 from statestore.records import ReplicaRef
@@ -47,14 +48,16 @@ async def serve(
     """
     backend = create_backend(config.engine, dict(config.engine_options), anyio.current_time)
     async with AsyncExitStack() as stack:
-        peers = GrpcPeers()
+        security = config.security
+        tls = Tls(security.tls) if security.tls is not None else None
+        peers = GrpcPeers(tls, allow_insecure=security.allow_insecure)
         stack.push_async_callback(peers.aclose)
         host, port = split_address("listen", config.listen)
         kv_host, kv_port = split_address("kv_listen", config.kv_listen)
-        channel = KvServer(kv_host, kv_port, advertised_host=config.advertise_host)
+        channel = KvServer(kv_host, kv_port, advertised_host=config.advertise_host, tls=tls)
         stack.callback(channel.close)
-        server, port = new_server(host, port)
-        endpoint = join_address(config.advertise_host or host, port)
+        server, port = new_server(host, port, tls)
+        endpoint = endpoint_of(join_address(config.advertise_host or host, port), tls)
         health_service = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         services = LateServices("this replica waits for its store")
@@ -75,7 +78,7 @@ async def serve(
             codec=backend.codec,
             tickets=channel,
             peers=peers,
-            pull_pages=pull_pages,
+            pull_pages=partial(pull_pages, tls=tls, allow_insecure=security.allow_insecure),
             random=random.SystemRandom(),
             telemetry=telemetry,
         )

@@ -18,9 +18,10 @@ from grpc import aio
 from sessile.v1 import replica_pb2 as pb
 from sessile.v1 import replica_pb2_grpc
 
-from gateway.core.errors import SessileError
+from gateway.core.errors import SessileError, Unavailable
 from gateway.rpc.late import LateServices
 from gateway.rpc.status import abort, error_from_rpc, parsed
+from gateway.security.tls import InsecureEndpoint, Tls, dialled
 from telemetry.propagation import attach_caller, injected
 from workers.config import join_address
 from workers.service import ReplicaApp
@@ -100,9 +101,13 @@ def _serialized(message: Message) -> bytes:
 
 
 class GrpcPeers:
-    """PeerClient over gRPC. Owns its channels; close with :meth:`aclose`."""
+    """PeerClient over gRPC. Owns its channels; close with :meth:`aclose`. Endpoints that must not
+    be called (see :func:`dialled`) are Unavailable."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Tls | None = None, *, allow_insecure: bool = False) -> None:
+        self._tls = tls
+        self._allow_insecure = allow_insecure
+        self._generation = 0
         self._channels: OrderedDict[str, aio.Channel] = OrderedDict()
 
     async def export_kv(
@@ -116,14 +121,28 @@ class GrpcPeers:
             raise error_from_rpc(error) from error
 
     async def _channel(self, endpoint: str) -> aio.Channel:
+        if self._tls is not None and self._tls.generation != self._generation:
+            # Channels would show the old certificate with every new connection.
+            self._generation = self._tls.generation
+            self._channels.clear()  # each closes when the last call on it has ended
         channel = self._channels.get(endpoint)
         if channel is None:
-            channel = self._channels[endpoint] = aio.insecure_channel(endpoint, options=OPTIONS)
+            channel = self._channels[endpoint] = self._new(endpoint)
             if len(self._channels) > MAX_PEER_CHANNELS:
                 _, oldest = self._channels.popitem(last=False)
                 await oldest.close(grace=None)
         self._channels.move_to_end(endpoint)
         return channel
+
+    def _new(self, endpoint: str) -> aio.Channel:
+        try:
+            address, tls = dialled(endpoint, self._tls, allow_insecure=self._allow_insecure)
+        except InsecureEndpoint as error:
+            raise Unavailable(str(error)) from error
+        if tls is None:
+            return aio.insecure_channel(address, options=OPTIONS)
+        options = [*OPTIONS, *tls.channel_options()]
+        return aio.secure_channel(address, tls.channel_credentials(), options=options)
 
     async def aclose(self) -> None:
         with anyio.CancelScope(shield=True):
@@ -132,9 +151,10 @@ class GrpcPeers:
                 await channel.close(grace=None)
 
 
-def new_server(host: str, port: int) -> tuple[aio.Server, int]:
-    """A server bound to host:port (0: any free port) but not started; and its port. Raises OSError
-    if the address cannot be bound."""
+def new_server(host: str, port: int, tls: Tls | None = None) -> tuple[aio.Server, int]:
+    """A server bound to host:port (0: any free port) but not started; and its port. With ``tls``
+    only callers with a certificate of its ca are heard. Raises OSError if the address cannot be
+    bound."""
     # Gateways ping while a stream is silent (a queued turn, a long prefill, a store that is away).
     # By default a server takes that for abuse and ends the connection.
     server = aio.server(
@@ -151,6 +171,9 @@ def new_server(host: str, port: int) -> tuple[aio.Server, int]:
     )
     address = join_address(host, port)
     try:
-        return server, server.add_insecure_port(address)
+        if tls is None:
+            return server, server.add_insecure_port(address)
+        credentials = tls.server_credentials(require_client_certificate=True)
+        return server, server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: {error}") from error

@@ -35,7 +35,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, max=MAX_COUNT)] = 512,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.0,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006 - typer copies it
-    tenant: TenantOption = "default",
+    tenant: TenantOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Talk to a session. Ctrl-C ends an answer; at the prompt (or Ctrl-D) it ends the chat."""

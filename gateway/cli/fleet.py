@@ -26,7 +26,7 @@ from gateway.cli.output import (
 
 app = typer.Typer(no_args_is_help=True, help="See and drain replicas.")
 
-OPERATOR = "default"
+OPERATOR = ""
 """Fleet calls belong to no tenant."""
 
 

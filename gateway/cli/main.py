@@ -5,12 +5,14 @@ from __future__ import annotations
 import enum
 import importlib
 import importlib.util
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from sessile.credentials import API_KEY_VARIABLE, TLS_VARIABLE
 
-from gateway.cli import chat, config, fleet, serve, sessions
+from gateway.cli import chat, config, fleet, keys, serve, sessions
 from gateway.cli.output import JsonOption, fail, reported_errors
 
 
@@ -27,6 +29,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Stateful sessions for LLM inference. Start with: sessile up",
 )
+
+
+@app.callback()
+def root(
+    api_key: Annotated[
+        str,
+        typer.Option(envvar=API_KEY_VARIABLE, help="For calls to a gateway that asks for one."),
+    ] = "",
+    tls: Annotated[
+        str,
+        typer.Option(
+            envvar=TLS_VARIABLE,
+            help="Calls use TLS: 1 for the system's authorities, or a PEM file of the gateways'.",
+        ),
+    ] = "",
+) -> None:
+    """Stateful sessions for LLM inference. Start with: sessile up"""
+    for variable, value in ((API_KEY_VARIABLE, api_key), (TLS_VARIABLE, tls)):
+        if value:
+            os.environ[variable] = value  # where clients of every command look
+
+
 app.command()(serve.up)
 app.command()(chat.chat)
 app.add_typer(sessions.app, name="sessions")
@@ -35,6 +59,7 @@ app.command()(fleet.migrate)
 app.command()(serve.gateway)
 app.command()(serve.worker)
 app.add_typer(config.app, name="config")
+app.add_typer(keys.app, name="keys")
 
 
 @app.command()

@@ -36,7 +36,12 @@ GatewayOption = Annotated[
     ),
 ]
 TenantOption = Annotated[
-    str, typer.Option(envvar="SESSILE_TENANT", help="The tenant whose sessions these are.")
+    str,
+    typer.Option(
+        envvar="SESSILE_TENANT",
+        help="The tenant whose sessions these are. Default: that of the API key, else `default`.",
+        show_default=False,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
@@ -49,8 +54,9 @@ def console() -> Console:
 
 @contextmanager
 def client_of(gateways: Sequence[str], tenant: str) -> Iterator[sync.Sessile]:
-    """A client; its errors end the command."""
-    with reported_errors(), sync.Sessile(gateways, tenant=tenant, retry=RETRY) as client:
+    """A client; its errors end the command. Key and TLS are as the environment has them (the root
+    command's options are put there)."""
+    with reported_errors(), sync.Sessile(gateways, tenant=tenant or None, retry=RETRY) as client:
         yield client
 
 

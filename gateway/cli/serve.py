@@ -110,6 +110,23 @@ def _name(value: str) -> str:
     return value
 
 
+TlsCertificateOption = Annotated[
+    Path | None,
+    typer.Option("--tls-certificate", help="PEM; with --tls-key the listener speaks TLS."),
+]
+TlsKeyOption = Annotated[Path | None, typer.Option("--tls-key", help="Its private key, PEM.")]
+TlsCaOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-ca", help="PEM of who signs for replicas and gateways, and for callers if they must."
+    ),
+]
+InsecureOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--insecure", help="Off loopback too without TLS or authentication: a trusted network."
+    ),
+]
 LogLevel = Annotated[str, typer.Option(envvar="SESSILE_LOG_LEVEL")]
 
 
@@ -169,6 +186,21 @@ def gateway(
     reflection: Annotated[
         bool | None, typer.Option("--reflection/--no-reflection", help="Serve gRPC reflection.")
     ] = None,
+    tls_certificate: TlsCertificateOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="Callers need a key of this file; see `sessile keys`.")
+    ] = None,
+    jwt_jwks: Annotated[
+        Path | None, typer.Option(help="Callers need a token signed by a key of this JWKS file.")
+    ] = None,
+    jwt_issuer: Annotated[str | None, typer.Option(help="Its iss.")] = None,
+    jwt_audience: Annotated[str | None, typer.Option(help="Its aud.")] = None,
+    audit_log: Annotated[
+        Path | None, typer.Option(help="File that operators' actions are appended to.")
+    ] = None,
+    insecure: InsecureOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     log_level: LogLevel = "INFO",
@@ -183,8 +215,14 @@ def gateway(
         ("listen", "--listen", listen),
         ("gateway_id", "--id", gateway_id or None),
         ("reflection", "--reflection", reflection),
+        *_tls_flags(tls_certificate, tls_key, tls_ca, insecure),
+        ("security.api_keys", "--api-keys", api_keys),
+        ("security.jwt.jwks", "--jwt-jwks", jwt_jwks),
+        ("security.jwt.issuer", "--jwt-issuer", jwt_issuer),
+        ("security.jwt.audience", "--jwt-audience", jwt_audience),
+        ("security.audit_log", "--audit-log", audit_log),
     )
-    with reported_errors(StoreError):
+    with reported_errors(StoreError, ValueError):
         settings = loaded("gateway", config, flags, assignments)
         _log_to_stderr(log_level)
         run(settings, _announcer("gateway", settings.gateway_id, as_json))
@@ -213,6 +251,10 @@ def worker(
     ] = None,
     site: Annotated[str | None, typer.Option(help="Free text, for operators.")] = None,
     hardware: Annotated[str | None, typer.Option(help="Free text, for operators.")] = None,
+    tls_certificate: TlsCertificateOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    insecure: InsecureOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     log_level: LogLevel = "INFO",
@@ -233,6 +275,7 @@ def worker(
         ("advertise_host", "--advertise-host", advertise_host),
         ("replica.site", "--site", site),
         ("replica.hardware", "--hardware", hardware),
+        *_tls_flags(tls_certificate, tls_key, tls_ca, insecure),
         *(
             (f"engine_options.{name}", f"--engine-option {name}", value)
             for name, value in parse_options(engine_option, model, engine_arguments)
@@ -245,6 +288,17 @@ def worker(
         settings = loaded("worker", config, flags, assignments)
         _log_to_stderr(log_level)
         run(settings, _announcer("worker", settings.replica.replica_id, as_json))
+
+
+def _tls_flags(
+    certificate: Path | None, key: Path | None, ca: Path | None, insecure: bool | None
+) -> tuple[tuple[str, str, Any], ...]:
+    return (
+        ("security.tls.certificate", "--tls-certificate", certificate),
+        ("security.tls.key", "--tls-key", key),
+        ("security.tls.ca", "--tls-ca", ca),
+        ("security.allow_insecure", "--insecure", insecure),
+    )
 
 
 def loaded(

@@ -48,7 +48,7 @@ def list_sessions(
     closed: Annotated[bool, typer.Option(help="Also closed ones.")] = False,
     limit: Annotated[int, typer.Option(min=1)] = 100,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006 - typer copies it
-    tenant: TenantOption = "default",
+    tenant: TenantOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """List sessions, newest first."""
@@ -76,7 +76,7 @@ def list_sessions(
 def show_session(
     session: SessionArgument,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
-    tenant: TenantOption = "default",
+    tenant: TenantOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Show one session."""
@@ -90,7 +90,7 @@ def transcript(
     from_turn: Annotated[int, typer.Option(min=0, max=MAX_COUNT)] = 0,
     tokens: Annotated[bool, typer.Option(help="Also token ids (with --json).")] = False,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
-    tenant: TenantOption = "default",
+    tenant: TenantOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Print what was said."""
@@ -111,7 +111,7 @@ def fork(
     ] = None,
     label: LabelOption = None,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
-    tenant: TenantOption = "default",
+    tenant: TenantOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Make a session that shares this one's history."""
@@ -126,7 +126,7 @@ def close(
     sessions: Annotated[list[str], typer.Argument(metavar="SESSION...")],
     purge: Annotated[bool, typer.Option(help="Remove everything at once.")] = False,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
-    tenant: TenantOption = "default",
+    tenant: TenantOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """End sessions; a running turn ends cancelled. One that is not there does not stop the rest."""

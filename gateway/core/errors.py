@@ -5,6 +5,8 @@
     │   ├── ContextTooLong      the turn's input does not fit the model's context
     │   └── OutOfRange          it asks for what is past the session's end
     ├── NotFound                SESSION_, TURN_, REPLICA_, MODEL_NOT_FOUND
+    ├── Unauthenticated         credentials are missing or not accepted
+    ├── PermissionDenied        the caller's role may not do this
     ├── WrongState              the session cannot do this now
     │   ├── SessionClosed
     │   ├── SessionSuspended
@@ -82,6 +84,23 @@ class NotFound(SessileError):
 
     reason = "NOT_FOUND"
     default_hint = "Check the id and that it belongs to your tenant."
+
+
+class Unauthenticated(SessileError):
+    """Credentials are missing or not accepted."""
+
+    reason = "UNAUTHENTICATED"
+    default_hint = (
+        "Send a valid API key or token. A key that was revoked or has expired is replaced with"
+        " `sessile keys create`."
+    )
+
+
+class PermissionDenied(SessileError):
+    """The caller's role may not do this."""
+
+    reason = "PERMISSION_DENIED"
+    default_hint = "Use credentials of the role operator, or leave this to an operator."
 
 
 class WrongState(SessileError):

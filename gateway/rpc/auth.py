@@ -1,34 +1,88 @@
-"""Who calls: a port, so that keys or JWTs can take the place of the plain header."""
+"""Who calls: a port, and its adapters for the plain header, API keys and JSON Web Tokens."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Protocol
 
-from gateway.core.errors import InvalidRequest
+from gateway.core.errors import Unauthenticated
+from gateway.security.access import (
+    DEFAULT_TENANT,
+    TENANT_HEADER,
+    Caller,
+    Role,
+    acting_for,
+    checked_tenant,
+)
+from gateway.security.config import GatewaySecurity
+from gateway.security.keys import PREFIX, KeyRing, load_keys
+from gateway.security.reload import CHECK_INTERVAL_S, Reloaded
+from gateway.security.tokens import Tokens
 
-TENANT_HEADER = "x-sessile-tenant"
-DEFAULT_TENANT = "default"
-_TENANT = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+AUTHORIZATION = "authorization"
+_SCHEME = "bearer "
 
 
 class Authenticator(Protocol):
-    """Maps a call's metadata to a tenant."""
+    """Maps a call's metadata to its caller."""
 
-    async def tenant(self, metadata: Mapping[str, str]) -> str:
+    async def caller(self, metadata: Mapping[str, str]) -> Caller:
         """Raises SessileError if the caller may not call at all."""
         ...
 
 
 class HeaderTenant:
     """Believes the header ``x-sessile-tenant``: for trusted networks, or behind a proxy that sets
-    it. Without the header the tenant is ``default``."""
+    it. Without the header the tenant is ``default``. Everybody may do everything."""
 
-    async def tenant(self, metadata: Mapping[str, str]) -> str:
-        tenant = metadata.get(TENANT_HEADER, DEFAULT_TENANT)
-        if _TENANT.fullmatch(tenant) is None:
-            raise InvalidRequest(
-                f"{TENANT_HEADER} has 1 to 64 characters out of letters, digits, '_', '.' and '-'"
+    async def caller(self, metadata: Mapping[str, str]) -> Caller:
+        return Caller(checked_tenant(metadata.get(TENANT_HEADER, DEFAULT_TENANT)), Role.OPERATOR)
+
+
+class Bearer:
+    """``authorization: Bearer …`` with an API key or a token; either has to be configured. Files
+    are read again when they change. Raises OSError or ValueError for files that cannot be used."""
+
+    def __init__(
+        self,
+        security: GatewaySecurity,
+        *,
+        check_interval_s: float = CHECK_INTERVAL_S,
+        utc_now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._utc_now = utc_now
+        self._keys: Reloaded[KeyRing] | None = None
+        if (path := security.api_keys) is not None:
+            self._keys = Reloaded(
+                [path], lambda: KeyRing(load_keys(path)), check_interval_s=check_interval_s
             )
-        return tenant
+        self._tokens = (
+            Tokens(security.jwt, check_interval_s=check_interval_s) if security.jwt else None
+        )
+
+    async def caller(self, metadata: Mapping[str, str]) -> Caller:
+        scheme, credentials = _split(metadata.get(AUTHORIZATION, ""))
+        if scheme != _SCHEME or not credentials:
+            raise Unauthenticated("the call carries no credentials (authorization: Bearer …)")
+        if self._keys is not None and (self._tokens is None or credentials.startswith(PREFIX)):
+            key = self._keys.current().find(credentials, self._utc_now())
+            if key is None:  # unknown, revoked, expired: whoever guesses is not told which
+                raise Unauthenticated("the API key is not accepted")
+            own, role, name = key.tenant, key.role, f"{PREFIX}{key.id}"
+        elif self._tokens is not None:
+            own, role, name = self._tokens.caller(credentials)
+        else:
+            raise Unauthenticated("the API key is not accepted")
+        tenant, foreign = acting_for(own, role, metadata.get(TENANT_HEADER))
+        return Caller(tenant, role, name, foreign)
+
+
+def authenticator_of(security: GatewaySecurity) -> Authenticator:
+    """What the settings ask for. Raises OSError or ValueError for files that cannot be used."""
+    return Bearer(security) if security.authenticates else HeaderTenant()
+
+
+def _split(header: str) -> tuple[str, str]:
+    scheme = header[: len(_SCHEME)].lower()
+    return scheme, header[len(_SCHEME) :].strip()

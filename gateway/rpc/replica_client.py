@@ -5,9 +5,10 @@ No retries here: a call that failed is decided on by the orchestration, which kn
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from grpc import aio
@@ -17,7 +18,10 @@ from gateway.app.ports import ReplicaLost
 from gateway.config import GatewayConfig
 from gateway.core.errors import SessileError
 from gateway.rpc.status import error_from_rpc, has_details
+from gateway.security.tls import InsecureEndpoint, Tls, dialled
 from telemetry.propagation import injected
+
+log = logging.getLogger(__name__)
 
 SERVICE = "/sessile.v1.ReplicaService/"
 
@@ -31,6 +35,9 @@ GONE_SIGNS = (
 """What gRPC says when the peer's operating system refused or ended the connection without the
 orderly GOAWAY of a server that stops: the process is gone."""
 
+NOT_CONNECTED = "failed to connect"
+"""What gRPC says of a connection that ended before it was made."""
+
 _LOST = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
@@ -43,14 +50,21 @@ _LOST = frozenset(
 
 T = TypeVar("T")
 
+NOWHERE = "unix:/nowhere"
+"""In the place of an address that must not be called."""
 
-def translate(error: aio.AioRpcError) -> SessileError:
-    """The replica's own error if it sent one, else what happened to the connection."""
+
+def translate(error: aio.AioRpcError, *, tls: bool = False) -> SessileError:
+    """The replica's own error if it sent one, else what happened to the connection. With ``tls``, a
+    connection that ends before it was made was refused for its certificate, perhaps: the process
+    is there, so only a refused connection is a sign of its end."""
     if has_details(error) or error.code() not in _LOST:
         return error_from_rpc(error)
     details = error.details() or error.code().name
+    handshake = tls and NOT_CONNECTED in details.lower()
+    signs = GONE_SIGNS[:1] if handshake else GONE_SIGNS
     refused = error.code() is grpc.StatusCode.UNAVAILABLE and any(
-        sign in details.lower() for sign in GONE_SIGNS
+        sign in details.lower() for sign in signs
     )
     return ReplicaLost(details, refused=refused)
 
@@ -59,8 +73,14 @@ class GrpcReplicaClient:
     """Implements ``ReplicaClient`` over one channel, which it keeps open while it is referred to:
     by its table, by whoever uses it, by a call under way."""
 
-    def __init__(self, channel: aio.Channel) -> None:
+    def __init__(
+        self, channel: aio.Channel, tls: Tls | None = None, refusal: InsecureEndpoint | None = None
+    ) -> None:
         self.channel = channel
+        self.tls = tls
+        self.refused = refusal is not None
+        self.generation = tls.generation if tls is not None else 0
+        """Of the certificates that the channel was made with."""
         # Raw bytes: a turn's stream is relayed without being parsed.
         self._dispatch_turn: Any = channel.unary_stream(
             SERVICE + "DispatchTurn",
@@ -68,12 +88,20 @@ class GrpcReplicaClient:
             response_deserializer=None,
         )
 
+        def refuse(*_: Any, **__: Any) -> NoReturn:
+            raise ReplicaLost(str(refusal), refused=False)
+
         def method(name: str, answer: Callable[[bytes], T]) -> Callable[..., Awaitable[T]]:
+            if refusal is not None:
+                return refuse
             return channel.unary_unary(
                 SERVICE + name,
                 request_serializer=lambda request: request.SerializeToString(),
                 response_deserializer=answer,
             )
+
+        if refusal is not None:
+            self._dispatch_turn = refuse
 
         self._stop_turn = method("StopTurn", pb.StopTurnResponse.FromString)
         self._hand_over = method("HandOver", pb.HandOverResponse.FromString)
@@ -91,56 +119,60 @@ class GrpcReplicaClient:
             async for message in call:
                 yield message
         except aio.AioRpcError as error:
-            raise translate(error) from error
+            raise translate(error, tls=self.tls is not None) from error
         finally:
             call.cancel()
 
     async def stop_turn(self, request: pb.StopTurnRequest, timeout_s: float) -> pb.StopTurnResponse:
-        return await _unary(self._stop_turn, request, timeout_s)
+        return await self._unary(self._stop_turn, request, timeout_s)
 
     async def hand_over(self, request: pb.HandOverRequest, timeout_s: float) -> pb.HandOverResponse:
-        return await _unary(self._hand_over, request, timeout_s)
+        return await self._unary(self._hand_over, request, timeout_s)
 
     async def abort_hand_over(
         self, request: pb.AbortHandOverRequest, timeout_s: float
     ) -> pb.AbortHandOverResponse:
-        return await _unary(self._abort_hand_over, request, timeout_s)
+        return await self._unary(self._abort_hand_over, request, timeout_s)
 
     async def import_session(
         self, request: pb.ImportSessionRequest, timeout_s: float
     ) -> pb.ImportSessionResponse:
-        return await _unary(self._import_session, request, timeout_s)
+        return await self._unary(self._import_session, request, timeout_s)
 
     async def release_session(
         self, request: pb.ReleaseSessionRequest, timeout_s: float
     ) -> pb.ReleaseSessionResponse:
-        return await _unary(self._release_session, request, timeout_s)
+        return await self._unary(self._release_session, request, timeout_s)
 
     async def read_turns(
         self, request: pb.ReadTurnsRequest, timeout_s: float
     ) -> pb.ReadTurnsResponse:
-        return await _unary(self._read_turns, request, timeout_s)
+        return await self._unary(self._read_turns, request, timeout_s)
 
     async def set_draining(
         self, request: pb.SetDrainingRequest, timeout_s: float
     ) -> pb.SetDrainingResponse:
-        return await _unary(self._set_draining, request, timeout_s)
+        return await self._unary(self._set_draining, request, timeout_s)
 
-
-async def _unary(call: Callable[..., Awaitable[T]], request: Any, timeout_s: float) -> T:
-    try:
-        return await call(request, timeout=timeout_s, metadata=injected())
-    except aio.AioRpcError as error:
-        raise translate(error) from error
+    async def _unary(self, call: Callable[..., Awaitable[T]], request: Any, timeout_s: float) -> T:
+        try:
+            return await call(request, timeout=timeout_s, metadata=injected())
+        except aio.AioRpcError as error:
+            raise translate(error, tls=self.tls is not None) from error
 
 
 class GrpcReplicaClients:
     """Clients by endpoint, ``Tables.channels`` at most: the least recently used one is forgotten,
     and its channel closes when nothing uses it any more. It is not closed under a call: to grpc.aio
-    that is a cancel of the call by its own side, which readers take for one of their task."""
+    that is a cancel of the call by its own side, which readers take for one of their task.
+
+    Raises OSError or ValueError for certificates that cannot be used."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self._limit = config.tables.channels
+        own = config.security.towards_replicas
+        self._tls = Tls(own) if own is not None else None
+        self._allow_insecure = config.security.allow_insecure
         size = config.admission.max_message_bytes
         self._options: list[tuple[str, int | str]] = [
             ("grpc.max_send_message_length", size),
@@ -159,9 +191,12 @@ class GrpcReplicaClients:
 
     def at(self, endpoint: str) -> GrpcReplicaClient:
         client = self._clients.get(endpoint)
+        if client is not None and client.tls and client.generation != client.tls.generation:
+            # The old certificate would be shown with every new connection of this channel.
+            self._forget(endpoint)
+            client = None
         if client is None:
-            channel = aio.insecure_channel(endpoint, options=self._options)
-            client = self._clients[endpoint] = GrpcReplicaClient(channel)
+            client = self._clients[endpoint] = self._new(endpoint)
             if len(self._clients) > self._limit:
                 self._forget(next(iter(self._clients)))
         else:
@@ -175,7 +210,22 @@ class GrpcReplicaClients:
             self._forget(endpoint)
         client = self.at(endpoint)
         self._incarnations[endpoint] = incarnation
-        client.channel.get_state(try_to_connect=True)
+        if not client.refused:
+            client.channel.get_state(try_to_connect=True)
+
+    def _new(self, endpoint: str) -> GrpcReplicaClient:
+        refusal = None
+        try:
+            address, tls = dialled(endpoint, self._tls, allow_insecure=self._allow_insecure)
+        except InsecureEndpoint as error:
+            log.warning("a replica is not called: %s", error)
+            address, tls, refusal = NOWHERE, None, error
+        if tls is None:
+            channel = aio.insecure_channel(address, options=self._options)
+        else:
+            options = [*self._options, *tls.channel_options()]
+            channel = aio.secure_channel(address, tls.channel_credentials(), options=options)
+        return GrpcReplicaClient(channel, tls, refusal)
 
     def _forget(self, endpoint: str) -> None:
         self._incarnations.pop(endpoint, None)

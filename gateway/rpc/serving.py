@@ -1,25 +1,35 @@
-"""From application calls to gRPC handlers: tenant, bounds and errors are dealt with once, here."""
+"""From application calls to gRPC handlers: caller, bounds and errors are dealt with once, here."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import Message
 from grpc import aio
+from sessile.v1 import fleet_pb2, session_pb2
 
 from gateway.app.admission import Gate
 from gateway.core.errors import DeadlineExceeded, InternalError, SessileError, Unavailable
 from gateway.rpc.auth import Authenticator
 from gateway.rpc.status import abort, parsed
+from gateway.security.access import Access, Caller, permit
+from gateway.security.audit import Action, AuditLog
 from statestore.ports import StoreError, StoreUnavailable
 from telemetry.metrics import GatewayMetrics
 from telemetry.propagation import attach_caller
 
 log = logging.getLogger(__name__)
+
+_RPC_OF: dict[str, str] = {
+    method.input_type.full_name: method.full_name
+    for file in (session_pb2, fleet_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
 
 Context = aio.ServicerContext[Any, Any]
 Unary = Callable[[str, Any], Awaitable[Message]]
@@ -37,6 +47,11 @@ def store_failure(error: StoreError) -> SessileError:
     return InternalError(f"{type(error).__name__}: {error}")
 
 
+def rpc_of(request: type[Message]) -> str:
+    """Full name of the RPC that takes these requests; no two take the same."""
+    return _RPC_OF.get(request.DESCRIPTOR.full_name, "")
+
+
 class Serving:
     """Makes handlers of application calls."""
 
@@ -46,20 +61,24 @@ class Serving:
         calls: Gate,
         watches: Gate,
         metrics: GatewayMetrics | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._calls = calls
         self._watches = watches
         self._metrics = metrics or GatewayMetrics()
+        self._audit = audit or AuditLog()
 
     def unary(self, call: Unary, request: type[Message]) -> Any:
         """One request, one response."""
 
         async def handler(data: bytes, context: Context) -> Message:
             try:
-                tenant = await self._tenant(context)
-                with self._calls.entered(tenant):
-                    return await call(tenant, parsed(request, data))
+                caller, access = await self._caller(context, request)
+                with self._calls.entered(caller.tenant):
+                    message = parsed(request, data)
+                    with self._recorded(caller, access, message, context):
+                        return await call(caller.tenant, message)
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await self._fail(context, error)
 
@@ -72,11 +91,13 @@ class Serving:
 
         async def handler(data: bytes, context: Context) -> AsyncGenerator[Message, None]:
             try:
-                tenant = await self._tenant(context)
-                with self._watches.entered(tenant):
-                    async with aclosing(call(tenant, parsed(request, data))) as answers:
-                        async for answer in answers:
-                            yield answer
+                caller, access = await self._caller(context, request)
+                with self._watches.entered(caller.tenant):
+                    message = parsed(request, data)
+                    with self._recorded(caller, access, message, context):
+                        async with aclosing(call(caller.tenant, message)) as answers:
+                            async for answer in answers:
+                                yield answer
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await self._fail(context, error)
 
@@ -89,17 +110,18 @@ class Serving:
 
         async def handler(data: bytes, context: Context) -> None:
             try:
-                tenant = await self._tenant(context)
+                caller, access = await self._caller(context, request)
                 message = parsed(request, data)
-                await call(tenant, message, context.time_remaining(), context.write)
+                with self._recorded(caller, access, message, context):
+                    await call(caller.tenant, message, context.time_remaining(), context.write)
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await self._fail(context, error)
 
         return grpc.unary_stream_rpc_method_handler(handler, None, None)
 
-    async def _tenant(self, context: Context) -> str:
-        """Who calls; from here on the call's task is in the caller's trace. Nothing is begun for a
-        caller whose time is over."""
+    async def _caller(self, context: Context, request: type[Message]) -> tuple[Caller, Access]:
+        """Who calls, if it may; from here on the call's task is in the caller's trace. Nothing is
+        begun for a caller whose time is over."""
         attach_caller(context.invocation_metadata())
         left_s = context.time_remaining()
         if left_s is not None and left_s <= 0:
@@ -109,7 +131,44 @@ class Serving:
             for key, value in context.invocation_metadata() or ()
             if isinstance(value, str)
         }
-        return await self._authenticator.tenant(metadata)
+        caller = await self._authenticator.caller(metadata)
+        return caller, permit(caller, rpc_of(request))
+
+    @contextmanager
+    def _recorded(
+        self, caller: Caller, access: Access, message: Message, context: Context
+    ) -> Iterator[None]:
+        """Writes an operator's action to the audit log, before and after it. Raises InternalError,
+        with nothing done, if it cannot be written."""
+        if not (access.audited or caller.foreign):
+            yield
+            return
+        target = {
+            name: getattr(message, name)
+            for name in ("session_id", "replica_id", "target_replica_id")
+            if getattr(message, name, "")
+        }
+        action = Action(rpc_of(type(message)), target, context.peer())
+        try:
+            self._audit.write(caller, action, "BEGUN")
+        except OSError as error:
+            log.error("the audit log cannot be written: %s", error)
+            raise InternalError("the audit log cannot be written, so nothing was done") from error
+        outcome = "CANCELLED"
+        try:
+            yield
+            outcome = "OK"
+        except SessileError as error:
+            outcome = error.reason
+            raise
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            try:
+                self._audit.write(caller, action, outcome)
+            except OSError as error:
+                log.error("the audit log lacks how an action ended (%s): %s", outcome, error)
 
     async def _fail(self, context: Context, error: Exception) -> NoReturn:
         while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:

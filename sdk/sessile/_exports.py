@@ -13,6 +13,7 @@ from sessile.errors import (
     NotFound,
     OutOfRange,
     Overloaded,
+    PermissionDenied,
     ProtocolError,
     RequestConflict,
     SessileError,
@@ -25,6 +26,7 @@ from sessile.errors import (
     TurnInProgress,
     Unavailable,
     WrongState,
+    Unauthenticated,
 )
 from sessile.events import (
     Accepted,
@@ -91,6 +93,7 @@ __all__ = [
     "Session",
     "SessionClosed",
     "SessionInfo",
+    "PermissionDenied",
     "SessionState",
     "SessionSuspended",
     "StaleClient",
@@ -112,3 +115,4 @@ __all__ = [
     "Waiting",
     "WrongState",
 ]
+    "Unauthenticated",

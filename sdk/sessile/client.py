@@ -7,6 +7,7 @@ async with Sessile(["gw-1:8470", "gw-2:8470"], tenant="acme") as client:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -14,6 +15,13 @@ from typing import TYPE_CHECKING, Self, Unpack
 
 import grpc
 
+from sessile.credentials import (
+    Tls,
+    Token,
+    authorization,
+    channel_credentials,
+    warn_if_overheard,
+)
 from sessile.errors import InvalidRequest
 from sessile.fleet import Fleet
 from sessile.messages import Message, Sampling, Tool, messages_to_pb, sampling_to_pb
@@ -36,9 +44,19 @@ def _is_sendable(key: str, value: object) -> bool:
     )
 
 
+def _shown(key: str, value: object) -> str:
+    """A value of the metadata as an error may show it."""
+    return "it is" if "authorization" in key.lower() else repr(value)
+
+
 class Sessile:
     """Use it as ``async with``. ``target`` is one ``host:port`` or a list of gateways of the same
     fleet: any of them serves any session, and calls go to the next one when one fails.
+
+    ``api_key`` (default: SESSILE_API_KEY) or ``token``, a JSON Web Token or what gives one for each
+    call, says who calls; it also says the tenant, which only operators name. ``tls`` is True, or
+    the PEM file of the authority that signs for the gateways (default: SESSILE_TLS, else without
+    TLS); for a certificate of the client's own give gRPC's ``credentials`` instead.
 
     ``timeout_s`` limits calls other than turns. ``metadata`` is sent with every call (for example
     the authorisation that a proxy wants). Where OpenTelemetry is installed each turn is a span and
@@ -49,7 +67,10 @@ class Sessile:
         self,
         target: str | Sequence[str],
         *,
-        tenant: str = "default",
+        tenant: str | None = None,
+        api_key: str | None = None,
+        token: Token | None = None,
+        tls: Tls | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         timeout_s: float = 30.0,
@@ -64,15 +85,19 @@ class Sessile:
                 reason="INVALID_REQUEST",
                 hint="Give host:port of each.",
             )
-        self._metadata = ((TENANT_KEY, tenant), *metadata)
+        named = ((TENANT_KEY, tenant),) if tenant is not None else ()
+        self._metadata = (*named, *metadata)
         for key, value in self._metadata:
             if not _is_sendable(key, value):
                 raise InvalidRequest(
-                    f"{key} cannot be sent as {value!r}:",
+                    f"{key} cannot be sent as {_shown(key, value)}:",
                     reason="INVALID_REQUEST",
                     hint="A tenant and other metadata are plain ASCII text.",
                 )
-        self._credentials = credentials
+        self._authorization = authorization(api_key, token)
+        self._credentials = channel_credentials(tls, credentials)
+        secret = token is not None or bool(self._authorization())
+        warn_if_overheard(self._targets, secret=secret, encrypted=self._credentials is not None)
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
         self._runtime = runtime or Runtime()
@@ -85,6 +110,7 @@ class Sessile:
         self._opened = Transport(
             self._targets,
             self._metadata,
+            self._authorization,
             self._credentials,
             self._retry,
             self._runtime,
@@ -101,6 +127,16 @@ class Sessile:
     ) -> None:
         transport, self._opened = self._transport, None
         await transport.close()
+
+    def with_options(
+        self, *, timeout_s: float | None = None, retry: RetryPolicy | None = None
+    ) -> Self:
+        """This client, which must be open, under another ``timeout_s`` (seconds, of calls other
+        than turns) or retry policy; what is left out stays. It shares the connections: only the
+        original is closed."""
+        view = copy.copy(self)
+        view._opened = self._transport.with_options(timeout_s, retry)
+        return view
 
     @property
     def fleet(self) -> Fleet:
@@ -119,8 +155,10 @@ class Sessile:
         **sampling: Unpack[Sampling],
     ) -> Session:
         """A new session. ``system`` goes before ``messages``; both are rendered with the first
-        turn. ``sampling`` sets the session's defaults. ``request_id`` makes it idempotent over
-        process restarts too: the same id gives the same session."""
+        turn. ``tools`` are what the model may call: functions made tools by :func:`sessile.tool`
+        (``session.run_tools`` calls them), or schemas alone. ``sampling`` sets the session's
+        defaults. ``request_id`` makes it idempotent over process restarts too: the same id gives
+        the same session."""
         response = await self._transport.call(
             lambda gateway: gateway.sessions.OpenSession,
             lambda: session_pb2.OpenSessionRequest(
@@ -134,7 +172,7 @@ class Sessile:
             ),
         )
         info = SessionInfo.from_pb(response.session)
-        return Session(self._transport, info.session_id, info)
+        return Session(self._transport, info.session_id, info, tools)
 
     def session(self, session_id: str) -> Session:
         """A handle to an existing session; asks nobody."""

@@ -5,7 +5,9 @@
     │   ├── ContextTooLong      the turn's input does not fit the model's context
     │   └── OutOfRange          it asks for what is past the session's end
     ├── NotFound                no such session, turn, replica or model for this tenant
-    ├── AccessDenied            credentials are missing or refused (by a proxy, for example)
+    ├── AccessDenied            the caller may not do this
+    │   ├── Unauthenticated     credentials are missing or not accepted
+    │   └── PermissionDenied    the credentials are for something else
     ├── WrongState              the session cannot do this now
     │   ├── SessionClosed
     │   ├── SessionSuspended
@@ -21,6 +23,8 @@
     ├── Unavailable             nobody answers; retried
     ├── DeadlineExceeded        the time given has passed
     ├── MigrationFailed         the move broke; the session is where it was
+    ├── ToolFailed              a tool raised, and the run was told to raise too
+    ├── ToolRoundsExceeded      the model still asks for tools after the last round
     ├── ProtocolError           the stream broke its own rules (a gap, a repeat)
     └── InternalError           a bug in the server
 
@@ -40,6 +44,7 @@ from grpc_status import rpc_status
 
 if TYPE_CHECKING:
     from sessile.records import TurnResult
+    from sessile.tool_run import ToolRunResult
 
 DOMAIN = "sessile"
 
@@ -87,7 +92,15 @@ class NotFound(SessileError):
 
 
 class AccessDenied(SessileError):
-    """Credentials are missing or refused."""
+    """The caller may not do this."""
+
+
+class Unauthenticated(AccessDenied):
+    """Credentials are missing or not accepted (by the gateway, or by a proxy before it)."""
+
+
+class PermissionDenied(AccessDenied):
+    """The credentials are for something else: another role, another tenant."""
 
 
 class WrongState(SessileError):
@@ -158,6 +171,24 @@ class MigrationFailed(SessileError):
     """The move broke; the session is where it was."""
 
 
+class ToolFailed(SessileError):
+    """A tool could not be called or raised (``__cause__``), and ``on_tool_error`` is ``"raise"``.
+    The session is as it was before the call; the same ``run_id`` goes on there."""
+
+
+class ToolRoundsExceeded(SessileError):
+    """The model asked for tools in every round; ``result`` has what there is. The last calls were
+    not made."""
+
+    def __init__(self, message: str, result: ToolRunResult) -> None:
+        super().__init__(
+            message,
+            reason="TOOL_ROUNDS_EXCEEDED",
+            hint="Allow more rounds by max_rounds, with the same run_id to go on from here.",
+        )
+        self.result = result
+
+
 class ProtocolError(SessileError):
     """The stream broke its own rules."""
 
@@ -175,6 +206,8 @@ BY_REASON: Mapping[str, type[SessileError]] = {
     "TURN_NOT_FOUND": NotFound,
     "REPLICA_NOT_FOUND": NotFound,
     "MODEL_NOT_FOUND": NotFound,
+    "UNAUTHENTICATED": Unauthenticated,
+    "PERMISSION_DENIED": PermissionDenied,
     "WRONG_STATE": WrongState,
     "SESSION_CLOSED": SessionClosed,
     "SESSION_SUSPENDED": SessionSuspended,
@@ -209,8 +242,8 @@ BY_CODE: Mapping[grpc.StatusCode, type[SessileError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
-    grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
 }
 """For errors without our details (made by the transport or a proxy); others: InternalError."""
 

@@ -8,6 +8,7 @@ no second effect are repeated; the wait between tries is drawn at random under a
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import math
 import random
@@ -43,11 +44,20 @@ CLEANUP_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often an operation is tried without progress, and how long is waited in between."""
+    """How often an operation is tried without progress, and how long is waited in between: a
+    random time up to a ceiling that doubles, and what the server asks for on top. With several
+    gateways the next one is tried at once. The defaults give up after about five seconds."""
 
     max_attempts: int = 10
+    """Tries in a row without progress, the first one included; 1 never repeats."""
     initial_s: float = 0.05
+    """Ceiling of the first wait, seconds."""
     max_s: float = 2.0
+    """No ceiling is higher, seconds; it does not bound what the server asks for."""
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1 or self.initial_s < 0 or self.max_s < 0:
+            raise ValueError("max_attempts is at least 1, times are not negative")
 
     def delay_s(self, failures: int, floor_s: float, rng: random.Random) -> float:
         """Before the next try, after ``failures`` (>= 1) in a row."""
@@ -128,13 +138,15 @@ class Transport:
         self,
         targets: Sequence[str],
         metadata: Sequence[tuple[str, str]],
+        authorization: Callable[[], tuple[tuple[str, str], ...]],
         credentials: grpc.ChannelCredentials | None,
         retry: RetryPolicy,
         runtime: Runtime,
         timeout_s: float,
         tracing: Tracing | None = None,
     ) -> None:
-        self.metadata = tuple(metadata)
+        self._metadata = tuple(metadata)
+        self._authorization = authorization
         self.tracing = tracing or Tracing()
         self.retry = retry
         self.runtime = runtime
@@ -144,6 +156,18 @@ class Transport:
         self._current = runtime.rng.randrange(len(self._gateways))
         self._cleanups: set[asyncio.Task[None]] = set()
         self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of a call that is made now: a token may be another one each time."""
+        return (*self._metadata, *self._authorization())
+
+    def with_options(self, timeout_s: float | None, retry: RetryPolicy | None) -> Transport:
+        """The same connections under another time limit or policy (None: as here)."""
+        view = copy.copy(self)
+        view.timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        view.retry = retry or self.retry
+        return view
 
     @property
     def gateway(self) -> Gateway:
@@ -265,10 +289,13 @@ class Attempts:
         """The operation got further: failures count from zero again."""
         self._failures = 0
 
-    async def failed(self, error: errors.SessileError, gateway: Gateway) -> None:
-        """Returns when the operation may be tried again; otherwise raises ``error``."""
+    async def failed(
+        self, error: errors.SessileError, gateway: Gateway, *, leave: bool = True
+    ) -> None:
+        """Returns when the operation may be tried again; otherwise raises ``error``. Leaves a
+        gateway that is unavailable, unless it is not to blame."""
         transport = self._transport
-        unavailable = isinstance(error, errors.Unavailable)
+        unavailable = leave and isinstance(error, errors.Unavailable)
         # A refusal for overload happens before any effect, so everything may be repeated after it.
         repeatable = error.retryable and (self._idempotent or not unavailable)
         if unavailable:

@@ -60,7 +60,7 @@ def test_a_reason_of_a_newer_server_falls_back_to_its_code() -> None:
     ("code", "expected"),
     [
         (grpc.StatusCode.UNAVAILABLE, sessile.Unavailable),
-        (grpc.StatusCode.UNAUTHENTICATED, sessile.AccessDenied),
+        (grpc.StatusCode.UNAUTHENTICATED, sessile.Unauthenticated),
         (grpc.StatusCode.DEADLINE_EXCEEDED, sessile.DeadlineExceeded),
         (grpc.StatusCode.UNKNOWN, sessile.InternalError),
     ],

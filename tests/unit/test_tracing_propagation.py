@@ -11,6 +11,7 @@ import pytest
 from google.protobuf.message import Message
 from grpc import aio
 from sessile.v1 import replica_pb2 as pb
+from sessile.v1 import session_pb2, types_pb2
 
 from gateway.app.admission import Gate
 from gateway.config import GatewayConfig
@@ -56,21 +57,21 @@ async def gateway_before(replica: Replica) -> AsyncIterator[Any]:
     replica.add_to(server)
     endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
 
-    async def stop(_: str, request: pb.StopTurnRequest) -> Message:
-        return await clients.at(endpoint).stop_turn(request, 5.0)
+    async def stop(_: str, __: Message) -> Message:
+        return await clients.at(endpoint).stop_turn(pb.StopTurnRequest(), 5.0)
 
-    async def export(_: str, request: pb.ExportKvRequest) -> Message:
-        return await peers.export_kv(endpoint, request, 5.0)
+    async def export(_: str, __: Message) -> Message:
+        return await peers.export_kv(endpoint, pb.ExportKvRequest(), 5.0)
 
-    async def run(_: str, request: pb.DispatchTurnRequest, left: Any, sink: Any) -> None:
-        async for message in clients.at(endpoint).dispatch_turn(request, 5.0):
+    async def run(_: str, __: Message, left: Any, sink: Any) -> None:
+        async for message in clients.at(endpoint).dispatch_turn(pb.DispatchTurnRequest(), 5.0):
             await sink(message)
 
     serving = Serving(HeaderTenant(), Gate("calls", 9, 1, 1.0), Gate("watches", 9, 1, 1.0))
     methods = {
-        "Stop": serving.unary(stop, pb.StopTurnRequest),
-        "Export": serving.unary(export, pb.ExportKvRequest),
-        "Run": serving.relayed(run, pb.DispatchTurnRequest),
+        "Stop": serving.unary(stop, session_pb2.CancelTurnRequest),
+        "Export": serving.unary(export, session_pb2.GetSessionRequest),
+        "Run": serving.relayed(run, types_pb2.RunTurnRequest),
     }
     handler = grpc.method_handlers_generic_handler(CALLER.strip("/"), methods)
     server.add_generic_rpc_handlers((handler,))

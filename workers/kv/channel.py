@@ -12,6 +12,9 @@ The source sends from the export's own memory on a plain non-blocking socket, th
 into the engine's reserved pages by a ``BufferedProtocol``, nothing is copied in between. What
 arrives is not trusted: the engine's ``commit`` verifies each page's checksum. The channel's own
 check is that exactly the announced bytes came.
+
+With TLS (1.3, certificates on both sides) the same is said inside it. The ticket stays what
+entitles to pages: a certificate only says that the peer is a part of this fleet.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import re
 import secrets
 import socket
+import ssl
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import anyio
@@ -31,8 +37,10 @@ import anyio.abc
 import anyio.lowlevel
 
 from gateway.core.errors import Overloaded
+from gateway.security.tls import InsecureEndpoint, Tls, dialled, endpoint_of
 from workers.config import join_address
 from workers.engines.port import PageExport, PageImport
+from workers.kv.tls_socket import connected, say_farewell, unblocked
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +118,7 @@ class KvServer:
         advertised_host: str = "",
         limits: ChannelLimits | None = None,
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+        tls: Tls | None = None,
     ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
@@ -118,6 +127,7 @@ class KvServer:
         self._port: int = self._listener.getsockname()[1]
         self._limits = limits or ChannelLimits()
         self._random_bytes = random_bytes
+        self._tls = tls
         self._issued: dict[bytes, _Issued] = {}
         """By ticket. The table's keyed hash keeps a near miss from telling by its time."""
         self._connections: set[socket.socket] = set()
@@ -126,8 +136,8 @@ class KvServer:
 
     @property
     def endpoint(self) -> str:
-        """host:port for peers."""
-        return join_address(self._host, self._port)
+        """For peers: host:port, with ``tls://`` before it where TLS is spoken."""
+        return endpoint_of(join_address(self._host, self._port), self._tls)
 
     @property
     def outstanding(self) -> int:
@@ -199,6 +209,8 @@ class KvServer:
 
     async def _serve_connection(self, connection: socket.socket) -> None:
         try:
+            if self._tls is not None:
+                connection = await self._secured(connection, self._tls)
             issued = self._redeem(await self._receive_hello(connection))
             if issued is None:
                 self.stats.refused += 1
@@ -212,11 +224,31 @@ class KvServer:
             self._connections.discard(connection)
             connection.close()
 
+    async def _secured(self, plain: socket.socket, tls: Tls) -> ssl.SSLSocket:
+        """The same connection, in the table too, after TLS was agreed on. It is written to directly
+        from the export's memory; asyncio's TLS would copy everything once more."""
+        connection = tls.serving().wrap_socket(
+            plain, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
+        )
+        self._connections.discard(plain)  # it is empty now: its descriptor went with the wrapping
+        self._connections.add(connection)
+        try:
+            with anyio.fail_after(self._limits.hello_timeout_s):
+                await unblocked(connection, connection.do_handshake)
+        except BaseException:
+            self._connections.discard(connection)
+            connection.close()
+            raise
+        return connection
+
     async def _receive_hello(self, connection: socket.socket) -> bytes:
         hello = b""
         with anyio.fail_after(self._limits.hello_timeout_s):
             while missing := HELLO.size - len(hello):
-                data = await asyncio.get_running_loop().sock_recv(connection, missing)
+                if isinstance(connection, ssl.SSLSocket):
+                    data = await unblocked(connection, partial(connection.recv, missing))
+                else:
+                    data = await asyncio.get_running_loop().sock_recv(connection, missing)
                 if not data:
                     raise TransferFailed(f"the peer closed after {len(hello)} bytes of its hello")
                 hello += data
@@ -249,7 +281,7 @@ class KvServer:
                     if unyielded >= YIELD_BYTES:
                         unyielded = 0
                         await anyio.lowlevel.checkpoint()
-                connection.shutdown(socket.SHUT_WR)
+                await self._end(connection)
                 self.stats.completed += 1
             if lease.cancelled_caught:
                 raise TimeoutError("the export's lease ended")
@@ -258,7 +290,21 @@ class KvServer:
 
     async def _send(self, connection: socket.socket, data: bytes | memoryview) -> None:
         with anyio.fail_after(self._limits.stall_timeout_s):
-            await asyncio.get_running_loop().sock_sendall(connection, data)
+            if not isinstance(connection, ssl.SSLSocket):
+                await asyncio.get_running_loop().sock_sendall(connection, data)
+                return
+            rest = memoryview(data)
+            while rest:
+                sent = await unblocked(connection, partial(connection.send, rest))
+                rest = rest[sent:]
+
+    async def _end(self, connection: socket.socket) -> None:
+        """Says that nothing more comes."""
+        if isinstance(connection, ssl.SSLSocket):
+            with anyio.fail_after(self._limits.stall_timeout_s):
+                # The peer's own farewell is not waited for: it has nothing to say.
+                await unblocked(connection, partial(say_farewell, connection))
+        connection.shutdown(socket.SHUT_WR)
 
     def _expire(self, ticket: bytes) -> None:
         self.stats.expired += 1
@@ -272,23 +318,35 @@ async def pull_pages(
     pages: int,
     page_bytes: int,
     timeout_s: float,
+    *,
+    tls: Tls | None = None,
+    allow_insecure: bool = False,
 ) -> int:
     """Receives ``pages`` pages into the reservation's buffers, from index 0; returns the bytes.
 
     Neither commits nor releases the reservation; once this returns or raises, nothing is written to
     it any more. Raises TransferFailed or another OSError if the source refuses, breaks off or
-    announces other sizes, and TimeoutError after ``timeout_s``.
+    announces other sizes, and TimeoutError after ``timeout_s``. ``tls``: this side's certificate,
+    for endpoints that speak TLS; others off loopback are refused unless ``allow_insecure``.
     """
-    host, _, port = endpoint.rpartition(":")
-    if not port.isdecimal():
-        raise TransferFailed(f"{endpoint!r} is not host:port")
+    if re.fullmatch(r"(tls://)?.+:[0-9]+", endpoint) is None:
+        raise TransferFailed(f"{endpoint[:128]!r} is not host:port")
+    try:
+        address, tls = dialled(endpoint, tls, allow_insecure=allow_insecure)
+    except InsecureEndpoint as error:
+        raise TransferFailed(str(error)) from error
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
     receiver = _PageReceiver(ticket, reservation, pages, page_bytes)
     try:
         with anyio.fail_after(timeout_s):
             try:
-                await asyncio.get_running_loop().create_connection(
-                    lambda: receiver, host.strip("[]"), int(port)
-                )
+                if tls is not None:
+                    await _receive_by_tls(receiver, host, int(port), tls)
+                else:
+                    await asyncio.get_running_loop().create_connection(
+                        lambda: receiver, host, int(port)
+                    )
             except (ValueError, OverflowError) as error:
                 raise TransferFailed(f"{endpoint[:128]!r} cannot be connected to") from error
             await receiver.ended.wait()
@@ -297,6 +355,35 @@ async def pull_pages(
     if receiver.failure is not None:
         raise receiver.failure
     return pages * page_bytes
+
+
+async def _receive_by_tls(receiver: _PageReceiver, host: str, port: int, tls: Tls) -> None:
+    """What the event loop does for a receiver, on a socket of its own. Raises OSError."""
+    connection = tls.calling().wrap_socket(
+        await connected(host, port),
+        server_hostname=tls.config.peer_name or host,
+        do_handshake_on_connect=False,
+        suppress_ragged_eofs=False,
+    )
+    try:
+        await unblocked(connection, connection.do_handshake)
+        await unblocked(connection, partial(connection.send, receiver.hello))
+        unyielded = 0
+        while not receiver.ended.is_set():
+            # A buffer is asked for anew each time: none is there to write to after a close.
+            count = await unblocked(
+                connection, lambda: connection.recv_into(receiver.get_buffer(-1))
+            )
+            if count:
+                receiver.buffer_updated(count)
+            else:
+                receiver.eof_received()
+            unyielded += count
+            if unyielded >= YIELD_BYTES:
+                unyielded = 0
+                await anyio.lowlevel.checkpoint()
+    finally:
+        connection.close()
 
 
 class _PageReceiver(asyncio.BufferedProtocol):
@@ -311,7 +398,7 @@ class _PageReceiver(asyncio.BufferedProtocol):
     def __init__(self, ticket: bytes, reservation: PageImport, pages: int, page_bytes: int) -> None:
         self.ended = anyio.Event()
         self.failure: Exception | None = None
-        self._hello = HELLO.pack(MAGIC, VERSION, 0, ticket)
+        self.hello = HELLO.pack(MAGIC, VERSION, 0, ticket)
         self._reservation = reservation
         self._pages = pages
         self._page_bytes = page_bytes
@@ -323,7 +410,7 @@ class _PageReceiver(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)
-        self._transport.write(self._hello)
+        self._transport.write(self.hello)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         del sizehint
