@@ -24,9 +24,9 @@ from sessile.errors import (
     TurnConflict,
     TurnFailed,
     TurnInProgress,
+    Unauthenticated,
     Unavailable,
     WrongState,
-    Unauthenticated,
 )
 from sessile.events import (
     Accepted,
@@ -78,6 +78,7 @@ __all__ = [
     "OutOfRange",
     "Overloaded",
     "Position",
+    "PermissionDenied",
     "ProtocolError",
     "Replica",
     "ReplicaLoad",
@@ -93,7 +94,6 @@ __all__ = [
     "Session",
     "SessionClosed",
     "SessionInfo",
-    "PermissionDenied",
     "SessionState",
     "SessionSuspended",
     "StaleClient",
@@ -109,10 +109,10 @@ __all__ = [
     "TurnInProgress",
     "TurnResult",
     "TurnStatus",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
     "WaitReason",
     "Waiting",
     "WrongState",
 ]
-    "Unauthenticated",
