@@ -11,8 +11,8 @@ LogFormat = Literal["auto", "text", "json"]
 
 @dataclass(frozen=True, slots=True)
 class TelemetryConfig:
-    """Nothing is exported, and no SDK is imported, unless an endpoint or a listener is given here
-    or by the standard environment (``OTEL_EXPORTER_OTLP_ENDPOINT`` …). What is set here goes before
+    """Nothing is exported, and no SDK is set up, unless an endpoint or a listener is given here or
+    by the standard environment (``OTEL_EXPORTER_OTLP_ENDPOINT`` …). What is set here goes before
     the environment. Contradictory settings raise ValueError."""
 
     otlp_endpoint: str = ""

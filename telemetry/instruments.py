@@ -124,7 +124,7 @@ WORKER = _table(
         (a.MODEL, a.KIND, a.TENANT),
     ),
     Instrument(
-        "sessile.prompt.cached",
+        "sessile.prompt.cached_ratio",
         "histogram",
         "1",
         "Share of an attempt's context whose KV was found in the cache",

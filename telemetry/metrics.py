@@ -121,7 +121,7 @@ class WorkerMetrics:
         self._chat: Labels = {**a.CHAT, a.MODEL: model}
         self._turns = make.counter("sessile.turns")
         self._tokens = make.counter("sessile.tokens")
-        self._cached = make.histogram("sessile.prompt.cached")
+        self._cached = make.histogram("sessile.prompt.cached_ratio")
         self._per_token = make.histogram(TIME_PER_TOKEN)
         self._between = make.histogram("sessile.inter_token.time")
         self._pulled = make.counter("sessile.kv.pulled")
@@ -212,7 +212,10 @@ class _Maker:
 
     def counter(self, name: str) -> metrics.Counter:
         one = self._of(name, "counter")
-        return self._meter.create_counter(name, one.unit, one.description)
+        counter = self._meter.create_counter(name, one.unit, one.description)
+        if not one.attributes:
+            counter.add(0)  # there from the start, so that the first event is an increase
+        return counter
 
     def histogram(self, name: str) -> metrics.Histogram:
         one = self._of(name, "histogram")

@@ -56,13 +56,20 @@ OFF = Telemetry()
 
 @contextmanager
 def installed(
-    config: TelemetryConfig, service: str, instance: str, attributes: Mapping[str, str]
+    config: TelemetryConfig,
+    service: str,
+    instance: str,
+    attributes: Mapping[str, str],
+    *,
+    for_libraries: bool = True,
 ) -> Iterator[Telemetry]:
     """Exports as configured until the block is left, then flushes for FLUSH_TIMEOUT_S at most.
 
     ``service`` is the service's name if ``OTEL_SERVICE_NAME`` gives no other, ``instance`` names
-    this process. Raises ValueError for settings that cannot be followed, OSError if the address of
-    the Prometheus listener cannot be bound, ImportError without the packages that are needed."""
+    this process. ``for_libraries``: what is installed is the process's global one too, for code
+    that knows no other. Raises ValueError for settings that cannot be followed, OSError if the
+    address of the Prometheus listener cannot be bound, ImportError without the packages that are
+    needed."""
     endpoints = {signal: _endpoint(config, signal) for signal in ("traces", "metrics")}
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     if disabled or not (any(endpoints.values()) or config.prometheus_listen):
@@ -86,6 +93,8 @@ def installed(
     with ExitStack() as stack:
         if endpoints["traces"]:
             tracers = stack.enter_context(_traces(config, endpoints["traces"], resource))
+            if for_libraries:
+                trace.set_tracer_provider(tracers)
         readers: list[MetricReader] = []
         if config.prometheus_listen:
             reader, address = stack.enter_context(_prometheus(config.prometheus_listen))
@@ -94,6 +103,8 @@ def installed(
             readers.append(_otlp_metrics(config, endpoints["metrics"]))
         if readers:
             meters = stack.enter_context(_metrics(readers, resource))
+            if for_libraries:
+                metrics.set_meter_provider(meters)
         yield Telemetry(tracers, meters, address, config.tenant_labels)
 
 
@@ -159,7 +170,6 @@ def _traces(
         shutdown_on_exit=False,
     )
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-    trace.set_tracer_provider(provider)  # also for libraries that trace by themselves
     log.info("spans are exported to %s", endpoint)
     try:
         yield provider
@@ -220,7 +230,6 @@ def _metrics(readers: list[MetricReader], resource: Resource) -> Iterator[metric
         if one.buckets
     ]
     provider = MeterProvider(readers, resource, views=views, shutdown_on_exit=False)
-    metrics.set_meter_provider(provider)
     try:
         yield provider
     finally:

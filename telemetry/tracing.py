@@ -214,7 +214,7 @@ class Tracing:
         context = session_context(session_id)
         if self._sampler is None:
             return context
-        result = self._sampler.should_sample(None, context.trace_id, "session")
+        result = self._sampler.should_sample(Context(), context.trace_id, "session")
         return context if result.decision.is_sampled() else session_context(session_id, False)
 
     def opened(

@@ -90,7 +90,7 @@ class TurnReport:
         if self._failover is not None:
             self._failover[2].event("lost again", {a.REPLICA: str(replica), "sessile.why": why})
             return
-        cause = "refused" if refused else "silent"
+        cause = "refused" if refused else "broken"
         says = {a.REPLICA: str(replica), a.CAUSE: cause, "sessile.why": why}
         ago_s = self._clock.now() - last_heard
         span = self._tracing.start("failover", self._session_id, says, ago_s=ago_s)
