@@ -23,7 +23,7 @@ from statestore.redis_executor import connect_when_there
 from telemetry.setup import OFF, Telemetry, installed
 from workers.config import WorkerConfig, join_address, split_address
 from workers.engines.port import EngineFailed
-from workers.engines.registry import create_backend
+from workers.engines.registry import Backend, create_backend
 from workers.heartbeat import ReplicaReplaced
 from workers.kv.channel import KvServer, pull_pages
 from workers.replica import ReplicaAdapters, run_replica
@@ -37,16 +37,20 @@ async def serve(
     config: WorkerConfig,
     *,
     stop: anyio.Event,
+    backend: Backend | None = None,
     telemetry: Telemetry = OFF,
     task_status: TaskStatus[str] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves until ``stop`` is set (also by the end of a drain); reports host:port once it does.
-    While it waits for the store its health is NOT_SERVING.
+    While it waits for the store its health is NOT_SERVING. ``backend`` takes the place of the
+    engine that ``config`` names.
 
     Raises ValueError or ImportError for an engine that cannot be made, OSError if an address
     cannot be bound, StoreError if the store cannot be used, EngineFailed, ReplicaReplaced.
     """
-    backend = create_backend(config.engine, dict(config.engine_options), anyio.current_time)
+    backend = backend or create_backend(
+        config.engine, dict(config.engine_options), anyio.current_time
+    )
     async with AsyncExitStack() as stack:
         security = config.security
         tls = Tls(security.tls) if security.tls is not None else None

@@ -20,6 +20,8 @@ from sessile.errors import (
     SessionClosed,
     SessionSuspended,
     StaleClient,
+    ToolFailed,
+    ToolRoundsExceeded,
     TurnCancelled,
     TurnConflict,
     TurnFailed,
@@ -52,12 +54,24 @@ from sessile.records import (
     Usage,
 )
 from sessile.session import Session
+from sessile.tool_run import (
+    OnToolError,
+    RoundEnded,
+    ToolEnded,
+    ToolRun,
+    ToolRunEvent,
+    ToolRunResult,
+    ToolStarted,
+    current_call,
+)
+from sessile.tools import BadArguments, FunctionTool, tool
 from sessile.transport import RetryPolicy, Runtime
 from sessile.turn import OnAbandon, Turn
 
 __all__ = [
     "Accepted",
     "AccessDenied",
+    "BadArguments",
     "ContextTooLong",
     "DataLoss",
     "DeadlineExceeded",
@@ -65,6 +79,7 @@ __all__ = [
     "FinishReason",
     "Finished",
     "Fleet",
+    "FunctionTool",
     "InternalError",
     "InvalidRequest",
     "Message",
@@ -75,10 +90,11 @@ __all__ = [
     "Moved",
     "NotFound",
     "OnAbandon",
+    "OnToolError",
     "OutOfRange",
     "Overloaded",
-    "Position",
     "PermissionDenied",
+    "Position",
     "ProtocolError",
     "Replica",
     "ReplicaLoad",
@@ -87,6 +103,7 @@ __all__ = [
     "RequestConflict",
     "RetryPolicy",
     "Role",
+    "RoundEnded",
     "Runtime",
     "Sampling",
     "Sessile",
@@ -100,6 +117,13 @@ __all__ = [
     "Tokens",
     "Tool",
     "ToolCall",
+    "ToolEnded",
+    "ToolFailed",
+    "ToolRoundsExceeded",
+    "ToolRun",
+    "ToolRunEvent",
+    "ToolRunResult",
+    "ToolStarted",
     "TranscriptTurn",
     "Turn",
     "TurnCancelled",
@@ -115,4 +139,6 @@ __all__ = [
     "WaitReason",
     "Waiting",
     "WrongState",
+    "current_call",
+    "tool",
 ]

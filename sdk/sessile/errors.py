@@ -23,6 +23,8 @@
     ├── Unavailable             nobody answers; retried
     ├── DeadlineExceeded        the time given has passed
     ├── MigrationFailed         the move broke; the session is where it was
+    ├── ToolFailed              a tool raised, and the run was told to raise too
+    ├── ToolRoundsExceeded      the model still asks for tools after the last round
     ├── ProtocolError           the stream broke its own rules (a gap, a repeat)
     └── InternalError           a bug in the server
 
@@ -42,6 +44,7 @@ from grpc_status import rpc_status
 
 if TYPE_CHECKING:
     from sessile.records import TurnResult
+    from sessile.tool_run import ToolRunResult
 
 DOMAIN = "sessile"
 
@@ -166,6 +169,24 @@ class DeadlineExceeded(SessileError):
 
 class MigrationFailed(SessileError):
     """The move broke; the session is where it was."""
+
+
+class ToolFailed(SessileError):
+    """A tool could not be called or raised (``__cause__``), and ``on_tool_error`` is ``"raise"``.
+    The session is as it was before the call; the same ``run_id`` goes on there."""
+
+
+class ToolRoundsExceeded(SessileError):
+    """The model asked for tools in every round; ``result`` has what there is. The last calls were
+    not made."""
+
+    def __init__(self, message: str, result: ToolRunResult) -> None:
+        super().__init__(
+            message,
+            reason="TOOL_ROUNDS_EXCEEDED",
+            hint="Allow more rounds by max_rounds, with the same run_id to go on from here.",
+        )
+        self.result = result
 
 
 class ProtocolError(SessileError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sessile.messages import Message, ToolCall
@@ -165,7 +165,7 @@ class TurnResult:
     """COMMITTED, CANCELLED or FAILED."""
     finish_reason: FinishReason
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = field(repr=False)
     tool_calls: tuple[ToolCall, ...]
     usage: Usage
     end: Position

@@ -8,20 +8,35 @@ await session.close()
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+import copy
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Unpack
 
+from sessile.errors import InvalidRequest
 from sessile.events import Accepted, Finished
-from sessile.messages import Input, Sampling, messages_to_pb, sampling_to_pb
+from sessile.messages import Input, Sampling, Tool, messages_to_pb, sampling_to_pb
 from sessile.records import Position, SessionInfo, TranscriptTurn, TurnStatus
-from sessile.transport import Transport, built
+from sessile.tool_run import OnToolError, ToolRun, ToolRunOptions
+from sessile.tools import FunctionTool
+from sessile.transport import RetryPolicy, Transport, built
 from sessile.turn import OnAbandon, Turn
 from sessile.v1 import session_pb2
 from sessile.v1 import types_pb2 as pb
 
 TRANSCRIPT_PAGE = 100
+
+
+class _Seen:
+    """What a handle knows of its session; shared with the handles of ``with_options``."""
+
+    __slots__ = ("head", "info", "turn_index")
+
+    def __init__(self) -> None:
+        self.info: SessionInfo | None = None
+        self.head: Position | None = None
+        self.turn_index = 0
 
 
 class Session:
@@ -31,13 +46,16 @@ class Session:
     knows nothing until its first turn or :meth:`refresh`."""
 
     def __init__(
-        self, transport: Transport, session_id: str, info: SessionInfo | None = None
+        self,
+        transport: Transport,
+        session_id: str,
+        info: SessionInfo | None = None,
+        tools: Sequence[Tool] = (),
     ) -> None:
         self._transport = transport
         self.session_id = session_id
-        self._info: SessionInfo | None = None
-        self._head: Position | None = None
-        self._turn_index = 0
+        self._tools = tuple(tools)
+        self._seen = _Seen()
         if info is not None:
             self._learn(info)
 
@@ -47,12 +65,21 @@ class Session:
     @property
     def info(self) -> SessionInfo | None:
         """The record as last read; not updated by turns. None before the first read."""
-        return self._info
+        return self._seen.info
 
     @property
     def head(self) -> Position | None:
         """End of the ledger as far as this handle knows."""
-        return self._head
+        return self._seen.head
+
+    def with_options(
+        self, *, timeout_s: float | None = None, retry: RetryPolicy | None = None
+    ) -> Session:
+        """This handle under another ``timeout_s`` (seconds, of calls other than turns) or retry
+        policy; what is left out stays. What either learns of the session the other knows too."""
+        view = copy.copy(self)
+        view._transport = self._transport.with_options(timeout_s, retry)
+        return view
 
     def run(
         self,
@@ -78,11 +105,63 @@ class Session:
                 timeout_ms=0 if timeout_s is None else max(1, round(timeout_s * 1000)),
             )
         )
-        if check_head and self._head is not None:
+        if check_head and self._seen.head is not None:
             request.precondition.CopyFrom(
-                pb.Precondition(head=self._head.to_pb(), turn_index=self._turn_index)
+                pb.Precondition(head=self._seen.head.to_pb(), turn_index=self._seen.turn_index)
             )
         return self._turn(request, timeout_s, on_abandon)
+
+    def run_tools(
+        self,
+        messages: Input,
+        *,
+        tools: Sequence[Tool] | None = None,
+        run_id: str | None = None,
+        max_rounds: int = 10,
+        max_parallel: int = 8,
+        tool_timeout_s: float | None = 60.0,
+        on_tool_error: OnToolError = "tell",
+        timeout_s: float | None = None,
+        on_abandon: OnAbandon = "cancel",
+        check_head: bool = True,
+        **sampling: Unpack[Sampling],
+    ) -> ToolRun:
+        """Turns until the model answers without asking for a tool; calls the functions in between.
+        To be iterated or awaited by ``result()``; see :class:`sessile.ToolRun`.
+
+        ``tools`` are made by :func:`sessile.tool` (default: those given to ``open``); the model
+        knows only tools that the session was opened with. ``run_id`` (at most 120 characters)
+        makes the run idempotent over process restarts too: a repeat goes on where it stopped. A
+        turn takes ``timeout_s`` seconds at most, a tool ``tool_timeout_s``; ``max_parallel`` tools
+        run at once. After ``max_rounds`` turns ToolRoundsExceeded is raised. ``on_tool_error`` is
+        ``"tell"`` (the model) or ``"raise"`` (ToolFailed)."""
+        options = ToolRunOptions(
+            run_id=run_id or self._transport.runtime.new_id(),
+            max_rounds=max_rounds,
+            max_parallel=max_parallel,
+            tool_timeout_s=tool_timeout_s,
+            on_tool_error=on_tool_error,
+        )
+
+        def begin(turn_id: str, given: Input) -> Turn:
+            return self.run(
+                given,
+                turn_id=turn_id,
+                timeout_s=timeout_s,
+                on_abandon=on_abandon,
+                check_head=check_head,
+                **sampling,
+            )
+
+        return ToolRun(
+            begin,
+            partial(self.attach, timeout_s=timeout_s, on_abandon=on_abandon),
+            messages,
+            self._functions(self._tools if tools is None else tools),
+            options,
+            self._transport.tracing,
+            self.session_id,
+        )
 
     def attach(
         self,
@@ -141,7 +220,7 @@ class Session:
             ),
         )
         info = SessionInfo.from_pb(response.session)
-        return Session(self._transport, info.session_id, info)
+        return Session(self._transport, info.session_id, info, self._tools)
 
     async def suspend(self) -> SessionInfo:
         """Frees what the session holds on replicas and keeps its ledger. WrongState while a turn
@@ -204,6 +283,24 @@ class Session:
             async for response in states:
                 yield SessionInfo.from_pb(response.session)
 
+    def _functions(self, tools: Sequence[Tool]) -> dict[str, FunctionTool]:
+        known = {tool.name for tool in self._tools}
+        functions: dict[str, FunctionTool] = {}
+        for tool in tools:
+            if not isinstance(tool, FunctionTool):
+                raise _unusable(f"{tool!r} has no function.", "Make it one by @sessile.tool.")
+            if tool.name in functions:
+                raise _unusable(f"two tools are called {tool.name}.", "Name one @tool(name=…).")
+            if known and tool.name not in known:
+                raise _unusable(
+                    f"the session was opened without the tool {tool.name}.",
+                    "Open a session with all the tools that the model is to know.",
+                )
+            functions[tool.name] = tool
+        if not functions:
+            raise _unusable("there are no tools.", "Give them to open() or to run_tools().")
+        return functions
+
     def _turn(
         self, request: pb.RunTurnRequest, timeout_s: float | None, on_abandon: OnAbandon
     ) -> Turn:
@@ -213,21 +310,25 @@ class Session:
             timeout_s=timeout_s,
             on_abandon=on_abandon,
             on_end=self._turn_ended,
-            model=self._info.model if self._info is not None else "",
+            model=self._seen.info.model if self._seen.info is not None else "",
         )
 
     def _turn_ended(self, accepted: Accepted | None, finished: Finished | None) -> None:
         """A turn of this handle ended, or its end was not seen (None): then nothing is certain."""
         if finished is None or accepted is None:
-            self._head = None
-        elif self._head is None and accepted.attached:
+            self._seen.head = None
+        elif self._seen.head is None and accepted.attached:
             return  # an old turn, perhaps: its end need not be the ledger's
-        elif self._head is None or accepted.turn_index >= self._turn_index:
-            self._head, self._turn_index = finished.end, accepted.turn_index + 1
+        elif self._seen.head is None or accepted.turn_index >= self._seen.turn_index:
+            self._seen.head, self._seen.turn_index = finished.end, accepted.turn_index + 1
 
     def _learn(self, info: SessionInfo) -> SessionInfo:
-        self._info = info
+        self._seen.info = info
         # While a turn runs, the ledger's end moves: no ground for a precondition.
-        self._head = None if info.active_turn_id else info.head
-        self._turn_index = info.turn_index
+        self._seen.head = None if info.active_turn_id else info.head
+        self._seen.turn_index = info.turn_index
         return info
+
+
+def _unusable(message: str, hint: str) -> InvalidRequest:
+    return InvalidRequest(message, reason="INVALID_REQUEST", hint=hint)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -26,6 +27,7 @@ import grpc
 from sessile import client as aio_client
 from sessile import fleet as aio_fleet
 from sessile import session as aio_session
+from sessile import tool_run as aio_tool_run
 from sessile import turn as aio_turn
 from sessile.credentials import Tls, Token
 from sessile.events import TurnEvent
@@ -38,6 +40,7 @@ from sessile.records import (
     TurnResult,
     TurnStatus,
 )
+from sessile.tool_run import OnToolError, ToolRunEvent, ToolRunResult
 from sessile.transport import RetryPolicy, Runtime
 from sessile.turn import OnAbandon
 
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["Fleet", "Sessile", "Session", "Turn"]
+__all__ = ["Fleet", "Sessile", "Session", "ToolRun", "Turn"]
 
 
 class _LoopThread:
@@ -147,6 +150,52 @@ class Turn:
         self.close()
 
 
+class ToolRun:
+    """A run with tools being read: an iterator of events; see :class:`sessile.ToolRun`. Async
+    functions run on the client's own loop, others in threads."""
+
+    def __init__(self, loop: _LoopThread, run: aio_tool_run.ToolRun) -> None:
+        self._loop = loop
+        self._run = run
+
+    @property
+    def run_id(self) -> str:
+        return self._run.run_id
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> ToolRunEvent:
+        event = self._loop.call(self._step())
+        if event is None:
+            raise StopIteration
+        return event
+
+    async def _step(self) -> ToolRunEvent | None:
+        try:
+            return await anext(self._run)
+        except StopAsyncIteration:
+            return None
+
+    def result(self) -> ToolRunResult:
+        return self._loop.call(self._run.result())
+
+    def close(self) -> None:
+        """Stops; see ``aclose`` of :class:`sessile.ToolRun`."""
+        self._loop.call(self._run.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
 class Session:
     """A session's handle; see :class:`sessile.Session`."""
 
@@ -169,6 +218,11 @@ class Session:
     def head(self) -> Position | None:
         return self._session.head
 
+    def with_options(
+        self, *, timeout_s: float | None = None, retry: RetryPolicy | None = None
+    ) -> Session:
+        return Session(self._loop, self._session.with_options(timeout_s=timeout_s, retry=retry))
+
     def run(
         self,
         messages: Input,
@@ -188,6 +242,36 @@ class Session:
             **sampling,
         )
         return Turn(self._loop, turn)
+
+    def run_tools(
+        self,
+        messages: Input,
+        *,
+        tools: Sequence[Tool] | None = None,
+        run_id: str | None = None,
+        max_rounds: int = 10,
+        max_parallel: int = 8,
+        tool_timeout_s: float | None = 60.0,
+        on_tool_error: OnToolError = "tell",
+        timeout_s: float | None = None,
+        on_abandon: OnAbandon = "cancel",
+        check_head: bool = True,
+        **sampling: Unpack[Sampling],
+    ) -> ToolRun:
+        run = self._session.run_tools(
+            messages,
+            tools=tools,
+            run_id=run_id,
+            max_rounds=max_rounds,
+            max_parallel=max_parallel,
+            tool_timeout_s=tool_timeout_s,
+            on_tool_error=on_tool_error,
+            timeout_s=timeout_s,
+            on_abandon=on_abandon,
+            check_head=check_head,
+            **sampling,
+        )
+        return ToolRun(self._loop, run)
 
     def attach(
         self,
@@ -253,6 +337,9 @@ class Fleet:
         return self._loop.iterate(
             self._fleet.drain(replica_id, timeout_s=timeout_s, shutdown=shutdown)
         )
+
+    def undrain(self, replica_id: str) -> aio_fleet.DrainProgress:
+        return self._loop.call(self._fleet.undrain(replica_id))
 
     def migrate(
         self,
@@ -324,6 +411,13 @@ class Sessile:
             loop.call(self._client.__aexit__(exc_type, exc, traceback))
         finally:
             loop.close()
+
+    def with_options(
+        self, *, timeout_s: float | None = None, retry: RetryPolicy | None = None
+    ) -> Self:
+        view = copy.copy(self)
+        view._client = self._client.with_options(timeout_s=timeout_s, retry=retry)
+        return view
 
     @property
     def fleet(self) -> Fleet:

@@ -7,6 +7,7 @@ those of OpenTelemetry's conventions for generative AI.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sessile.records import Usage
@@ -106,3 +107,18 @@ class Tracing:
             says["gen_ai.request.model"] = model
         name = f"chat {model}".rstrip()
         return TurnSpan(self._tracer.start_span(name, kind=SpanKind.CLIENT, attributes=says))
+
+    def tool(self, session_id: str, name: str, call_id: str) -> AbstractContextManager[object]:
+        """A span round the call of a tool, current while it runs; an exception is recorded."""
+        if self._tracer is None:
+            return nullcontext()
+        says = {
+            "gen_ai.operation.name": "execute_tool",
+            "gen_ai.conversation.id": session_id,
+            "gen_ai.tool.name": name,
+            "gen_ai.tool.call.id": call_id,
+        }
+        context: AbstractContextManager[object] = self._tracer.start_as_current_span(
+            f"execute_tool {name}", kind=SpanKind.INTERNAL, attributes=says
+        )
+        return context

@@ -209,6 +209,8 @@ class Turn:
                 self._pending.extend(message.events)
                 if any(event.HasField("tokens") for event in message.events):
                     self._attempts.progressed()
+                if any(event.HasField("redirect") for event in message.events):
+                    await self._follow_redirect()
                 return
             error: errors.SessileError = errors.Unavailable("the stream ended before the turn did")
         except aio.AioRpcError as rpc_error:
@@ -221,6 +223,17 @@ class Turn:
                 hint="Fork from the last turn that the transcript shows.",
             ) from error
         await self._attempts.failed(error, self._gateway)
+
+    async def _follow_redirect(self) -> None:
+        """The turn goes on elsewhere: any gateway finds it. Not asked for (``accepts_redirect``):
+        the endpoint it may name is a replica's, which takes calls from gateways only."""
+        assert self._call is not None
+        assert self._gateway is not None
+        self._call.cancel()
+        self._call = None
+        self._span.event("redirected")
+        error = errors.Unavailable("the turn was redirected time and again without progress.")
+        await self._attempts.failed(error, self._gateway, leave=False)
 
     def _open(self) -> None:
         self._gateway = self._transport.gateway
