@@ -173,6 +173,8 @@ def _options() -> dict[str, Any]:
         "socket_timeout": None,
         "socket_connect_timeout": None,
         "protocol": 2,
+        # Else it asks for CLIENT SETINFO, which Redis 7.0 has not and a user may lack.
+        "driver_info": None,
     }
 
 

@@ -117,8 +117,10 @@ async def connect(
     except BaseException as error:
         with anyio.CancelScope(shield=True):
             await executor.aclose()
+        if isinstance(error, TimeoutError):  # of fail_after; the client has one of its own
+            raise no_answer(timeout_s) from error
         if isinstance(error, FAILURES):
-            raise failure_to_connect(error) from error
+            raise failure_to_connect(error, tls=address.tls) from error
         raise
     return executor
 

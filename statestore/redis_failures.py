@@ -49,7 +49,7 @@ def failure(error: BaseException, script: str = "") -> StoreError:
                 f"the store refuses the credentials: {error}; give those of a user that it has (in"
                 " the URL, or username with password or password_file)"
             )
-        case errors.NoPermissionError():
+        case errors.ResponseError() if _lacks_permission(error):
             return StoreMisconfigured(
                 f"the store's user lacks a permission{_of(script)}: {error}; deploy/redis/users.acl"
                 " has what Sessile's users need"
@@ -66,7 +66,7 @@ def failure(error: BaseException, script: str = "") -> StoreError:
             return StoreUnavailable(f"no answer from the store: {error}")
 
 
-def failure_to_connect(error: BaseException) -> StoreError:
+def failure_to_connect(error: BaseException, *, tls: bool = False) -> StoreError:
     """The same for a first connection: what no waiting will change is a misconfiguration."""
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -84,7 +84,13 @@ def failure_to_connect(error: BaseException) -> StoreError:
             )
     if isinstance(error, errors.ResponseError) and "cluster support disabled" in str(error):
         return StoreMisconfigured("the store is no Cluster: leave +cluster out of its URL")
-    return failure(error)
+    meaning = failure(error)
+    if tls and any(isinstance(cause, ConnectionResetError) for cause in _causes(error)):
+        return StoreUnavailable(
+            f"{meaning} (so does a server that asks for a client certificate and is shown none, or"
+            " one that its CA did not sign: tls_certificate, tls_key)"
+        )
+    return meaning
 
 
 def check_info(info: dict[str, Any]) -> None:
@@ -125,6 +131,12 @@ def doubts(info: dict[str, Any], wait_replicas: int) -> Iterator[str]:
             f"the store has {replicas} replicas now and wait_replicas is {wait_replicas}: turns"
             " wait until there are so many"
         )
+
+
+def _lacks_permission(error: errors.ResponseError) -> bool:
+    """NOPERM; a command inside a script is refused in other words (of Redis 7.0, and later)."""
+    inside = ("The user executing the script can't", "ACL failure in script")
+    return isinstance(error, errors.NoPermissionError) or any(text in str(error) for text in inside)
 
 
 def _of(script: str) -> str:

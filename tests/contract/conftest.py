@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from statestore.redis_store import RedisStore
+from tests.support.store_servers import Certificates
 from tests.support.stores import (
     BACKENDS,
     Backend,
@@ -30,3 +31,9 @@ async def backend(request: pytest.FixtureRequest, anyio_backend: str) -> AsyncIt
 @pytest.fixture
 async def store(backend: Backend) -> RedisStore:
     return store_on(backend)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Of servers on the loopback interface, and of a client."""
+    return Certificates.made(tmp_path_factory.mktemp("certificates"))

@@ -55,7 +55,7 @@ def running_server(
         command += ["--port", str(port), "--unixsocket", str(path), *options]
         with _process(command, directory):
             client = redis.Redis(unix_socket_path=str(path), retry=NO_RETRY)
-            _wait_for(client.ping)
+            wait_for(client.ping)
             client.close()
             yield f"unix://{path}"
 
@@ -83,7 +83,7 @@ def running_cluster(nodes: int = 3) -> Iterator[str]:
             stack.enter_context(_process(command, directory))
             client: Any = redis.Redis(port=port, retry=NO_RETRY)
             stack.callback(client.close)
-            _wait_for(client.ping)
+            wait_for(client.ping)
             clients.append(client)
         _join(clients, addresses)
         yield "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port, _ in addresses)
@@ -106,7 +106,7 @@ def _join(clients: list[Any], addresses: list[tuple[int, int]]) -> None:
             for state in states
         )
 
-    _wait_for(formed)
+    wait_for(formed)
 
 
 def free_port() -> int:
@@ -141,7 +141,7 @@ def _process(command: list[str], directory: Path) -> Iterator[None]:
         process.wait()
 
 
-def _wait_for(condition: Callable[[], object]) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     """Until it holds; a server that does not answer yet does not hold."""
     give_up_at = time.monotonic() + START_TIMEOUT_S
     while True:

@@ -1,0 +1,93 @@
+"""Every script on every kind of server that is supported, with and without TLS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from statestore.connection import StoreConnection
+from statestore.executor import Script, ScriptCall
+from statestore.ports import StoreUnavailable
+from statestore.redis_executor import connect
+from tests.support.servers import redis_binary, valkey_binary
+from tests.support.store_servers import (
+    Certificates,
+    StoreServer,
+    in_sync,
+    replica_of,
+    running_nodes,
+    sentinel_of,
+    valkey8_binary,
+)
+from tests.support.store_servers import (
+    cluster_url as url_of,
+)
+from tests.support.store_smoke import visit_every_script
+from tests.support.stores import CountingExecutor
+
+pytestmark = pytest.mark.anyio
+
+BINARIES = pytest.mark.parametrize(
+    "binary", [redis_binary, valkey8_binary, valkey_binary], ids=["redis7", "valkey8", "valkey9"]
+)
+
+
+async def visit(url: str, connection: StoreConnection | None = None) -> None:
+    executor = await connect(url, connection)
+    try:
+        await visit_every_script(CountingExecutor(executor))
+    finally:
+        await executor.aclose()
+
+
+@BINARIES
+async def test_a_server_runs_every_script(binary: Callable[[], str]) -> None:
+    with StoreServer(binary()) as server:
+        await visit(server.url)
+
+
+@BINARIES
+async def test_a_cluster_runs_every_script(binary: Callable[[], str]) -> None:
+    with running_nodes(binary()) as nodes:
+        await visit(url_of(nodes))
+
+
+async def test_a_server_runs_every_script_with_tls_on_both_sides(
+    certificates: Certificates,
+) -> None:
+    with StoreServer(redis_binary(), certificates.options(clients=True), tls=True) as server:
+        await visit(server.url, certificates.trusted)
+
+
+async def test_a_cluster_runs_every_script_with_tls(certificates: Certificates) -> None:
+    with running_nodes(redis_binary(), 3, *certificates.options(clients=True), tls=True) as nodes:
+        await visit(url_of(nodes), certificates.trusted)
+
+
+async def test_the_primary_behind_a_sentinel_runs_every_script_with_tls(
+    certificates: Certificates,
+) -> None:
+    options = certificates.options(clients=True)
+    with (
+        StoreServer(redis_binary(), options, tls=True) as primary,
+        replica_of(primary, *options),
+        sentinel_of(primary, *options) as sentinel,
+    ):
+        in_sync(primary, 1)
+        url = f"rediss+sentinel://127.0.0.1:{sentinel.port}/main"
+        await visit(url, replace(certificates.trusted, wait_replicas=1))
+
+
+@pytest.mark.parametrize("form", ["server", "cluster"])
+async def test_no_answer_counts_that_too_few_replicas_have(
+    form: str, valkey_url: str, cluster_url: str
+) -> None:
+    wanting = StoreConnection(wait_replicas=1, wait_timeout_ms=1)
+    executor = await connect(valkey_url if form == "server" else cluster_url, wanting)
+    calls = [ScriptCall(Script("one", "return 1"), (f"k{i}",), ()) for i in range(9)]
+    results = await executor.execute(calls, 5)
+    assert {type(result) for result in results} == {StoreUnavailable}
+    assert "0 of 1 replicas" in str(results[0])
+    await executor.aclose()
