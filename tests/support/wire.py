@@ -31,6 +31,8 @@ class Answer:
     hint: str = ""
     retry_ms: int | None = None
     responses: list[Any] = field(default_factory=list)
+    trailing: list[bytes] = field(default_factory=list)
+    """Values of the trailing metadata."""
     left: bool = False
     """The caller hung up: the call had not ended in its time."""
     unexpected: BaseException | None = None
@@ -58,6 +60,9 @@ class Context:
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
         return self.metadata
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
     def time_remaining(self) -> float:
         return self.time_s
 
@@ -74,6 +79,7 @@ class Context:
         self, code: grpc.StatusCode, details: str, trailing: Sequence[tuple[str, bytes]] = ()
     ) -> NoReturn:
         self.answer.code, self.answer.message = code, details
+        self.answer.trailing = [value for _, value in trailing]
         status = status_pb2.Status.FromString(dict(trailing).get(DETAILS_KEY, b""))
         for detail in status.details:
             info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
