@@ -25,7 +25,7 @@ from workers.engines.sglang_server.engine import SglangServerEngine
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
-START_S = 120.0
+START_S = 240.0
 
 
 def free_port() -> int:
