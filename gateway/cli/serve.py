@@ -6,7 +6,6 @@ What runs a process is imported when it is run: the other commands start faster 
 from __future__ import annotations
 
 import enum
-import logging
 import os
 import re
 import secrets
@@ -32,6 +31,8 @@ from gateway.cli.output import (
 from gateway.cli.sources import CONFIG_VARIABLE, SettingsRefused, Tree, from_flags
 from statestore.ports import StoreError
 from statestore.process import Announce
+from telemetry.config import TelemetryConfig
+from telemetry.logs import log_to
 
 if TYPE_CHECKING:
     from gateway.cli.launch import Child, Cluster
@@ -224,7 +225,7 @@ def gateway(
     )
     with reported_errors(StoreError, ValueError):
         settings = loaded("gateway", config, flags, assignments)
-        _log_to_stderr(log_level)
+        _log(log_level, settings.telemetry, {"gateway": settings.gateway_id})
         run(settings, _announcer("gateway", settings.gateway_id, as_json))
 
 
@@ -286,7 +287,7 @@ def worker(
     errors = (StoreError, ValueError, ImportError, TemplateRefused, EngineFailed, ReplicaReplaced)
     with reported_errors(*errors):
         settings = loaded("worker", config, flags, assignments)
-        _log_to_stderr(log_level)
+        _log(log_level, settings.telemetry, {"replica": settings.replica.replica_id})
         run(settings, _announcer("worker", settings.replica.replica_id, as_json))
 
 
@@ -370,11 +371,9 @@ def parse_options(
     return tuple(pairs)
 
 
-def _log_to_stderr(level: str) -> None:
+def _log(level: str, telemetry: TelemetryConfig, identity: dict[str, str]) -> None:
     try:
-        logging.basicConfig(
-            level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
+        log_to(level, telemetry.log_format, identity)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
