@@ -327,7 +327,10 @@ class ToolRun:
             with self._tracing.tool(self._session_id, call.name, call.id):
                 async with asyncio.timeout(self._options.tool_timeout_s) as limit:
                     output = await self._output(call)
-        except Exception as cause:
+        except (Exception, asyncio.CancelledError) as cause:
+            task = asyncio.current_task()
+            if isinstance(cause, asyncio.CancelledError) and task and task.cancelling():
+                raise  # the run's own end, not a tool that cancelled itself
             late = isinstance(cause, TimeoutError) and limit.expired()
             error = (
                 f"{call.name} took longer than {self._options.tool_timeout_s:g} s"

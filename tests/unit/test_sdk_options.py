@@ -1,0 +1,144 @@
+"""Limits and retries by client and by call, and redirected turns; no test waits for real."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+from sessile import RetryPolicy, Runtime, Sessile, TurnStatus, Unavailable, sync
+from sessile.v1 import session_pb2
+from sessile.v1 import types_pb2 as pb
+
+from tests.support.fake_gateway import (
+    Cut,
+    FakeGateway,
+    accepted,
+    finished,
+    gateway_in_a_thread,
+    serving,
+    session,
+    tokens,
+)
+
+pytestmark = pytest.mark.anyio
+
+REDIRECT = pb.TurnEvent(redirect=pb.TurnRedirect(endpoint="127.0.0.1:1"))
+ONE_TRY = RetryPolicy(max_attempts=1)
+
+
+class Longest(random.Random):
+    def uniform(self, a: float, b: float) -> float:
+        return b
+
+
+class Naps:
+    """Sleeps at once and remembers for how long it should have."""
+
+    def __init__(self) -> None:
+        self.taken: list[float] = []
+
+    async def __call__(self, seconds: float) -> None:
+        self.taken.append(seconds)
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def gateway(anyio_backend: str) -> AsyncIterator[FakeGateway]:
+    async with serving() as fake:
+        yield fake
+
+
+@pytest.fixture
+def naps() -> Naps:
+    return Naps()
+
+
+@pytest.fixture
+async def client(gateway: FakeGateway, naps: Naps) -> AsyncIterator[Sessile]:
+    runtime = Runtime(sleep=naps, rng=Longest())
+    async with Sessile(gateway.target, runtime=runtime) as opened:
+        yield opened
+
+
+async def test_waits_double_up_to_their_ceiling_and_end_after_the_last_try(
+    gateway: FakeGateway, client: Sessile, naps: Naps
+) -> None:
+    gateway.answers += [Cut()] * 10
+    with pytest.raises(Unavailable):
+        await client.session("ses_a").refresh()
+    assert naps.taken == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0]
+
+
+async def test_a_call_may_have_a_policy_of_its_own(
+    gateway: FakeGateway, client: Sessile, naps: Naps
+) -> None:
+    gateway.answers += [Cut()] * 2
+    handle = client.session("ses_a")
+    with pytest.raises(Unavailable):
+        await handle.with_options(retry=ONE_TRY).refresh()
+    with pytest.raises(Unavailable):
+        await client.with_options(retry=ONE_TRY).open()
+    assert naps.taken == []
+    gateway.answers += [Cut(), session_pb2.GetSessionResponse(session=session())]
+    await handle.refresh()
+    assert naps.taken == [0.05]
+
+
+async def test_no_wait_goes_beyond_the_time_of_the_call(
+    gateway: FakeGateway, client: Sessile, naps: Naps
+) -> None:
+    gateway.answers += [Cut()] * 10
+    with pytest.raises(Unavailable):
+        await client.session("ses_a").with_options(timeout_s=0.3).refresh()
+    # The clock is real and the naps are not: only those that would fit are taken.
+    assert naps.taken == [0.05, 0.1, 0.2]
+
+
+async def test_what_a_handle_with_options_learns_the_other_knows(
+    gateway: FakeGateway, client: Sessile
+) -> None:
+    gateway.answers.append(session_pb2.GetSessionResponse(session=session(turn_index=3)))
+    handle = client.session("ses_a")
+    await handle.with_options(timeout_s=5.0).refresh()
+    assert handle.info is not None
+    assert handle.info.turn_index == 3
+
+
+@pytest.mark.parametrize("values", [(0, 0.1, 1.0), (3, -0.1, 1.0), (3, 0.1, -1.0)])
+def test_a_policy_that_cannot_work_is_refused(values: tuple[int, float, float]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        RetryPolicy(*values)
+
+
+def test_the_sync_face_has_options_too() -> None:
+    with gateway_in_a_thread() as gateway, sync.Sessile(gateway.target) as client:
+        gateway.answers += [Cut()] * 2
+        with pytest.raises(Unavailable):
+            client.with_options(retry=ONE_TRY).open()
+        with pytest.raises(Unavailable):
+            client.session("ses_a").with_options(retry=ONE_TRY).refresh()
+
+
+async def test_a_redirected_turn_is_asked_for_again_and_goes_on_where_it_was(
+    gateway: FakeGateway, client: Sessile
+) -> None:
+    gateway.turns += [
+        [accepted(), tokens(0), REDIRECT],
+        [REDIRECT],
+        [accepted("r2", attempt=2), tokens(2), finished(4)],
+    ]
+    result = await client.session("ses_a").run("Go.", turn_id="t1").result()
+    assert (result.status, result.text, result.moves) == (TurnStatus.COMMITTED, "a b c d ", 1)
+    first, *others = gateway.requests(pb.RunTurnRequest)
+    assert not first.accepts_redirect
+    assert [(r.attach_only, r.resume_from.length) for r in others] == [(True, 12), (True, 12)]
+
+
+async def test_redirects_without_progress_have_an_end(
+    gateway: FakeGateway, client: Sessile
+) -> None:
+    gateway.turns += [[accepted(), REDIRECT]] * 10
+    with pytest.raises(Unavailable, match="redirected time and again"):
+        await client.session("ses_a").run("Go.", turn_id="t1").result()
