@@ -116,7 +116,7 @@ class StoreServer:
         command += [*ports, str(self.port), "--unixsocket", str(self.directory / "s")]
         command += ["--bind", "127.0.0.1", "--dir", str(self.directory), *self.options]
         if "--sentinel" not in self.options:
-            command += ["--save", ""]
+            command += ["--save", "", "--repl-diskless-sync-delay", "0"]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 dies_with_parent(command), stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -140,7 +140,7 @@ class StoreServer:
 
 def replica_of(primary: StoreServer, *options: str) -> StoreServer:
     """A server that follows another; not started yet."""
-    follow = ("--replicaof", f"127.0.0.1 {primary.port}", "--repl-diskless-sync-delay", "0")
+    follow = ("--replicaof", f"127.0.0.1 {primary.port}")
     return StoreServer(primary.binary, (*follow, *options), tls=primary.tls)
 
 
