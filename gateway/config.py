@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from gateway.core.failover import FailoverLimits
 from gateway.core.liveness import LivenessLimits
 from gateway.core.migration import MigrationLimits
 from gateway.core.placement import PlacementModel
+from gateway.core.quotas import EVERY_TENANT, TenantQuota, check_names
 from gateway.security.config import GatewaySecurity
 from statestore.connection import StoreConnection, parse_address
 from statestore.records import StoreLimits
@@ -73,6 +75,12 @@ class Times:
     watch_poll_s: float = 0.2
     sweep_period_s: float = 1.0
     sweep_lease_s: float = 5.0
+    usage_poll_s: float = 0.5
+    """A tenant's tokens are read anew when a turn begins and they were read longer ago."""
+    recount_s: float = 600.0
+    """Between counts of one tenant's ledgers."""
+    recount_ask_s: float = 5.0
+    """Between counts that are asked for because a tenant is over its quota."""
     default_turn_s: float = 600.0
     max_turn_s: float = 86_400.0
     default_migration_s: float = 30.0
@@ -117,6 +125,10 @@ class Tables:
     """Moves of one drain at once."""
     drain_batch: int = 256
     sweep_batch: int = 256
+    usages: int = 4096
+    """Tenants whose tokens are remembered; the least recently read is forgotten."""
+    recount_batch: int = 256
+    """Sessions counted at once, after each sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +154,9 @@ class GatewayConfig:
     placement: PlacementModel = field(default_factory=PlacementModel)
     migration: MigrationLimits = field(default_factory=MigrationLimits)
     store: StoreLimits = field(default_factory=StoreLimits)
+    quotas: Mapping[str, TenantQuota] = field(default_factory=lambda: {EVERY_TENANT: TenantQuota()})
+    """What tenants may use, by their names; ``*`` is for those without an own one. What one does
+    not say is as here, not as for ``*``."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     security: GatewaySecurity = field(default_factory=GatewaySecurity)
 
@@ -164,6 +179,10 @@ class GatewayConfig:
             raise ValueError("max_request_bytes must be more than max_preamble_bytes")
         if self.admission.max_request_bytes > self.admission.max_message_bytes:
             raise ValueError("max_request_bytes must be at most max_message_bytes")
+        check_names(self.quotas)
+        largest = max((quota.message_bytes for quota in self.quotas.values()), default=0)
+        if largest > self.admission.max_request_bytes:
+            raise ValueError("a quota's message_bytes must be at most max_request_bytes")
         if self.admission.share_per_tenant > 1:
             raise ValueError("share_per_tenant is at most 1")
         if self.times.fleet_poll_s * 2 > self.liveness.outage_after_s:

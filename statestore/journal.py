@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import anyio
 
@@ -33,6 +33,7 @@ from statestore.records import (
     Turn,
     TurnContext,
     TurnSpec,
+    UsageSum,
 )
 from statestore.script_runner import RetryPolicy, ScriptRunner, script_call
 
@@ -294,11 +295,25 @@ class RedisJournal:
         self._registered[ref] = registration.details, False
         return ref
 
-    async def heartbeat(self, ref: ReplicaRef, counter: int, load: str) -> int | None:
+    async def heartbeat(
+        self,
+        ref: ReplicaRef,
+        counter: int,
+        load: str,
+        usage: Mapping[str, UsageSum] | None = None,
+    ) -> int | None:
         beat = script_call(
             "heartbeat", [keys.FLEET], [ref.replica_id, ref.incarnation, counter, load]
         )
-        (reply,) = await self._scripts.run(beat)
+        sums = [
+            script_call(
+                "usage_add",
+                [keys.usage_key(tenant)],
+                [ref.replica_id, ref.incarnation, it.number, it.tokens],
+            )
+            for tenant, it in (usage or {}).items()
+        ]
+        reply, *_ = await self._scripts.run(beat, *sums)
         registered = self._registered.get(ref)
         if replies.data(replies.items(reply)[0]) == b"unknown" and registered is not None:
             # The store lost the registration: only this process can write it back.

@@ -20,6 +20,9 @@ DUE = "sessile:due"
 
 FLEET = "sessile:fleet"
 
+USAGE_TENANTS = "sessile:usage-tenants"
+"""Sorted set of tenants by the store's time in microseconds at which their last count began."""
+
 
 def family_of(session_id: str) -> str:
     """The family of a session; ValueError if this is no session id."""
@@ -63,6 +66,11 @@ def replica_index_key(ref: ReplicaRef) -> str:
 def salt_key(tenant: str) -> str:
     """String: the tenant's salt."""
     return f"sessile:tenant-salt:{tenant}"
+
+
+def usage_key(tenant: str) -> str:
+    """Hash: what a tenant has used, as far as replicas have reported it."""
+    return f"sessile:usage:{tenant}"
 
 
 def lease_key(name: str) -> str:

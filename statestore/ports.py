@@ -14,7 +14,7 @@ digest) answers as if it had just been applied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,10 +31,12 @@ from statestore.records import (
     SessionPage,
     SessionState,
     SweepReport,
+    TenantUsage,
     Turn,
     TurnContext,
     TurnResult,
     TurnSpec,
+    UsageSum,
 )
 
 
@@ -303,9 +305,17 @@ class JournalPort(Protocol):
         """Grants a new incarnation, replacing any earlier one of that id."""
         ...
 
-    async def heartbeat(self, ref: ReplicaRef, counter: int, load: str) -> int | None:
+    async def heartbeat(
+        self,
+        ref: ReplicaRef,
+        counter: int,
+        load: str,
+        usage: Mapping[str, UsageSum] | None = None,
+    ) -> int | None:
         """The counter that the store had before: one below what it has acknowledged tells that it
-        lost writes. None if another incarnation has replaced this one (the process must stop)."""
+        lost writes. None if another incarnation has replaced this one (the process must stop).
+        ``usage`` tells what this replica has written for each of these tenants: sums only grow, so
+        that one that is told again, late or never counts once all the same."""
         ...
 
     async def set_draining(self, ref: ReplicaRef, draining: bool) -> bool: ...
@@ -320,8 +330,12 @@ class JournalPort(Protocol):
 class SessionStore(JournalPort, Protocol):
     """Everything; used by gateways."""
 
-    async def find_or_admit(self, tenant: str, session_id: str) -> Session | LimitReached | None:
-        """The session; None if there is none and the tenant may have another."""
+    async def find_or_admit(
+        self, tenant: str, session_id: str, most: int
+    ) -> Session | LimitReached | None:
+        """The session; None if there is none and the tenant, which may have ``most`` (0: any
+        number), may have another. Closed ones count until they are purged. Those that are opened at
+        the same time may go past it."""
         ...
 
     async def open_session(self, new: NewSession) -> OpenOutcome:
@@ -413,6 +427,30 @@ class SessionStore(JournalPort, Protocol):
         ...
 
     async def release_lease(self, lease: Lease) -> None: ...
+
+    async def read_usage(self, tenant: str, tokens_per_minute: int) -> TenantUsage:
+        """What is left of the tenant's tokens for a minute (of a bucket that fills evenly and holds
+        ``tokens_per_minute``; 0: none is kept), and its tokens in ledgers."""
+        ...
+
+    async def note_usage(self, tenant: str, age_ms: int = 0) -> None:
+        """Has the tenant's ledgers counted again, as if the last count had been so long ago, or
+        longer."""
+        ...
+
+    async def uncounted_tenant(self, min_age_ms: int) -> str | None:
+        """Whose last count is the longest ago, if it began before ``min_age_ms``; its next count is
+        taken to begin now."""
+        ...
+
+    async def count_ledgers(self, tenant: str, cursor: str, count: int) -> tuple[int, str]:
+        """Tokens in the ledgers of up to ``count`` sessions of the tenant, and where to go on."""
+        ...
+
+    async def settle_usage(self, tenant: str, told: int, counted: int) -> None:
+        """The tenant's ledgers had ``counted`` tokens, where ``told`` were known when the count
+        began."""
+        ...
 
     async def sweep(self, count: int) -> SweepReport:
         """Ends turns past their deadline and purges closed sessions past their retention; at most

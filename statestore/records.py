@@ -283,9 +283,6 @@ class SessionPage:
 class StoreLimits:
     """Bounds the store enforces; over them a write is refused as ``LimitReached``."""
 
-    max_sessions_per_tenant: int = 100_000
-    """Closed ones count until they are purged; 0: no bound. Those that are opened at the same time
-    may go past it."""
     max_turns_per_session: int = 4096
     max_segments: int = 32
     """A fork that would inherit from more ancestors copies instead: one generation in that many."""
@@ -302,6 +299,25 @@ class StoreLimits:
     index_grace_ms: int = 10_000
     """Index entries are written before the records they point to: for so long they are not dropped,
     and no earlier entry has the sweep look at the record."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageSum:
+    """Tokens that one replica has written for a tenant since it began this sum. ``number`` tells
+    its sums apart: it grows when it begins one anew."""
+
+    number: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUsage:
+    """What a tenant has used, as far as replicas have reported it."""
+
+    minute_tokens: int
+    """Left of its tokens for a minute; below 0 a debt."""
+    ledger_tokens: int
+    """In the ledgers of its sessions, closed ones too until they are purged."""
 
 
 @dataclass(frozen=True, slots=True)

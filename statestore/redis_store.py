@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from statestore import keys, replies
 from statestore.executor import Reply, ScriptCall, ScriptExecutor
-from statestore.journal import RedisJournal
 from statestore.ports import (
     CancelOutcome,
     EpochLost,
@@ -41,6 +40,7 @@ from statestore.records import (
 )
 from statestore.replies import Arg
 from statestore.script_runner import script_call
+from statestore.usage import RedisUsage
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ T = TypeVar("T")
 _Written = SessionWritten | EpochLost | Refused | Missing
 
 
-class RedisStore(RedisJournal):
-    """SessionStore over scripts; see RedisJournal for what it raises.
+class RedisStore(RedisUsage):
+    """SessionStore over scripts; see RedisJournal for what it raises, RedisUsage for usage.
 
     Indices (a tenant's sessions, a replica's sessions, sessions due for a sweep) are in other hash
     slots than the sessions, so they are written before them, beside them in the same pipeline; what
@@ -75,12 +75,10 @@ class RedisStore(RedisJournal):
 
     # -- life of a session --------------------------------------------------------------------
 
-    async def find_or_admit(self, tenant: str, session_id: str) -> Session | LimitReached | None:
-        room = script_call(
-            "index_room",
-            [keys.tenant_index_key(tenant)],
-            [session_id, self._limits.max_sessions_per_tenant],
-        )
+    async def find_or_admit(
+        self, tenant: str, session_id: str, most: int
+    ) -> Session | LimitReached | None:
+        room = script_call("index_room", [keys.tenant_index_key(tenant)], [session_id, most])
         read = script_call("read_session", [keys.session_key(session_id)], [])
         full, found = map(replies.outcome, await self._scripts.run(room, read))
         if isinstance(found, SessionWritten):
@@ -346,15 +344,6 @@ class RedisStore(RedisJournal):
             cursor = entries[-1][1]
         await self._tidy_indices()
         return tuple(found[:count])
-
-    async def _index_page(self, key: str, cursor: str, count: int) -> list[tuple[str, str]]:
-        """(session id, cursor after it), newest first."""
-        if cursor and not cursor.isdecimal():
-            raise ValueError(f"{cursor!r} is no cursor of a session list")
-        call = script_call("index_list", [key], [f"({cursor}" if cursor else "+inf", count])
-        (reply,) = await self._scripts.run(call)
-        flat = [replies.text(item) for item in replies.items(reply)]
-        return list(zip(flat[::2], flat[1::2], strict=True))
 
     async def _read_sessions(self, session_ids: list[str]) -> list[tuple[str, Session | None]]:
         """Without the damaged ones: for one of them nobody loses sight of the rest."""

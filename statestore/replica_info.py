@@ -67,6 +67,8 @@ class ReplicaLoad:
     leading: Mapping[str, int] = field(default_factory=dict)
     """Hex leading-message digest -> tokens of that prefix resident here; the most recent ones,
     at most ``MAX_LEADING``."""
+    tenants: Mapping[str, int] = field(default_factory=dict)
+    """Tenant -> its turns that run or wait here; of the busiest ones, at most ``MAX_ENTRIES``."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)
@@ -77,7 +79,9 @@ class ReplicaLoad:
         return cls(**_known(cls, text)) if text else cls()
 
 
-MAX_LEADING = 64
+MAX_ENTRIES = 64
+"""Of one mapping."""
+MAX_LEADING = MAX_ENTRIES
 MAX_RATE = 1e12
 """Tokens per second that are taken for a measurement."""
 
@@ -121,7 +125,7 @@ _FITS: dict[Any, Callable[[Any], bool]] = {
     "tuple[str, ...]": lambda value: isinstance(value, list) and all(map(_is_text, value)),
     "Mapping[str, int]": lambda value: (
         isinstance(value, dict)
-        and len(value) <= MAX_LEADING
+        and len(value) <= MAX_ENTRIES
         and all(map(_is_count, value.values()))
     ),
 }

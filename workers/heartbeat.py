@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Protocol
 
 import anyio
 
 from statestore.ports import JournalPort, StoreUnavailable
-from statestore.records import ReplicaRef
+from statestore.records import ReplicaRef, UsageSum
 from statestore.replica_info import ReplicaLoad
 
 log = logging.getLogger(__name__)
@@ -18,15 +19,28 @@ class ReplicaReplaced(Exception):
     """Another process has registered under this replica's id: this one must stop."""
 
 
+class Reporting(Protocol):
+    """What a heartbeat asks of its replica."""
+
+    def load(self) -> ReplicaLoad: ...
+
+    def doubt(self) -> None:
+        """The store has lost writes: it has gone back behind a count that it had acknowledged."""
+        ...
+
+    def unreported_usage(self) -> Mapping[str, UsageSum]:
+        """What was written for tenants and not reported yet."""
+        ...
+
+    def usage_reported(self, sums: Mapping[str, UsageSum]) -> None:
+        """The store has these."""
+        ...
+
+
 async def heartbeat(
-    store: JournalPort,
-    ref: ReplicaRef,
-    load: Callable[[], ReplicaLoad],
-    period_s: float,
-    on_loss: Callable[[], None],
+    store: JournalPort, ref: ReplicaRef, replica: Reporting, period_s: float
 ) -> None:
-    """Counts up in the store every ``period_s`` until cancelled. ``on_loss`` is called when the
-    store has gone back behind a count that it had acknowledged.
+    """Counts up in the store every ``period_s`` until cancelled, and tells load and usage.
 
     A store that does not answer is waited for: observers give everyone amnesty after an outage
     (P9), and the ledger's fences, not heartbeats, protect the sessions. Raises ReplicaReplaced.
@@ -34,18 +48,20 @@ async def heartbeat(
     counter, acknowledged, answered = 0, 0, True
     while True:
         counter += 1
+        usage = replica.unreported_usage()
         try:
-            before = await store.heartbeat(ref, counter, load().to_json())
+            before = await store.heartbeat(ref, counter, replica.load().to_json(), usage)
         except StoreUnavailable as error:
             if answered:
                 log.warning("heartbeat of %s: the store does not answer: %s", ref, error)
             answered = False
         else:
             answered = True
+            replica.usage_reported(usage)
             if before is None:
                 raise ReplicaReplaced(f"{ref} was replaced by a newer process of the same id")
             if before < acknowledged:
                 log.warning("heartbeat of %s: the store has lost writes", ref)
-                on_loss()
+                replica.doubt()
             acknowledged = counter
         await anyio.sleep(period_s)

@@ -74,7 +74,7 @@ async def run_replica(
 
     async def beat(ref: ReplicaRef, app: ReplicaApp) -> None:
         try:
-            await heartbeat(store, ref, app.load, settings.heartbeat_period_s, app.doubt)
+            await heartbeat(store, ref, app, settings.heartbeat_period_s)
         except ReplicaReplaced as error:
             fail(error)
 

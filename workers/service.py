@@ -7,7 +7,7 @@ A replica acts only for the epoch it is told, and only as far as the store agree
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
@@ -24,8 +24,8 @@ from gateway.core.errors import (
     Unavailable,
 )
 from statestore.ports import Refused, StoreError, StoreUnavailable
-from statestore.records import Epoch, Position, ReplicaRef, SessionState
-from statestore.replica_info import ReplicaLoad
+from statestore.records import Epoch, Position, ReplicaRef, SessionState, UsageSum
+from statestore.replica_info import MAX_ENTRIES, ReplicaLoad
 from telemetry.logs import about
 from workers.journal import until_answered
 from workers.kv.transfer import KvTransfer, lease_seconds
@@ -289,7 +289,16 @@ class ReplicaApp:
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             decode_tokens_per_s=load.decode_tokens_per_s,
             leading=self._ports.residency.leading_tokens(),
+            tenants=dict(self._runs.tenants().most_common(MAX_ENTRIES)),
         )
+
+    def unreported_usage(self) -> Mapping[str, UsageSum]:
+        """For the heartbeat: what was written for tenants and not reported yet."""
+        return self._runs.unreported_usage()
+
+    def usage_reported(self, sums: Mapping[str, UsageSum]) -> None:
+        """The store has these sums."""
+        self._runs.usage_reported(sums)
 
 
 @contextmanager

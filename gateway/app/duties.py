@@ -1,12 +1,13 @@
 """What one gateway at a time does for all: the sweep of turns past their deadline and of closed
-sessions past their retention (P4). The leader holds a fenced lease; a second leader for a moment
-would be harmless, because each sweep is one atomic script."""
+sessions past their retention (P4), and counts of tenants' ledgers. The leader holds a fenced lease;
+a second leader for a moment would be harmless, because each sweep is one atomic script."""
 
 from __future__ import annotations
 
 import logging
 
 from gateway.app.ports import Clock
+from gateway.app.quotas import Recount
 from gateway.config import GatewayConfig
 from statestore.ports import SessionStore, StoreError
 from statestore.records import Lease
@@ -26,6 +27,7 @@ class Sweeper:
         self._clock = clock
         self._holder = holder
         self._config = config
+        self._recount = Recount(store, config)
         self._lease: Lease | None = None
 
     @property
@@ -59,4 +61,5 @@ class Sweeper:
         report = await self._store.sweep(batch)
         for session_id, turn_id in report.turns_expired:
             log.info("turn %s of %s ended: its deadline passed", turn_id, session_id)
+        await self._recount.step()
         return report.examined >= batch

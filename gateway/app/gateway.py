@@ -13,6 +13,7 @@ from gateway.app.duties import Sweeper
 from gateway.app.fleet_view import FleetView
 from gateway.app.migration import Migrations
 from gateway.app.ports import Clock, Ids, ReplicaClients
+from gateway.app.quotas import Quotas
 from gateway.app.services import Services
 from gateway.app.sessions import Sessions
 from gateway.app.turns import Turns
@@ -42,6 +43,7 @@ class GatewayApp:
         self.fleet = FleetView(store, clock, config)
         directory = SessionDirectory(store, config)
         assigner = Assigner(store, directory, self.fleet, ids, config)
+        self.quotas = Quotas(store, self.fleet, clock, config)
         self.metrics = GatewayMetrics(
             telemetry.meter("sessile.gateway"), tenant_labels=telemetry.tenant_labels
         )
@@ -54,6 +56,7 @@ class GatewayApp:
             clock,
             ids,
             config,
+            self.quotas,
             telemetry.tracing("sessile.gateway"),
             self.metrics,
         )

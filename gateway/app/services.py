@@ -8,6 +8,7 @@ from gateway.app.assignment import Assigner
 from gateway.app.directory import SessionDirectory
 from gateway.app.fleet_view import FleetView
 from gateway.app.ports import Clock, Ids, ReplicaClients
+from gateway.app.quotas import Quotas
 from gateway.config import GatewayConfig
 from statestore.ports import SessionStore
 from telemetry.metrics import GatewayMetrics
@@ -26,5 +27,6 @@ class Services:
     clock: Clock
     ids: Ids
     config: GatewayConfig
+    quotas: Quotas
     tracing: Tracing = field(default_factory=lambda: Tracing("sessile.gateway"))
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)

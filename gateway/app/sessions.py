@@ -22,7 +22,6 @@ from gateway.core.errors import (
     InvalidRequest,
     NotFound,
     OutOfRange,
-    Overloaded,
     RequestConflict,
     SessileError,
     SessionClosed,
@@ -62,12 +61,14 @@ class Sessions:
         self._assigner = services.assigner
         self._replicas = services.replicas
         self._config = services.config
+        self._quotas = services.quotas
 
     async def open(
         self, tenant: str, request: session_pb2.OpenSessionRequest
     ) -> session_pb2.OpenSessionResponse:
         """Idempotent by request id; the same id with other content is RequestConflict."""
         self._check_request_id(request.request_id)
+        self._quotas.check_message(tenant, request.ByteSize())
         self._check_labels(request.labels)
         check_roles(request.messages)
         check_leading(request.messages)
@@ -243,15 +244,11 @@ class Sessions:
     # -- parts ---------------------------------------------------------------------------------
 
     async def _admitted(self, tenant: str, session_id: str) -> Session | None:
-        """The session; None if it is to be made. Raises Overloaded at the tenant's bound."""
-        found = await self._store.find_or_admit(tenant, session_id)
+        """The session; None if it is to be made. Raises QuotaExceeded."""
+        most = self._quotas.of(tenant).sessions
+        found = await self._store.find_or_admit(tenant, session_id, most)
         if isinstance(found, LimitReached):
-            raise Overloaded(
-                "the tenant has as many sessions as it may",
-                hint="Close sessions that are not needed; they count until they are purged.",
-                retry_after_ms=self._config.admission.retry_after_ms,
-                metadata={"bound": "max_sessions_per_tenant"},
-            )
+            raise self._quotas.session_refused(tenant)
         return found
 
     def _model(self, asked: str) -> str:

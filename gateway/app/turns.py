@@ -189,12 +189,23 @@ class _TurnStream:
     async def pump(self) -> None:
         """Fills the outbox and closes it."""
         try:
-            await self._deliver()
+            with self._s.quotas.streaming(self._tenant, self._request.session_id):
+                await self._admitted()
+                await self._deliver()
             self._outbox.close()
         except SessileError as error:
             self._outbox.close(error)
         except BadFrame as error:
             self._outbox.close(InternalError(f"a replica sent what is no turn stream: {error}"))
+
+    async def _admitted(self) -> None:
+        """Raises QuotaExceeded, MessageTooLarge. Who only attaches begins nothing."""
+        request = self._request
+        self._s.quotas.check_message(self._tenant, request.ByteSize())
+        if not request.attach_only:
+            await self._patiently(
+                lambda: self._s.quotas.admit_turn(self._tenant, request.session_id, request.turn_id)
+            )
 
     async def _deliver(self) -> None:
         while True:

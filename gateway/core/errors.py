@@ -3,6 +3,7 @@
     SessileError
     ├── InvalidRequest          the request itself is wrong
     │   ├── ContextTooLong      the turn's input does not fit the model's context
+    │   ├── MessageTooLarge     more bytes than the tenant may send in one request
     │   └── OutOfRange          it asks for what is past the session's end
     ├── NotFound                SESSION_, TURN_, REPLICA_, MODEL_NOT_FOUND
     ├── Unauthenticated         credentials are missing or not accepted
@@ -19,6 +20,7 @@
     ├── DataLoss                the caller holds more than the ledger does
     ├── NotOwner                between gateway and replica: ask the store again
     ├── Overloaded              a bound is reached; try again after ``retry_after_ms``
+    │   └── QuotaExceeded       one of the tenant's own
     ├── Unavailable             no replica, store or peer answers; try again
     ├── DeadlineExceeded        the call's own deadline passed
     ├── MigrationFailed         the move broke; the owner is as it was
@@ -70,6 +72,13 @@ class ContextTooLong(InvalidRequest):
 
     reason = "CONTEXT_TOO_LONG"
     default_hint = "Send less input, or open or fork a session with a shorter history."
+
+
+class MessageTooLarge(InvalidRequest):
+    """More bytes than the tenant may send in one request: a repeat would not help."""
+
+    reason = "MESSAGE_TOO_LARGE"
+    default_hint = "Send less in one call: the turn's new messages only, and long ones in pieces."
 
 
 class OutOfRange(InvalidRequest):
@@ -188,6 +197,12 @@ class Overloaded(SessileError):
 
     reason = "OVERLOADED"
     default_hint = "Try again after the retry delay."
+
+
+class QuotaExceeded(Overloaded):
+    """A quota of the tenant is used up. ``metadata`` has ``quota``, ``limit`` and ``used``."""
+
+    reason = "QUOTA_EXCEEDED"
 
 
 class Unavailable(SessileError):

@@ -1,9 +1,9 @@
 """Errors on the wire: one table from the error tree to gRPC status, and its inverse.
 
 A failed call carries ``google.rpc.Status`` details: ``ErrorInfo`` (domain ``sessile``, the error's
-reason and metadata), ``LocalizedMessage`` (the hint) and, where waiting helps, ``RetryInfo``. Both
-hops use it, client to gateway and gateway to replica, so an error raised on a replica reaches the
-agent unchanged.
+reason and metadata), ``LocalizedMessage`` (the hint), where waiting helps ``RetryInfo``, and for a
+tenant's quota ``QuotaFailure``. Both hops use it, client to gateway and gateway to replica, so an
+error raised on a replica reaches the agent unchanged.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ CODES: dict[type[SessileError], grpc.StatusCode] = {
     SessileError: grpc.StatusCode.INTERNAL,
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ContextTooLong: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.MessageTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
     errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
@@ -53,6 +54,7 @@ CODES: dict[type[SessileError], grpc.StatusCode] = {
     errors.DataLoss: grpc.StatusCode.DATA_LOSS,
     errors.NotOwner: grpc.StatusCode.ABORTED,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.MigrationFailed: grpc.StatusCode.ABORTED,
@@ -107,6 +109,13 @@ def to_status(error: SessileError) -> status_pb2.Status:
         ),
     )
     _add(status, error_details_pb2.LocalizedMessage(locale=LOCALE, message=_cut(error.hint)))
+    quota = error.metadata.get("quota")
+    if quota is not None:
+        violation = error_details_pb2.QuotaFailure.Violation(
+            subject=f"quota:{_cut(quota, MAX_METADATA_BYTES)}",
+            description=_cut(error.message, MAX_METADATA_BYTES),
+        )
+        _add(status, error_details_pb2.QuotaFailure(violations=[violation]))
     if error.retry_after_ms is not None:
         delay = Duration()
         delay.FromMilliseconds(error.retry_after_ms)

@@ -3,6 +3,7 @@
     SessileError
     ├── InvalidRequest          the request itself is wrong
     │   ├── ContextTooLong      the turn's input does not fit the model's context
+    │   ├── MessageTooLarge     more bytes than the tenant may send in one request
     │   └── OutOfRange          it asks for what is past the session's end
     ├── NotFound                no such session, turn, replica or model for this tenant
     ├── AccessDenied            the caller may not do this
@@ -20,6 +21,7 @@
     ├── TurnFailed              the turn was accepted and ended FAILED; ``result`` has what there is
     ├── DataLoss                this client holds more than the ledger does
     ├── Overloaded              a bound is reached; retried after ``retry_after_s``
+    │   └── QuotaExceeded       one of the tenant's own
     ├── Unavailable             nobody answers; retried
     ├── DeadlineExceeded        the time given has passed
     ├── MigrationFailed         the move broke; the session is where it was
@@ -81,6 +83,10 @@ class InvalidRequest(SessileError):
 
 class ContextTooLong(InvalidRequest):
     """The input does not fit the model's context."""
+
+
+class MessageTooLarge(InvalidRequest):
+    """More bytes than the tenant may send in one request."""
 
 
 class OutOfRange(InvalidRequest):
@@ -157,6 +163,10 @@ class Overloaded(SessileError):
     retryable = True
 
 
+class QuotaExceeded(Overloaded):
+    """A quota of the tenant is used up. ``metadata`` has ``quota``, ``limit`` and ``used``."""
+
+
 class Unavailable(SessileError):
     """Nobody answers, or the connection broke."""
 
@@ -200,6 +210,7 @@ class InternalError(SessileError):
 BY_REASON: Mapping[str, type[SessileError]] = {
     "INVALID_REQUEST": InvalidRequest,
     "CONTEXT_TOO_LONG": ContextTooLong,
+    "MESSAGE_TOO_LARGE": MessageTooLarge,
     "OUT_OF_RANGE": OutOfRange,
     "NOT_FOUND": NotFound,
     "SESSION_NOT_FOUND": NotFound,
@@ -222,6 +233,7 @@ BY_REASON: Mapping[str, type[SessileError]] = {
     "NOT_OWNER": Unavailable,
     "REPLICA_LOST": Unavailable,
     "OVERLOADED": Overloaded,
+    "QUOTA_EXCEEDED": QuotaExceeded,
     "UNAVAILABLE": Unavailable,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
     "MIGRATION_FAILED": MigrationFailed,

@@ -40,6 +40,7 @@ WORKER_SCRIPTS = {
     "repair",
     "resume",
     "tenant_salt",
+    "usage_add",
 }
 """What workers run; gateways run all others, and some of these."""
 

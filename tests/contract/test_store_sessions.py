@@ -231,7 +231,7 @@ async def test_a_late_repeat_does_not_open_a_purged_session_anew(
         assert await store.open_session(new_session()) == Refused(SessionState.CLOSED)
         await store.sweep(10)
     assert await store.get_session("ses_f") is None
-    assert await store.find_or_admit(TENANT, "ses_f") is None
+    assert await store.find_or_admit(TENANT, "ses_f", 0) is None
     assert (await store.list_sessions(TENANT, "", 10)).sessions == ()
     assert await store.close("ses_f", 0) == Missing()
     assert await owner.begin("t2") == Missing()

@@ -186,7 +186,7 @@ async def _of_key(store: Any, client: Any, name: bytes) -> list[str]:
             for session_id in ids
             if not await store.exists(keys.session_key(session_id))
         ]
-    known = ("fleet", "lease:sweeper", "tenant-salt:")
+    known = ("fleet", "lease:sweeper", "tenant-salt:", "usage:", "usage-tenants")
     return [] if kind.startswith(known) else ["a key of no known kind"]
 
 

@@ -6,8 +6,8 @@ import logging
 import sys
 
 from gateway.config import Admission, GatewayConfig
+from gateway.core.quotas import TenantQuota
 from gateway.main import run as run_gateway
-from statestore.records import StoreLimits
 from workers.config import ReplicaSettings, WorkerConfig
 from workers.main import run as run_worker
 
@@ -20,6 +20,7 @@ ADMISSION = Admission(
     max_request_bytes=1 << 20,
     max_preamble_bytes=1 << 19,
 )
+QUOTAS = {"*": TenantQuota(sessions=500)}
 ENGINE = (("decode_token_ms", "0"), ("eos_probability", "0"), ("step_ms", "5"))
 
 
@@ -33,7 +34,7 @@ def main(role: str, redis_url: str) -> None:
                 listen="127.0.0.1:0",
                 redis_url=redis_url,
                 admission=ADMISSION,
-                store=StoreLimits(max_sessions_per_tenant=500),
+                quotas=QUOTAS,
             )
         )
     else:

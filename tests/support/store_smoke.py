@@ -12,7 +12,13 @@ from statestore.ports import (
     TurnEnded,
     TurnResumed,
 )
-from statestore.records import ReplicaRegistration, SessionState, StoreLimits
+from statestore.records import (
+    ReplicaRegistration,
+    SessionState,
+    StoreLimits,
+    TenantUsage,
+    UsageSum,
+)
 from statestore.redis_store import RedisStore
 from statestore.scripts import script_names
 from tests.support.owners import (
@@ -38,12 +44,13 @@ async def visit_every_script(executor: CountingExecutor) -> None:
     await _turns(store)
     await _moves_and_ends(store)
     await _fleet(store)
+    await _usage(store)
     ran = {name for trip in executor.round_trips for name in trip}
     assert ran == set(script_names())
 
 
 async def _turns(store: RedisStore) -> None:
-    assert await store.find_or_admit(TENANT, "ses_f") is None
+    assert await store.find_or_admit(TENANT, "ses_f", 10) is None
     owner = await Owner.of(store)
     await owner.run_turn("t1", [4, 5])
     await owner.begun("t2")
@@ -95,6 +102,18 @@ async def _moves_and_ends(store: RedisStore) -> None:
     assert await store.get_session("ses_f") is None
     again = await store.open_session(new_session("ses_g"))
     assert isinstance(again, SessionWritten)
+
+
+async def _usage(store: RedisStore) -> None:
+    replica = await store.register_replica(ReplicaRegistration("r2", "of usage"))
+    await store.heartbeat(replica, 1, "load", {TENANT: UsageSum(1, 7)})
+    assert await store.read_usage(TENANT, 100) == TenantUsage(93, 7)
+    counted, cursor = await store.count_ledgers(TENANT, "", 10)
+    assert (counted > 0, cursor) == (True, "")
+    await store.settle_usage(TENANT, 7, counted)
+    assert (await store.read_usage(TENANT, 0)).ledger_tokens == counted
+    await store.note_usage(TENANT, age_ms=60_000)
+    assert await store.uncounted_tenant(1_000) == TENANT
 
 
 async def _fleet(store: RedisStore) -> None:

@@ -11,8 +11,7 @@ from sessile.v1 import session_pb2
 from gateway.app.admission import Gate
 from gateway.config import Admission, GatewayConfig
 from gateway.core.errors import Overloaded
-from statestore.records import StoreLimits
-from statestore.redis_store import RedisStore
+from gateway.core.quotas import TenantQuota
 from tests.support.gateway_world import TENANT, simulated, world
 
 
@@ -70,14 +69,13 @@ async def test_a_tenant_with_its_share_of_streams_leaves_room_for_another() -> N
 
 @simulated
 async def test_a_tenant_with_its_bound_of_sessions_opens_and_forks_no_more() -> None:
-    async with world(a=4) as w:
-        limits = StoreLimits(max_sessions_per_tenant=1)
+    config = GatewayConfig(quotas={"*": TenantQuota(sessions=1)})
+    async with world(config=config, a=4) as w:
         sessions = w.gateway.sessions
-        sessions._store = RedisStore(w.executor, limits=limits)
         session_id = await w.open("r1")
         fork = session_pb2.ForkSessionRequest(session_id=session_id, request_id="f")
         for call in (lambda: w.open("r2"), lambda: sessions.fork(TENANT, fork)):
-            with pytest.raises(Overloaded, match="as many sessions") as refused:
+            with pytest.raises(Overloaded, match="quota sessions is 1") as refused:
                 await call()
             assert refused.value.retry_after_ms
             assert "Close" in refused.value.hint

@@ -8,6 +8,8 @@ replicas).
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import anyio
@@ -23,7 +25,15 @@ from gateway.core.errors import (
     Unavailable,
 )
 from statestore.ports import Appended, Missing, StoreError, StoreUnavailable, TurnEnded
-from statestore.records import Epoch, Position, Session, SessionState, Turn, TurnContext
+from statestore.records import (
+    Epoch,
+    Position,
+    Session,
+    SessionState,
+    Turn,
+    TurnContext,
+    UsageSum,
+)
 from telemetry.tracing import traceparent
 from workers.residency import ResidentSession
 from workers.turn.cursor import Replay, TurnView, accepted_event
@@ -40,6 +50,7 @@ from workers.turn.ports import TurnPorts, read_context, refusal
 from workers.turn.repair import is_behind, put_back_unasked
 from workers.turn.request import body_of
 from workers.turn.run import TurnRun
+from workers.turn.usage import WrittenTokens
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +82,7 @@ class TurnRuns:
         self._tasks = tasks
         self._runs: dict[str, TurnRun] = {}
         self._closed = False
+        self._written = WrittenTokens()
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -84,6 +96,18 @@ class TurnRuns:
     def session_ids(self) -> list[str]:
         """Sessions with a running turn."""
         return list(self._runs)
+
+    def tenants(self) -> Counter[str]:
+        """How many turns of each tenant run or wait here."""
+        return Counter(run.tenant for run in self._runs.values())
+
+    def unreported_usage(self) -> Mapping[str, UsageSum]:
+        """What was written for tenants and is not reported yet, see :meth:`usage_reported`."""
+        return self._written.pending(self._runs.values())
+
+    def usage_reported(self, sums: Mapping[str, UsageSum]) -> None:
+        """The store has these sums."""
+        self._written.reported(sums)
 
     def close(self) -> None:
         """Starts no further run: nobody would drive it."""
@@ -229,6 +253,7 @@ class TurnRuns:
             )
 
     def _ended(self, run: TurnRun) -> None:
+        self._written.ended(run)
         if self._runs.get(run.session_id) is run:
             del self._runs[run.session_id]
 
