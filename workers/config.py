@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from gateway.security.config import WorkerSecurity
 from statestore.connection import StoreConnection, parse_address
@@ -86,6 +87,9 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         if not self.redis_url:
             raise ValueError("a worker needs the URL of the gateways' store (redis_url)")
+    public_prefixes: Path | None = None
+    """TOML file of leading messages whose KV all tenants may share (engines sim and torch); the
+    same for all workers. See docs/SECURITY.md."""
         parse_address(self.redis_url, self.redis)
         for name in ("listen", "kv_listen"):
             host, _ = split_address(name, getattr(self, name))

@@ -26,6 +26,7 @@ from workers.engines.port import EngineFailed
 from workers.engines.registry import Backend, create_backend
 from workers.heartbeat import ReplicaReplaced
 from workers.kv.channel import KvServer, pull_pages
+from workers.public_prefixes import declare, load_prefixes
 from workers.replica import ReplicaAdapters, run_replica
 from workers.rpc import SERVICE, GrpcPeers, add_replica_service, new_server
 from workers.service import ReplicaApp
@@ -55,6 +56,10 @@ async def serve(
         security = config.security
         tls = Tls(security.tls) if security.tls is not None else None
         peers = GrpcPeers(tls, allow_insecure=security.allow_insecure)
+    if config.public_prefixes is not None:
+        prefixes = load_prefixes(config.public_prefixes)
+        pages = declare(prefixes, backend.engine.info, backend.codec)
+        log.info("all tenants share the %d KV pages of public prefixes", pages)
         stack.push_async_callback(peers.aclose)
         host, port = split_address("listen", config.listen)
         kv_host, kv_port = split_address("kv_listen", config.kv_listen)

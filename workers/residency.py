@@ -30,7 +30,7 @@ from statestore.records import (
 )
 from statestore.replica_info import MAX_LEADING
 from workers.engines.port import Engine, EngineInfo
-from workers.kv.blocks import next_hash, root_hash
+from workers.kv.blocks import page_name
 
 log = logging.getLogger(__name__)
 
@@ -85,21 +85,22 @@ class ResidentSession:
         """Names of the whole pages, as ``workers/kv/blocks.py`` defines them; only pages that
         filled since the last call are hashed. The list grows with the session: copy to keep."""
         size, hashes = info.page_size, self._hashes
-        previous = hashes[-1] if hashes else root_hash(info.kv_fingerprint, self.salt)
         for start in range(len(hashes) * size, len(self.tokens) - size + 1, size):
-            previous = next_hash(previous, pack_tokens(self.tokens[start : start + size]))
-            hashes.append(previous)
+            hashes.append(self._name(info, hashes, self.tokens[start : start + size]))
         return hashes
 
     def block_hashes_with(self, info: EngineInfo, more: Sequence[int]) -> list[bytes]:
         """The same with tokens ``more`` behind the ledger's end."""
         size, hashes = info.page_size, list(self.block_hashes(info))
-        previous = hashes[-1] if hashes else root_hash(info.kv_fingerprint, self.salt)
         rest = [*self.tokens[len(hashes) * size :], *more]
         for start in range(0, len(rest) - size + 1, size):
-            previous = next_hash(previous, pack_tokens(rest[start : start + size]))
-            hashes.append(previous)
+            hashes.append(self._name(info, hashes, rest[start : start + size]))
         return hashes
+
+    def _name(self, info: EngineInfo, hashes: Sequence[bytes], page: Sequence[int]) -> bytes:
+        previous = hashes[-1] if hashes else None
+        packed = pack_tokens(page)
+        return page_name(info.kv_fingerprint, self.salt, info.public, previous, packed)
 
 
 class Residency:

@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection
 
 import anyio
 
+from gateway.security.config import TlsConfig
+from gateway.security.tls import Tls
 from workers.engines.port import PageMeta
 from workers.kv.channel import KvServer, pull_pages
 
@@ -35,6 +37,8 @@ class Shape:
     pages: int
     page_bytes: int
     uvloop: bool
+    tls: TlsConfig | None = None
+    """Of both sides; None: without TLS."""
 
     @property
     def total_bytes(self) -> int:
@@ -66,7 +70,8 @@ class Memory:
 
 
 async def _serve(shape: Shape, pipe: Connection) -> None:
-    memory, server = Memory(shape), KvServer("127.0.0.1", 0)
+    tls = Tls(shape.tls) if shape.tls is not None else None
+    memory, server = Memory(shape), KvServer("127.0.0.1", 0, tls=tls)
     async with anyio.create_task_group() as tasks:
         await tasks.start(server.serve)
         pipe.send(server.endpoint)
@@ -81,12 +86,13 @@ def _source(shape: Shape, pipe: Connection) -> None:
 
 async def _pull(shape: Shape, pipe: Connection, runs: int) -> list[float]:
     memory, endpoint = Memory(shape), pipe.recv()
+    tls = Tls(shape.tls) if shape.tls is not None else None
     seconds: list[float] = []
     for _ in range(runs):
         pipe.send(True)
         ticket = pipe.recv()
         start = time.perf_counter()
-        await pull_pages(endpoint, ticket, memory, shape.pages, shape.page_bytes, LEASE_S)
+        await pull_pages(endpoint, ticket, memory, shape.pages, shape.page_bytes, LEASE_S, tls=tls)
         seconds.append(time.perf_counter() - start)
     pipe.send(False)
     return seconds

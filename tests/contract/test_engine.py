@@ -17,6 +17,7 @@ from workers.engines.port import (
     Sampling,
     StepOutput,
 )
+from workers.public_prefixes import ENGINES as SHARING
 
 pytestmark = pytest.mark.anyio
 
@@ -88,6 +89,31 @@ async def test_namespaces_share_nothing(it: EngineHarness) -> None:
     assert other.tokens == first.tokens
     hashes = it.hashes(prompt, b"one tenant")
     assert set(hashes).isdisjoint(it.hashes(prompt, b"another tenant"))
+
+
+async def test_namespaces_share_what_is_public_and_nothing_behind_it(it: EngineHarness) -> None:
+    info = it.engine.info
+    if info.engine not in SHARING:
+        pytest.skip("shares by rules of its own")
+    page = info.page_size
+    prefix = it.prompt(1, 3 * page + page // 2)  # the last half page is no page
+    assert info.public.declare(info.kv_fingerprint, prefix, page) == 3
+    prompt = [*prefix, *it.prompt(2, 3 * page)]
+    one = await it.generate(prompt, 2 * page, namespace=b"one tenant")
+    same = await it.generate(prompt, 2 * page, namespace=b"one tenant")
+    other = await it.generate(prompt, 2 * page, namespace=b"another tenant")
+    assert (one.cached_tokens, other.cached_tokens) == (0, 3 * page)
+    assert (same.cached_tokens or 0) > 5 * page
+    assert one.tokens == same.tokens == other.tokens
+    ours, theirs = it.hashes(prompt, b"one tenant"), it.hashes(prompt, b"another tenant")
+    assert ours[:3] == theirs[:3]
+    assert set(ours[3:]).isdisjoint(theirs[3:])
+    # What goes on differently within the prefix is nobody else's either.
+    early = [*prefix[: 2 * page], *it.prompt(3, 2 * page + 1)]
+    await it.generate(early, 2, namespace=b"one tenant")
+    guess = await it.generate(early, 2, namespace=b"another tenant")
+    assert guess.cached_tokens == 2 * page
+    it.engine.check_integrity()
 
 
 async def test_output_does_not_depend_on_the_batch(start: Start, it: EngineHarness) -> None:

@@ -263,3 +263,29 @@ async def test_a_password_in_the_stores_url_is_never_said(
         assert "hunter2" not in f"{chain!r} {chain}"
         chain = chain.__cause__ or chain.__context__
     assert "hunter2" not in caplog.text
+
+
+async def test_tenants_share_the_public_prefix_of_their_sessions_and_no_more(
+    tmp_path: Path,
+) -> None:
+    system = "You are a careful assistant. " * 40
+    file = tmp_path / "prefixes.toml"
+    _write(file, f"[[prefixes]]\nmessages = [{{role = 'system', content = '{system}'}}]\n")
+
+    async def cached(fleet: SecuredFleet, name: str, system: str) -> int:
+        async with fleet.client(name) as client:
+            session = await client.open(system=system)
+            result = await session.run("the same long question " * 40, max_tokens=4).result()
+            return result.usage.cached_tokens
+
+    async with secured_fleet(tmp_path, "r1", public_prefixes=file) as fleet:
+        assert await cached(fleet, "agent", system) == 0
+        shared = await cached(fleet, "other", system)
+        assert 0.9 * len(system) < shared < 1.1 * len(system), "a token is about a byte"
+        assert await cached(fleet, "other", system) > shared + 500
+        assert await cached(fleet, "agent", "No " + system) == 0
+        assert await cached(fleet, "other", "No " + system) < 20
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text)

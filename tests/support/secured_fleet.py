@@ -70,12 +70,15 @@ class SecuredFleet:
         self.address = await self._start(gateway_main.serve, config)
         return self.address
 
-    async def start_worker(self, name: str, tls: TlsConfig | None = None) -> str:
+    async def start_worker(
+        self, name: str, tls: TlsConfig | None = None, public_prefixes: Path | None = None
+    ) -> str:
         config = WorkerConfig(
             redis_url=self.url,
             replica=ReplicaSettings(name, heartbeat_period_s=0.05),
             engine_options=(("step_ms", "1"), ("eos_probability", "0")),
             security=WorkerSecurity(tls or self.authority.issue(name)),
+            public_prefixes=public_prefixes,
         )
         self.endpoints.append(await self._start(worker_main.serve, config))
         return self.endpoints[-1]
@@ -108,7 +111,10 @@ class SecuredFleet:
 
 @asynccontextmanager
 async def secured_fleet(
-    directory: Path, *workers: str, telemetry: Telemetry = OFF
+    directory: Path,
+    *workers: str,
+    telemetry: Telemetry = OFF,
+    public_prefixes: Path | None = None,
 ) -> AsyncIterator[SecuredFleet]:
     async with embedded_server() as url, anyio.create_task_group() as tasks:
         fleet = SecuredFleet(directory, url, tasks, Authority(directory / "pki"), telemetry)
@@ -116,7 +122,7 @@ async def secured_fleet(
         fleet.add_key("other", "globex")
         fleet.add_key("operator", "ops", Role.OPERATOR)
         for name in workers:
-            await fleet.start_worker(name)
+            await fleet.start_worker(name, public_prefixes=public_prefixes)
         await fleet.start_gateway()
         await fleet.ready(*workers)
         yield fleet

@@ -41,7 +41,8 @@ class CachedPages(ABC):
         return self._info
 
     def block_hashes(self, namespace: bytes, tokens: Sequence[int]) -> list[bytes]:
-        return block_hashes(self._info.kv_fingerprint, namespace, tokens, self._info.page_size)
+        info = self._info
+        return block_hashes(info.kv_fingerprint, namespace, tokens, info.page_size, info.public)
 
     def resident_pages(self, block_hashes: Sequence[bytes]) -> int:
         return len(self._cache.match(block_hashes))

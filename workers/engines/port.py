@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from workers.kv.blocks import PublicPages
+
 
 class EngineError(Exception):
     """Base of the engine's failures."""
@@ -57,6 +59,8 @@ class EngineInfo:
     max_running: int
     max_queued: int
     eos_token_ids: tuple[int, ...]
+    public: PublicPages = field(default_factory=PublicPages, compare=False)
+    """Pages that all tenants share. Only for engines that name their pages by it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from workers.engines.port import (
     PagesExhausted,
     StepOutput,
 )
-from workers.kv.blocks import block_hashes, next_hash, root_hash
+from workers.kv.blocks import block_hashes, page_name
 from workers.kv.prefix_cache import PrefixCache
 
 GROWTH_PAGES = 4
@@ -261,6 +261,7 @@ class Scheduler:
                 generation.request.namespace,
                 generation.tokens,
                 self._info.page_size,
+                self._info.public,
             )
         pages = self._cache.acquire(generation.hashes[:reusable])
         missing = self._pages_for(len(generation.tokens)) - len(pages)
@@ -335,11 +336,14 @@ class Scheduler:
         assert hashes is not None
         if index == len(hashes):
             size = self._info.page_size
-            previous = (
-                hashes[-1]
-                if hashes
-                else root_hash(self._info.kv_fingerprint, generation.request.namespace)
-            )
             page = generation.tokens[index * size : (index + 1) * size]
-            hashes.append(next_hash(previous, pack_tokens(page)))
+            hashes.append(
+                page_name(
+                    self._info.kv_fingerprint,
+                    generation.request.namespace,
+                    self._info.public,
+                    hashes[-1] if hashes else None,
+                    pack_tokens(page),
+                )
+            )
         return hashes[index]
