@@ -83,13 +83,13 @@ class WorkerConfig:
     """Streams are cut this long after a stop (their turns go on elsewhere)."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     security: WorkerSecurity = field(default_factory=WorkerSecurity)
+    public_prefixes: Path | None = None
+    """TOML file of leading messages whose KV all tenants may share (engines sim and torch); the
+    same for all workers. See docs/SECURITY.md."""
 
     def __post_init__(self) -> None:
         if not self.redis_url:
             raise ValueError("a worker needs the URL of the gateways' store (redis_url)")
-    public_prefixes: Path | None = None
-    """TOML file of leading messages whose KV all tenants may share (engines sim and torch); the
-    same for all workers. See docs/SECURITY.md."""
         parse_address(self.redis_url, self.redis)
         for name in ("listen", "kv_listen"):
             host, _ = split_address(name, getattr(self, name))
