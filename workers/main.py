@@ -52,14 +52,14 @@ async def serve(
     backend = backend or create_backend(
         config.engine, dict(config.engine_options), anyio.current_time
     )
-    async with AsyncExitStack() as stack:
-        security = config.security
-        tls = Tls(security.tls) if security.tls is not None else None
-        peers = GrpcPeers(tls, allow_insecure=security.allow_insecure)
     if config.public_prefixes is not None:
         prefixes = load_prefixes(config.public_prefixes)
         pages = declare(prefixes, backend.engine.info, backend.codec)
         log.info("all tenants share the %d KV pages of public prefixes", pages)
+    async with AsyncExitStack() as stack:
+        security = config.security
+        tls = Tls(security.tls) if security.tls is not None else None
+        peers = GrpcPeers(tls, allow_insecure=security.allow_insecure)
         stack.push_async_callback(peers.aclose)
         host, port = split_address("listen", config.listen)
         kv_host, kv_port = split_address("kv_listen", config.kv_listen)
