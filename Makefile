@@ -12,6 +12,7 @@
 #   make lint           ruff, mypy --strict, import layers
 #   make protos         regenerate sdk/sessile/v1 from proto/
 #   make check-protos   fail if sdk/sessile/v1 is not what proto/ generates
+#   make docs           the client's API reference, from its docstrings, into build/docs
 #   make clean          remove environments, caches and reports
 #
 # PYTHON      interpreter the environments are made from
@@ -49,7 +50,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-sglang sim faults soak mutants nightly lint protos check-protos clean install
+.PHONY: demo test test-sglang sim faults soak mutants nightly lint protos check-protos docs clean install
 
 install: $(INSTALLED)
 
@@ -135,6 +136,9 @@ nightly: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/sessile demo $(DEMO_ARGS)
+
+docs: $(INSTALLED)
+	$(BIN)/python -W error -m pdoc --no-show-source -o build/docs sessile sessile.sync '!sessile.v1'
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache \

@@ -33,6 +33,9 @@ else:
             raise AttributeError(f"module 'sessile' has no attribute {name!r}")
         from sessile import _exports
 
+        # From here on they are found without this function, also by tools that read the module.
+        globals().update({each: getattr(_exports, each) for each in _exports.__all__})
+        globals()["__all__"] = _exports.__all__
         return getattr(_exports, name)
 
     def __dir__() -> list[str]:

@@ -81,6 +81,7 @@ class Message:
 
     @classmethod
     def user(cls, content: str) -> Message:
+        """What the user says."""
         return cls(Role.USER, content)
 
     @classmethod

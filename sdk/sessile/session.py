@@ -54,6 +54,7 @@ class Session:
     ) -> None:
         self._transport = transport
         self.session_id = session_id
+        """Names the session: ``client.session(session_id)`` is another handle to it."""
         self._tools = tuple(tools)
         self._seen = _Seen()
         if info is not None:

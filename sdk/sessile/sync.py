@@ -18,7 +18,7 @@ import asyncio
 import concurrent.futures
 import copy
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
@@ -48,8 +48,26 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
 T = TypeVar("T")
+Face = TypeVar("Face", bound=type)
 
 __all__ = ["Fleet", "Sessile", "Session", "ToolRun", "Turn"]
+
+
+def _documented_by(model: type) -> Callable[[Face], Face]:
+    """Members without a docstring of their own have that of the async class's member."""
+
+    def document(face: Face) -> Face:
+        for name, member in list(vars(face).items()):
+            text = getattr(getattr(model, name, None), "__doc__", None)
+            if name.startswith("_") or member.__doc__ or not text:
+                continue
+            if isinstance(member, property):
+                setattr(face, name, property(member.fget, doc=text))
+            else:
+                member.__doc__ = text
+        return face
+
+    return document
 
 
 class _LoopThread:
@@ -94,6 +112,7 @@ class _LoopThread:
         self._thread.join()
 
 
+@_documented_by(aio_turn.Turn)
 class Turn:
     """A turn being read: an iterator of events; see :class:`sessile.Turn`."""
 
@@ -150,6 +169,7 @@ class Turn:
         self.close()
 
 
+@_documented_by(aio_tool_run.ToolRun)
 class ToolRun:
     """A run with tools being read: an iterator of events; see :class:`sessile.ToolRun`. Async
     functions run on the client's own loop, others in threads."""
@@ -196,6 +216,7 @@ class ToolRun:
         self.close()
 
 
+@_documented_by(aio_session.Session)
 class Session:
     """A session's handle; see :class:`sessile.Session`."""
 
@@ -208,6 +229,7 @@ class Session:
 
     @property
     def session_id(self) -> str:
+        """Names the session: ``client.session(session_id)`` is another handle to it."""
         return self._session.session_id
 
     @property
@@ -318,6 +340,7 @@ class Session:
         return self._loop.iterate(self._session.watch())
 
 
+@_documented_by(aio_fleet.Fleet)
 class Fleet:
     """The operator's calls; see :class:`sessile.Fleet`."""
 
@@ -355,6 +378,7 @@ class Fleet:
         return self._loop.call(move)
 
 
+@_documented_by(aio_client.Sessile)
 class Sessile:
     """The client; see :class:`sessile.Sessile`. Use it as ``with``."""
 

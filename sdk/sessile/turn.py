@@ -81,6 +81,7 @@ class Turn:
 
     @property
     def turn_id(self) -> str:
+        """The turn's idempotency key: :meth:`Session.attach` finds the turn by it."""
         return self._request.turn_id
 
     @property
