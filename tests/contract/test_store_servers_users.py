@@ -16,8 +16,9 @@ from statestore.executor import Reply, Script, ScriptCall, ScriptExecutor
 from statestore.ports import StoreError, StoreMisconfigured, StoreUnavailable
 from statestore.records import ReplicaRef
 from statestore.redis_executor import connect
+from statestore.redis_store import RedisStore
 from statestore.scripts import load_script, script_names
-from tests.support.owners import A
+from tests.support.owners import A, Owner, check_whole
 from tests.support.servers import redis_binary, valkey_binary
 from tests.support.store_servers import ACL_FILE, StoreServer, users_file
 from tests.support.store_smoke import visit_every_script
@@ -114,6 +115,22 @@ async def test_nobody_logs_in_before_passwords_are_set(tmp_path: Path) -> None:
                 await connect(server.url, StoreConnection(username=name, password=""))
             with pytest.raises(StoreMisconfigured, match="refuses the credentials"):
                 await connect(server.url, StoreConnection(username=name, password="0" * 64))
+
+
+async def test_a_restart_reads_everything_back_from_the_file(tmp_path: Path) -> None:
+    """A server plays its append-only file as its default user: with fewer permissions than all,
+    even if nobody can log in as that user, Redis 7.0 drops every transaction in it."""
+    options = ("--aclfile", str(users_file(tmp_path, password)), "--appendonly", "yes")
+    with StoreServer(redis_binary(), (*options, "--appendfsync", "always")) as server:
+        executor = await _as(server, GATEWAY)
+        owner = await Owner.of(RedisStore(executor))
+        await owner.run_turn("t1", [4, 5])
+        await executor.aclose()
+        server.kill()
+        server.start()
+        executor = await _as(server, GATEWAY)
+        await check_whole(RedisStore(executor), owner)
+        await executor.aclose()
 
 
 def test_each_user_has_the_commands_of_its_scripts_and_no_others() -> None:
