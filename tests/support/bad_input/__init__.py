@@ -55,4 +55,13 @@ for every, request_kind in REQUESTS.items():
         text: Any = Raw(broken_text(way))
         row(every, "text that is no UTF-8", lambda _, it=text: it, "valid UTF-8")  # type: ignore[misc]
 
-__all__ = ["OTHER_MODEL", "ROWS", "TABLES", "Code", "Row", "no_replica_of_its_model", "way_to_text"]
+__all__ = [
+    "OTHER_MODEL",
+    "ROWS",
+    "TABLES",
+    "Code",
+    "Row",
+    "broken_text",
+    "no_replica_of_its_model",
+    "way_to_text",
+]
