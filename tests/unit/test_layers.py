@@ -23,9 +23,26 @@ VIOLATIONS = {
     "gateway/rpc/status.py": "import redis",
     "workers/runner.py": "import gateway.app.turns",
     "workers/kv/pages.py": "import torch",
+    "workers/engines/sglang_server/client.py": "import workers.engines.sglang.engine",
 }
-CLEAN = ("gateway/core/errors.py", "statestore/ports.py", "statestore/redis_store.py")
-PACKAGES = ("gateway/core", "gateway/app", "gateway/rpc", "workers/kv", "sessile/v1", "loadtest")
+CLEAN = (
+    "workers/engines/sglang/engine.py",
+    "gateway/core/errors.py",
+    "statestore/ports.py",
+    "statestore/redis_store.py",
+)
+PACKAGES = (
+    "gateway/core",
+    "gateway/app",
+    "gateway/rpc",
+    "workers/kv",
+    "sessile/v1",
+    "loadtest",
+    "workers/engines",
+    "workers/engines/sglang",
+    "workers/engines/sglang_requests",
+    "workers/engines/sglang_server",
+)
 
 
 def lint(directory: Path) -> subprocess.CompletedProcess[str]:
