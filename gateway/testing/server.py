@@ -87,11 +87,11 @@ class LocalServer:
 
     def client(self, **options: Any) -> sessile.Sessile:
         """A client of the server, to be entered; ``options`` are those of ``Sessile``."""
-        return sessile.Sessile(self.address, **options)
+        return sessile.Sessile(self.address, **_plain(options))
 
     def sync_client(self, **options: Any) -> sessile.sync.Sessile:
         """The same without an event loop."""
-        return sessile.sync.Sessile(self.address, **options)
+        return sessile.sync.Sessile(self.address, **_plain(options))
 
     def crash(self, replica: str) -> None:
         """Ends a replica as a crash does: nothing is said to anybody. Its turns go on elsewhere.
@@ -186,6 +186,11 @@ class LocalServer:
                     ready = [one for one in replicas if one.state is sessile.ReplicaState.READY]
                     if len(ready) == len(self._names):
                         return
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Without TLS, whatever the environment of the tests says of other servers."""
+    return options if "credentials" in options else {"tls": False, **options}
 
 
 def _from_thread(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
