@@ -115,6 +115,7 @@ class WorkerMetrics:
     def __init__(
         self, meter: Meter | None = None, *, model: str = "", tenant_labels: bool = False
     ) -> None:
+        self._on = meter is not None
         make = _Maker(meter, WORKER)
         self._tenants = Tenants(tenant_labels)
         self._model: Labels = {a.MODEL: model}
@@ -154,6 +155,8 @@ class WorkerMetrics:
 
     def released(self, tenant: str, tokens: int, after_s: float | None) -> None:
         """Output tokens may be sent; ``after_s``: since those before, None for the first ones."""
+        if not self._on:  # often called
+            return
         labels = {**self._model, **self._tenants.label(tenant), a.KIND: "output"}
         self._tokens.add(tokens, labels)
         if after_s is not None:

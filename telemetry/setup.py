@@ -47,8 +47,12 @@ class Telemetry:
     def tracing(self, scope: str) -> Tracing:
         return Tracing(scope, self.tracer_provider)
 
-    def meter(self, scope: str) -> metrics.Meter:
-        return metrics.get_meter(scope, meter_provider=self.meter_provider)
+    def meter(self, scope: str) -> metrics.Meter | None:
+        """None if nobody would get what it records."""
+        provider = self.meter_provider or metrics.get_meter_provider()
+        if type(provider).__module__.startswith("opentelemetry.metrics"):
+            return None  # the API's own, which does nothing
+        return metrics.get_meter(scope, meter_provider=provider)
 
 
 OFF = Telemetry()

@@ -1,11 +1,12 @@
 """What traces and metrics cost a turn: CPU of client, gateway and worker together, by mode.
 
-    python -m loadtest.bench.telemetry [--rounds 5] [--turns 40] [--json FILE]
+    python -m loadtest.bench.telemetry [--turns 150] [--json FILE]
 
-All three run in this process on one event loop over a private store, so that its CPU time is all of
-theirs. Modes take turns, in changing order; each figure is a median over the rounds. Turns of two
-lengths tell what a turn costs from what a message with tokens costs. Spans are encoded as for OTLP
-by the exporter's thread and then dropped.
+For each mode a client, a gateway and a worker, all in this process on one event loop over one
+private store, so that its CPU time is theirs. Modes take turns by single turns, in changing order,
+so that what else the machine does meets all alike; figures are medians. Turns of two lengths tell
+what a turn costs from what a step of one token costs. Spans are encoded as for OTLP when their turn
+is over, within what is measured, and then dropped.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import json
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
-from sessile import Sessile
+from sessile import Sessile, Session
 
 from gateway.config import GatewayConfig
 from gateway.main import serve as serve_gateway
@@ -54,48 +56,43 @@ class Dropped(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
-@contextmanager
-def traces(ratio: float) -> Iterator[Telemetry]:
-    """Traces alone; ``ratio`` of the sessions are sampled."""
-    sampler = ParentBasedTraceIdRatio(ratio)
-    provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(Dropped()))
-    yield Telemetry(tracer_provider=provider)
-    provider.shutdown()
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """``flush`` exports what a turn has recorded."""
+
+    telemetry: Telemetry
+    flush: Callable[[], object] = lambda: None
 
 
-@contextmanager
-def metrics() -> Iterator[Telemetry]:
-    """Metrics alone, collected by nobody."""
-    provider = MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
-    yield Telemetry(meter_provider=provider)
-    provider.shutdown()
-
-
-@contextmanager
-def off() -> Iterator[Telemetry]:
-    """Neither."""
-    yield OFF
-
-
-MODES: dict[str, Callable[[], AbstractContextManager[Telemetry]]] = {
-    "off": off,
-    "traces, not sampled": partial(traces, 0.0),
-    "traces, sampled": partial(traces, 1.0),
-    "metrics": metrics,
-}
+def modes() -> dict[str, Mode]:
+    """What is compared; none of it is the process's global provider."""
+    made = {"off": Mode(OFF)}
+    for name, ratio in (("traces, not sampled", 0.0), ("traces, sampled", 1.0)):
+        sampler = ParentBasedTraceIdRatio(ratio)
+        tracers = TracerProvider(sampler=sampler, shutdown_on_exit=False)
+        tracers.add_span_processor(BatchSpanProcessor(Dropped()))
+        made[name] = Mode(Telemetry(tracer_provider=tracers), tracers.force_flush)
+    meters = MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
+    made["metrics"] = Mode(Telemetry(meter_provider=meters))
+    return made
 
 
 @asynccontextmanager
-async def fleet(url: str, telemetry: Telemetry) -> AsyncIterator[Sessile]:
-    """A gateway, a worker with an engine that waits a millisecond a step, and a client."""
-    options = (("step_ms", "1"), ("decode_token_ms", "0"), ("eos_probability", "0"))
-    worker = WorkerConfig(
-        redis_url=url, replica=ReplicaSettings(replica_id="w"), engine_options=options
+async def fleet(url: str, name: str, mode: Mode) -> AsyncIterator[Sessile]:
+    """A gateway, a worker with an engine that waits a millisecond a step, and a client. The workers
+    serve models of different names, so that each gateway uses its own."""
+    options = (
+        ("model", name),
+        ("step_ms", "1"),
+        ("decode_token_ms", "0"),
+        ("eos_probability", "0"),
     )
+    replica = ReplicaSettings(replica_id=name)
+    worker = WorkerConfig(redis_url=url, replica=replica, engine_options=options)
     gateway = GatewayConfig(listen="127.0.0.1:0", redis_url=url)
     stop = anyio.Event()
     async with anyio.create_task_group() as tasks:
+        telemetry = mode.telemetry
         await tasks.start(partial(serve_worker, worker, stop=stop, telemetry=telemetry))
         target = await tasks.start(partial(serve_gateway, gateway, stop=stop, telemetry=telemetry))
         async with Sessile([target]) as client:
@@ -103,36 +100,40 @@ async def fleet(url: str, telemetry: Telemetry) -> AsyncIterator[Sessile]:
         stop.set()
 
 
-async def cpu_per_turn(client: Sessile, tokens: int, turns: int) -> float:
-    """Seconds of this process's CPU time, mean over turns of one session."""
-    session = await client.open()
-    for number in range(WARM_UP + turns):
-        if number == WARM_UP:
-            began = time.process_time()
-        await session.run("Go on.", max_tokens=tokens, ignore_eos=True).result()
-    lasted = time.process_time() - began
-    await session.close(purge=True)
-    return lasted / turns
+async def turn_cpu_s(session: Session, mode: Mode, tokens: int) -> float:
+    """CPU time of this process while a turn runs, and is exported."""
+    began = time.process_time()
+    await session.run("Go on.", max_tokens=tokens, ignore_eos=True).result()
+    mode.flush()
+    return time.process_time() - began
 
 
-async def measure(rounds: int, turns: int) -> dict[str, dict[str, float]]:
-    """µs by mode: of a turn, and of a token more."""
-    found: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
-    order = list(MODES)
-    async with embedded_server(None) as url:
-        for number in range(rounds):
+async def measure(turns: int) -> dict[str, dict[str, float]]:
+    """µs by mode: of a short turn, and of a step more."""
+    compared = modes()
+    taken: dict[tuple[str, int], list[float]] = {
+        (name, tokens): [] for name in compared for tokens in (SHORT, LONG)
+    }
+    async with AsyncExitStack() as stack:
+        url = await stack.enter_async_context(embedded_server(None))
+        sessions: dict[str, Session] = {}
+        for number, (name, mode) in enumerate(compared.items()):
+            model = f"mode-{number}"
+            client = await stack.enter_async_context(fleet(url, model, mode))
+            sessions[name] = await client.open(model=model)
+        for number in range(WARM_UP + turns):
+            order = list(compared)
             random.Random(number).shuffle(order)
-            for mode in order:
-                with MODES[mode]() as telemetry:
-                    async with fleet(url, telemetry) as client:
-                        short = await cpu_per_turn(client, SHORT, turns)
-                        long = await cpu_per_turn(client, LONG, turns // 4)
-                found[mode].append((short, long))
+            for tokens in (SHORT, LONG) if number % 3 == 0 else (SHORT,):
+                for name in order:
+                    cpu_s = await turn_cpu_s(sessions[name], compared[name], tokens)
+                    if number >= WARM_UP:
+                        taken[name, tokens].append(cpu_s)
     figures: dict[str, dict[str, float]] = {}
-    for mode, pairs in found.items():
-        short = statistics.median(pair[0] for pair in pairs)
-        token = statistics.median((long - brief) / (LONG - SHORT) for brief, long in pairs)
-        figures[mode] = {"turn_us": short * 1e6, "token_us": token * 1e6}
+    for name in compared:
+        short = statistics.median(taken[name, SHORT])
+        long = statistics.median(taken[name, LONG])
+        figures[name] = {"turn_us": short * 1e6, "step_us": (long - short) / (LONG - SHORT) * 1e6}
     return figures
 
 
@@ -163,19 +164,16 @@ def cost_of_nothing() -> dict[str, float]:
 def main() -> None:
     """Prints the table, and writes the figures where asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--turns", type=int, default=40, help="short ones a round and mode")
+    parser.add_argument("--turns", type=int, default=150, help="short ones a mode; long: a third")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    figures = anyio.run(measure, options.rounds, options.turns)
+    figures = anyio.run(measure, options.turns)
     base = figures["off"]
-    print(f"{'mode':22} {'turn of 8 tokens':>18} {'more than off':>14} {'a token':>9} {'more':>7}")  # noqa: T201
-    for mode, one in figures.items():
-        more, token = one["turn_us"] - base["turn_us"], one["token_us"] - base["token_us"]
-        print(  # noqa: T201
-            f"{mode:22} {one['turn_us']:15.0f} µs {more:11.0f} µs {one['token_us']:6.0f} µs "
-            f"{token:4.0f} µs"
-        )
+    print(f"{'mode':20} {'turn':>9} {'more':>9} {'step':>9} {'more':>9}   (us of CPU)")  # noqa: T201
+    for name, one in figures.items():
+        turn, step = one["turn_us"], one["step_us"]
+        more = (turn - base["turn_us"], step - base["step_us"])
+        print(f"{name:20} {turn:9.0f} {more[0]:9.0f} {step:9.1f} {more[1]:9.1f}")  # noqa: T201
     nothing = cost_of_nothing()
     print("calls that record nothing:", {k: f"{v:.0f} ns" for k, v in nothing.items()})  # noqa: T201
     if options.json:

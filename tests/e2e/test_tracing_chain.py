@@ -3,6 +3,7 @@ beside it. Real processes export to a receiver that the test runs."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,7 +11,7 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from sessile import Moved, ReplicaState, Sessile, Tokens
+from sessile import Moved, ReplicaState, Runtime, Sessile, Tokens
 
 from gateway.cli.launch import Child, Cluster
 from telemetry.tracing import session_context
@@ -19,6 +20,13 @@ from tests.support.otlp import ReceivedSpan, Receiver, receiver
 pytestmark = pytest.mark.anyio
 
 EXPORT_MS = "200"
+
+
+class First(random.Random):
+    """Has a client start at the first of its gateways."""
+
+    def randrange(self, *args: object, **kwargs: object) -> int:
+        return 0
 
 
 class Fleet(Cluster):
@@ -250,3 +258,35 @@ async def test_without_a_caller_s_trace_the_session_s_own_shows_its_life(fleet: 
     (forked,) = received.of("session", session_id=fork.session_id)
     assert forked.trace_id == own_trace(fork.session_id)
     assert forked.links == ((trace_id, root.span_id),)
+
+
+async def test_a_turn_whose_gateway_is_killed_goes_on_in_its_trace(fleet: Fleet) -> None:
+    received, provider = fleet.received, of_client(fleet.received)
+    doomed = await fleet.start_gateway()
+    other = next(child for child in fleet.gateways if child is not doomed and child.running)
+    async with Sessile(doomed.address) as first:
+        session_id = (await first.open()).session_id
+    async with Sessile(
+        [doomed.address, other.address], tracer_provider=provider, runtime=Runtime(rng=First())
+    ) as client:
+        tokens = 0
+        async for event in client.session(session_id).run("Go.", max_tokens=60, ignore_eos=True):
+            if isinstance(event, Tokens):
+                tokens += len(event.token_ids)
+                if tokens >= 15 and doomed.running:
+                    doomed.kill()
+        assert tokens == 60
+        await received.until(lambda: received.of("run turn", session_id=session_id))
+        await received.until(lambda: len(received.of("turn", session_id=session_id)) == 2)
+        await received.until(lambda: received.of("chat", session_id=session_id))
+
+    (chat,) = received.of("chat", session_id=session_id)
+    assert "connected again" in chat.events
+    spans = received.in_trace(chat.trace_id)
+    # The run never noticed: one attempt, whose dispatch died unexported.
+    (run,) = [span for span in spans if span.name == "run turn"]
+    assert run.attributes["sessile.attempt"] == 1
+    (turn,) = [span for span in spans if span.name == "turn"]
+    assert turn.parent_id == chat.span_id
+    assert turn.service == "sessile-gateway"
+    assert turn.attributes["gen_ai.usage.output_tokens"] == 60

@@ -109,6 +109,8 @@ class FakeGateway:
     answers: deque[Message | Fail | Cut] = field(default_factory=deque)
     seen: list[Any] = field(default_factory=list)
     tenants: list[str] = field(default_factory=list)
+    traces: list[str] = field(default_factory=list)
+    """The ``traceparent`` of each call, or nothing."""
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -155,6 +157,7 @@ class FakeGateway:
         self.seen.append(request)
         metadata = dict(context.invocation_metadata() or ())
         self.tenants.append(str(metadata.get("x-sessile-tenant")))
+        self.traces.append(str(metadata.get("traceparent", "")))
 
 
 async def _end(how: Fail | Cut, context: aio.ServicerContext[Any, Any]) -> None:

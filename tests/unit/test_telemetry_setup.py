@@ -30,7 +30,9 @@ def entered(config: TelemetryConfig) -> Telemetry:
 def test_spans_and_metrics_go_to_the_endpoint_and_are_flushed_at_the_end() -> None:
     with receiver() as received:
         config = TelemetryConfig(otlp_endpoint=received.endpoint, metrics_interval_s=600)
-        with installed(config, "sessile-test", "one", {"sessile.site": "here"}) as telemetry:
+        says = {"sessile.site": "here"}
+        made = installed(config, "sessile-test", "one", says, for_libraries=False)
+        with made as telemetry:
             tracing = telemetry.tracing("test")
             tracing.opened("ses_a", "ses_parent", {"sessile.tenant": "t"})
             with tracing.session_span("turn", "ses_a"):

@@ -187,7 +187,7 @@ def test_a_span_of_the_past_ends_when_it_did() -> None:
 
 
 def test_without_an_sdk_a_caller_s_context_is_left_as_it_is() -> None:
-    off = Tracing("test")
+    off = Tracing("test", trace.NoOpTracerProvider())
     assert not off.on
     caller = World().caller
     with (
