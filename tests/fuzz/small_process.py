@@ -20,7 +20,11 @@ ADMISSION = Admission(
     max_request_bytes=1 << 20,
     max_preamble_bytes=1 << 19,
 )
-QUOTAS = {"*": TenantQuota(sessions=500)}
+GLUTTON = "glutton"
+QUOTAS = {
+    "*": TenantQuota(sessions=500),
+    GLUTTON: TenantQuota(tokens_per_minute=2_000, running_turns=2),
+}
 ENGINE = (("decode_token_ms", "0"), ("eos_probability", "0"), ("step_ms", "5"))
 
 

@@ -31,7 +31,7 @@ from sessile.v1 import types_pb2 as pb
 from gateway.rpc.status import error_from_rpc
 from statestore.embedded import dies_with_parent
 from tests.fuzz import small_process
-from tests.fuzz.small_process import ADMISSION
+from tests.fuzz.small_process import ADMISSION, GLUTTON
 from tests.support.servers import running_server, valkey_binary
 
 ROOT = Path(__file__).parents[2]
@@ -268,6 +268,38 @@ async def sessions(mallory: Tenant, refusals: Refusals, raging: anyio.Event) -> 
             tasks.start_soon(fill, first)
 
 
+async def tokens(mallory: Tenant, refusals: Refusals, raging: anyio.Event) -> None:
+    """Long turns one after the other in more sessions than may run at once, each begun again as
+    soon as it is refused; by a tenant with a quota of tokens."""
+    glutton = Tenant(mallory.address, GLUTTON)
+    ended = 0
+
+    async def gorge(session_id: str) -> None:
+        nonlocal ended
+        number = 0
+        while True:
+            try:
+                async for _ in glutton.turn(session_id, f"t{number}", tokens=200):
+                    pass
+                number += 1
+                ended += 1
+            except aio.AioRpcError as error:
+                refusals.note(error)
+                if error_from_rpc(error).reason == "QUOTA_EXCEEDED":
+                    refusals.codes[error_from_rpc(error).metadata["quota"]] += 1
+                await anyio.sleep(0.02)  # both tenants' clients share this process
+            if refusals.codes["tokens_per_minute"]:
+                raging.set()
+
+    mark = time.monotonic_ns()
+    async with glutton.channel, anyio.create_task_group() as tasks:
+        for index in range(4):
+            tasks.start_soon(gorge, await glutton.open(f"{mark} {index}"))
+        await raging.wait()
+        # What a minute gives and what two turns at once may be over it, and some time to notice.
+        assert ended * 200 < 2 * 2_000, "it got more than its quota"
+
+
 CONNECTIONS = 400
 
 
@@ -333,6 +365,13 @@ def test_streams_without_end_are_refused_and_turns_go_on(address: str) -> None:
 def test_sessions_without_end_are_refused_and_turns_go_on(address: str) -> None:
     refusals = check(address, sessions)
     assert refusals.refused
+    assert refusals.without_delay == 0
+
+
+def test_a_tenant_that_eats_its_tokens_is_refused_and_others_turns_go_on(address: str) -> None:
+    refusals = check(address, tokens)
+    assert refusals.codes["tokens_per_minute"]
+    assert refusals.codes["running_turns"]
     assert refusals.without_delay == 0
 
 
