@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from sessile import Moved, SessileError, Tokens, TurnResult, TurnStatus, Waiting, sync
+from sessile import Finished, Moved, SessileError, Tokens, TurnResult, TurnStatus, Waiting, sync
 
 from gateway.cli.output import (
     DEFAULT_GATEWAY,
@@ -96,7 +96,7 @@ class _Speaker:
                 interrupted.check()
                 if self._as_json:
                     continue
-                if isinstance(event, Tokens):
+                if isinstance(event, Tokens | Finished):
                     typer.echo(event.text, nl=False)
                 elif isinstance(event, Waiting | Moved) and sys.stderr.isatty():
                     note = f"moved to {event.target}" if isinstance(event, Moved) else "waiting"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import sessile
-from sessile import Sessile, Tokens, ToolEnded, ToolStarted
+from sessile import Finished, Sessile, Tokens, ToolEnded, ToolStarted
 
 GATEWAY = os.environ.get("SESSILE_GATEWAY", "127.0.0.1:8470")
 DEGREES = {"Rome": 31.0, "Oslo": 12.0}
@@ -54,7 +54,7 @@ async def main(gateway: str) -> None:
         async with session.run_tools(question, max_tokens=512) as run:
             async for event in run:
                 match event:
-                    case Tokens(text=text):
+                    case Tokens(text=text) | Finished(text=text):
                         print(text, end="", flush=True)
                     case ToolStarted(call=call):
                         print(f"\n[{call.name} {call.arguments_json}]", flush=True)

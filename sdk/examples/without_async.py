@@ -7,7 +7,6 @@ import os
 import sys
 
 import sessile
-from sessile import Tokens
 from sessile.sync import Sessile
 
 GATEWAY = os.environ.get("SESSILE_GATEWAY", "127.0.0.1:8470")
@@ -22,10 +21,9 @@ def letters(word: str) -> int:
 def main(gateway: str) -> None:
     with Sessile(gateway) as client:
         session = client.open(system="Be brief.", tools=[letters])
-        # Events as they come …
-        for event in session.run("Name a sea animal that cannot move.", max_tokens=48):
-            if isinstance(event, Tokens):
-                print(event.text, end="", flush=True)
+        # The text as it comes (the turn itself gives all its events) …
+        for text in session.run("Name a sea animal that cannot move.", max_tokens=48).text_stream():
+            print(text, end="", flush=True)
         print()
         # … or the whole at once, here with tools.
         result = session.run_tools("How many letters is that?", max_tokens=256).result()

@@ -1,14 +1,13 @@
 """Client of Sessile: durable agent sessions with an exactly-once token stream.
 
     import asyncio
-    from sessile import Sessile, Tokens
+    from sessile import Sessile
 
     async def main() -> None:
         async with Sessile("localhost:8470") as client:
             session = await client.open(system="You are brief.")
-            async for event in session.run("What is 6 * 7?", max_tokens=32):
-                if isinstance(event, Tokens):
-                    print(event.text, end="", flush=True)
+            async for text in session.run("What is 6 * 7?", max_tokens=32).text_stream():
+                print(text, end="", flush=True)
 
     asyncio.run(main())
 

@@ -150,6 +150,9 @@ class Turn:
     def result(self) -> TurnResult:
         return self._loop.call(self._turn.result())
 
+    def text_stream(self) -> Iterator[str]:
+        return self._loop.iterate(self._turn.text_stream())
+
     def cancel(self) -> TurnStatus:
         return self._loop.call(self._turn.cancel())
 

@@ -4,7 +4,7 @@ next turn's input, until the model answers without asking.
 async with session.run_tools("What is the weather in Rome?", tools=[weather]) as run:
     async for event in run:
         match event:
-            case Tokens(text=text): print(text, end="")
+            case Tokens(text=text) | Finished(text=text): print(text, end="")
             case ToolStarted(call=call): print(f"[{call.name}({call.arguments_json})]")
 
 Round n is the turn ``{run_id}.{n}``. A run repeated under its ``run_id``, by whatever process,

@@ -2,7 +2,7 @@
 
 async with session.run("Write a haiku.", max_tokens=64) as turn:
     async for event in turn:
-        if isinstance(event, Tokens):
+        if isinstance(event, Tokens | Finished):
             print(event.text, end="")
 
 result = await session.run("And another.").result()
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import Literal, Self
 
@@ -126,6 +126,17 @@ class Turn:
         if finished.status is TurnStatus.FAILED:
             raise errors.TurnFailed(finished.error or f"the turn ended: {finished.reason}", result)
         return result
+
+    async def text_stream(self) -> AsyncGenerator[str, None]:
+        """The output text alone, piece by piece, what was held back until the end included. Raises
+        as :meth:`result` does. Leaving it early abandons the turn (see ``on_abandon``)."""
+        try:
+            async for event in self:
+                if isinstance(event, Tokens | Finished) and event.text:
+                    yield event.text
+            await self.result()
+        finally:
+            await self.aclose()
 
     async def cancel(self) -> TurnStatus:
         """Ends the turn on the server; the stream then ends with ``Finished``. Idempotent. Returns
