@@ -168,6 +168,42 @@ def test_clocks_may_differ_by_the_leeway(jwks: Path) -> None:
         tokens(jwks, leeway_s=1.0).caller(late)
 
 
+def test_a_token_is_verified_once_and_holds_until_it_expires(
+    jwks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified: list[str] = []
+    decode = jwt.decode
+
+    def counted(token: str, *given: Any, **more: Any) -> Any:
+        verified.append(token)
+        return decode(token, *given, **more)
+
+    monkeypatch.setattr(jwt, "decode", counted)
+    now = [time.time()]
+    config = JwtConfig(jwks, ISSUER, AUDIENCE, leeway_s=0.0)
+    it = Tokens(config, check_interval_s=0.0, unix_now=lambda: now[0])
+    token = signed(exp=int(now[0]) + 60)
+    assert it.caller(token) == it.caller(token) == ("acme", Role.AGENT, "bot-7")
+    assert len(verified) == 1
+    now[0] += 61
+    it.caller(token)  # the library's own clock decides from here on
+    assert len(verified) == 2
+    for _ in range(2):
+        with pytest.raises(Unauthenticated):
+            it.caller(token[:-4] + "AAAA")
+    assert len(verified) == 4, "what was refused is not remembered"
+
+
+def test_tokens_that_are_remembered_are_bounded(
+    jwks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.security.tokens.MAX_REMEMBERED", 3)
+    it = tokens(jwks)
+    for number in range(6):
+        assert it.caller(signed(ED, "EdDSA", "ed", n=number))
+    assert len(it._known) == 3
+
+
 def test_a_single_key_needs_no_kid(jwks: Path) -> None:
     publish(jwks, KEYS[0])
     assert tokens(jwks).caller(signed(kid=None))
