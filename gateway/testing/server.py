@@ -102,7 +102,10 @@ class LocalServer:
 
     def __enter__(self) -> Self:
         ready: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(ready,), name="sessile-server")
+        # A daemon: a process that ends without leaving the block does not wait for it.
+        self._thread = threading.Thread(
+            target=self._run, args=(ready,), name="sessile-server", daemon=True
+        )
         self._thread.start()
         try:
             ready.result(START_TIMEOUT_S)
