@@ -42,6 +42,9 @@ from telemetry.setup import OFF, Telemetry, installed
 
 log = logging.getLogger(__name__)
 
+LIVENESS = "liveness"
+"""In the health service: SERVING for as long as the process answers; all other names are about
+readiness."""
 STORE_RETRY = RetryPolicy(total_timeout_s=2.0)
 """Shorter than the store's default: a stream that waits tells its client so."""
 
@@ -107,6 +110,7 @@ async def serve(
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         server.add_generic_rpc_handlers((services,))
         await _set_health(health_service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await health_service.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         stack.push_async_callback(_stop_now, server)
         opening = partial(stack.enter_async_context, open_store(config))
@@ -121,6 +125,7 @@ async def serve(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(app.run, name="gateway")
             tasks.start_soon(_keep_warm, app, replicas, name="channels")
+            tasks.start_soon(_tell_readiness, app, health_service, stop, name="readiness")
             services.open()
             try:
                 await _set_health(health_service, health_pb2.HealthCheckResponse.SERVING)
@@ -201,6 +206,22 @@ def _add_services(
 async def _set_health(service: health.HealthServicer, status: int) -> None:
     for name in ("", SESSION_SERVICE, FLEET_SERVICE):
         await service.set(name, status)
+
+
+async def _tell_readiness(
+    app: GatewayApp, service: health.HealthServicer, stop: anyio.Event
+) -> None:
+    """NOT_SERVING while the store does not answer: another gateway may still reach it. Turns that
+    run here go on waiting for it."""
+    told = True
+    while not stop.is_set():
+        if app.fleet.store_answers is not told:
+            told = app.fleet.store_answers
+            status = health_pb2.HealthCheckResponse.SERVING
+            await _set_health(
+                service, status if told else health_pb2.HealthCheckResponse.NOT_SERVING
+            )
+        await anyio.sleep(app.config.times.fleet_poll_s)
 
 
 async def _keep_warm(app: GatewayApp, replicas: GrpcReplicaClients) -> None:

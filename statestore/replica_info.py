@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PROTOCOL_VERSION = 1
-"""Version of the replica API that this code speaks (oldest and newest so far)."""
+"""Newest version of the replica API that this code speaks."""
+PROTOCOL_OLDEST = 1
+"""Oldest version of it that this code still speaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +33,14 @@ class ReplicaDetails:
     max_queued_turns: int
     site: str = ""
     hardware: str = ""
-    protocol_min: int = PROTOCOL_VERSION
+    protocol_min: int = PROTOCOL_OLDEST
     protocol_max: int = PROTOCOL_VERSION
     features: tuple[str, ...] = ()
+
+    @property
+    def speaks_with_us(self) -> bool:
+        """Whether there is a version of the replica API that both sides speak."""
+        return self.protocol_min <= PROTOCOL_VERSION and self.protocol_max >= PROTOCOL_OLDEST
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)
@@ -64,6 +71,8 @@ class ReplicaLoad:
     sessions: int = 0
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
+    leaving: bool = False
+    """It was told to end, drains, and asks gateways to move its sessions elsewhere meanwhile."""
     leading: Mapping[str, int] = field(default_factory=dict)
     """Hex leading-message digest -> tokens of that prefix resident here; the most recent ones,
     at most ``MAX_LEADING``."""
@@ -120,6 +129,7 @@ def _is_rate(value: object) -> bool:
 
 _FITS: dict[Any, Callable[[Any], bool]] = {
     "str": _is_text,
+    "bool": lambda value: type(value) is bool,
     "int": _is_count,
     "float": _is_rate,
     "tuple[str, ...]": lambda value: isinstance(value, list) and all(map(_is_text, value)),

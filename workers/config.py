@@ -52,6 +52,10 @@ class ReplicaSettings:
     """How long a session's KV is preferred over other cache after a turn."""
     pull_timeout_s: float = 30.0
     """A KV pull from a peer is given up after this."""
+    drain_grace_s: float = 0.0
+    """How long a process that was told to end (SIGTERM) waits for its sessions to be moved, with
+    their KV. 0: it ends at once, and turns go on elsewhere by recomputing. `sessile worker` has 20
+    unless it is set. Give the process more than this before it is killed."""
     turn: TurnLimits = field(default_factory=TurnLimits)
 
     def __post_init__(self) -> None:
@@ -119,5 +123,8 @@ def join_address(host: str, port: int) -> str:
 def _require_positive(config: TurnLimits | ReplicaSettings | WorkerConfig) -> None:
     for setting in dataclasses.fields(config):
         value = getattr(config, setting.name)
-        if isinstance(value, int | float) and not value > 0:
+        if setting.name == "drain_grace_s":
+            if not value >= 0:
+                raise ValueError(f"{setting.name} must not be negative, it is {value}")
+        elif isinstance(value, int | float) and not value > 0:
             raise ValueError(f"{setting.name} must be positive, not {value}")

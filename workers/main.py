@@ -33,6 +33,10 @@ from workers.service import ReplicaApp
 
 log = logging.getLogger(__name__)
 
+LIVENESS = "liveness"
+"""In the health service: SERVING for as long as the process answers; all other names are about
+readiness."""
+
 
 async def serve(
     config: WorkerConfig,
@@ -72,6 +76,7 @@ async def serve(
         services = LateServices("this replica waits for its store")
         server.add_generic_rpc_handlers((services,))
         await _set_health(health_service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await health_service.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         stack.push_async_callback(_stop_now, server)
         executor = await or_stopped(

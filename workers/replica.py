@@ -60,16 +60,19 @@ async def run_replica(
     serve: Callable[[ReplicaApp, ReplicaRef], Awaitable[None]],
     stop: anyio.Event,
 ) -> None:
-    """Runs until ``stop`` is set. ``endpoint`` (host:port) is announced to the fleet; ``serve``
+    """Runs until ``stop`` is set, and then at most ``drain_grace_s`` longer, until its sessions are
+    elsewhere. ``endpoint`` (host:port) is announced to the fleet; ``serve``
     must make the app reachable there and return.
 
     Raises EngineFailed if the engine fails, ReplicaReplaced if another process took the id; the
     process should then exit with a failure.
     """
     failures: list[EngineFailed | ReplicaReplaced] = []
+    failed = anyio.Event()
 
     def fail(error: EngineFailed | ReplicaReplaced) -> None:
         failures.append(error)
+        failed.set()
         stop.set()
 
     async def beat(ref: ReplicaRef, app: ReplicaApp) -> None:
@@ -105,6 +108,8 @@ async def run_replica(
                 tasks.start_soon(beat, ref, app)
                 tasks.start_soon(app.reconcile)
                 await stop.wait()
+                if settings.drain_grace_s and not failures:
+                    await _leave(app, settings.drain_grace_s, failed)
             finally:
                 app.close()
             tasks.cancel_scope.cancel()
@@ -175,6 +180,23 @@ def _details(adapters: ReplicaAdapters, settings: ReplicaSettings, endpoint: str
         site=settings.site,
         hardware=settings.hardware,
     )
+
+
+async def _leave(app: ReplicaApp, grace_s: float, failed: anyio.Event) -> None:
+    """Until no session is left here, the grace is over, or there is nothing to be saved."""
+    log.info("asking for its %d sessions to be moved elsewhere", len(app.session_ids()))
+    with anyio.move_on_after(grace_s):
+        async with anyio.create_task_group() as tasks:
+
+            async def give_up() -> None:
+                await failed.wait()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(give_up)
+            await app.leave()
+            tasks.cancel_scope.cancel()
+    if left := len(app.session_ids()):
+        log.warning("ends with %d sessions; they go on elsewhere when they are next used", left)
 
 
 async def _say_goodbye(store: JournalPort, ref: ReplicaRef) -> None:

@@ -7,6 +7,7 @@ A replica acts only for the epoch it is told, and only as far as the store agree
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -73,6 +74,7 @@ class ReplicaApp:
         self._on_empty = on_empty
         self._runs = TurnRuns(ports, tasks)
         self._leaving = False
+        self._told_to_end = False
 
     def close(self) -> None:
         """Starts no further turn."""
@@ -225,6 +227,19 @@ class ReplicaApp:
             self._tasks.start_soon(self._leave_when_empty, name="leave when empty")
         return pb.SetDrainingResponse(session_ids=self.session_ids())
 
+    async def leave(self) -> None:
+        """This process was told to end: takes no new session, asks gateways by the heartbeat to
+        move those that are here, and returns when none is left. Cancel it to give up."""
+        self._told_to_end = True
+        await until_answered(
+            lambda: self._ports.store.set_draining(self._ports.ref, True), math.inf
+        )
+        while self.session_ids():
+            for session_id in self._ports.residency.session_ids():
+                await self._runs.settle(session_id)
+            if self.session_ids():
+                await anyio.sleep(LOOK_PERIOD_S)
+
     def session_ids(self) -> list[str]:
         """Sessions held here as their owner, sorted."""
         return sorted({*self._runs.session_ids(), *self._ports.residency.session_ids()})
@@ -286,6 +301,7 @@ class ReplicaApp:
             free_pages=load.free_pages,
             pinned_pages=load.pinned_pages,
             sessions=len(sessions),
+            leaving=self._told_to_end,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             decode_tokens_per_s=load.decode_tokens_per_s,
             leading=self._ports.residency.leading_tokens(),

@@ -12,8 +12,9 @@ from sessile.v1 import fleet_pb2, replica_pb2
 
 from gateway.app.migration import Migrations, MoveOptions
 from gateway.app.services import Services
-from gateway.core.errors import NotFound, SessileError
+from gateway.core.errors import NotFound, SessileError, WrongState
 from gateway.core.fleet import Replica
+from gateway.core.machines import ReplicaState
 from gateway.core.migration import PlannedMove, Stays, plan_drain
 from statestore.ports import SessionWritten, StoreUnavailable
 from statestore.records import Session
@@ -51,12 +52,21 @@ class Drains:
         self, replica_id: str, timeout_s: float, shutdown: bool
     ) -> AsyncGenerator[fleet_pb2.DrainReplicaResponse, None]:
         """Progress after each round; the last message has ``done``. Sessions still there at the
-        time limit stay: they are taken over when the replica ends. Raises NotFound."""
+        time limit stay: they are taken over when the replica ends. A drain that is undone meanwhile
+        ends in WrongState. Raises NotFound."""
         replica = self._fleet.named(replica_id)
         deadline = self._clock.now() + (timeout_s or self._config.times.default_drain_s)
-        await self._announce(replica, shutdown)
+        await self._announce(replica, draining=True, shutdown=shutdown)
         progress = _Progress()
+        announced = False
         while True:
+            state = self._state(replica)
+            announced |= state is ReplicaState.DRAINING
+            if announced and state is ReplicaState.READY:
+                raise WrongState(
+                    f"the drain of {replica.ref} was undone",
+                    hint="Its other sessions stay. Drain it again if it is to be emptied.",
+                )
             sessions = await self._sessions_on(replica)
             progress.keep({session.session_id for session in sessions})
             left = deadline - self._clock.now()
@@ -76,17 +86,35 @@ class Drains:
                 left = max(deadline - self._clock.now(), 0.0)
                 await self._clock.sleep(min(self._config.times.waiting_event_s, left))
 
-    async def _announce(self, replica: Replica, shutdown: bool) -> None:
-        if not await self._store.set_draining(replica.ref, True):
+    async def undo(self, replica_id: str) -> AsyncGenerator[fleet_pb2.DrainReplicaResponse, None]:
+        """The replica takes sessions again, and does not end by itself. One message, with the
+        sessions that are still there. Raises NotFound, and WrongState for a process that was told
+        to end."""
+        replica = self._fleet.named(replica_id)
+        if replica.load.leaving:
+            raise WrongState(
+                f"{replica.ref} was told to end", hint="Start it again instead; then it is READY."
+            )
+        await self._announce(replica, draining=False, shutdown=False)
+        left = len(await self._sessions_on(replica))
+        yield fleet_pb2.DrainReplicaResponse(remaining=left, done=True)
+
+    def _state(self, replica: Replica) -> ReplicaState | None:
+        """As seen now; None: another process has its name, or none."""
+        now = self._fleet.snapshot.named(replica.ref.replica_id)
+        return now.state if now is not None and now.ref == replica.ref else None
+
+    async def _announce(self, replica: Replica, *, draining: bool, shutdown: bool) -> None:
+        if not await self._store.set_draining(replica.ref, draining):
             raise NotFound(f"{replica.ref} was replaced meanwhile", reason="REPLICA_NOT_FOUND")
         try:
             await self._replicas.at(replica.details.endpoint).set_draining(
-                replica_pb2.SetDrainingRequest(draining=True, shutdown_when_empty=shutdown),
+                replica_pb2.SetDrainingRequest(draining=draining, shutdown_when_empty=shutdown),
                 self._config.times.replica_call_s,
             )
         except SessileError as error:
-            # The store has it: nothing new is placed there even if it does not answer.
-            log.warning("%s could not be told to drain: %s", replica.ref, error)
+            # The store has it: what is placed there follows it even if it does not answer.
+            log.warning("%s could not be told of its drain: %s", replica.ref, error)
         with suppress(StoreUnavailable):
             await self._fleet.refresh()
 

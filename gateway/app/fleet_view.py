@@ -17,7 +17,12 @@ from gateway.core.liveness import Liveness
 from gateway.core.machines import ReplicaState
 from statestore.ports import SessionStore, StoreError
 from statestore.records import ReplicaRecord, ReplicaRef
-from statestore.replica_info import PROTOCOL_VERSION, ReplicaDetails, ReplicaLoad
+from statestore.replica_info import (
+    PROTOCOL_OLDEST,
+    PROTOCOL_VERSION,
+    ReplicaDetails,
+    ReplicaLoad,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +67,7 @@ class FleetView:
         self._changed = anyio.Event()
         self._polling = anyio.Lock()
         self._polls = 0
+        self._answers = True
         self._unreadable: set[ReplicaRef] = set()
 
     async def run(self) -> None:
@@ -71,6 +77,9 @@ class FleetView:
                 await self.refresh()
             except StoreError as error:
                 log.warning("the fleet cannot be read: %s", error)
+                self._answers = False
+            else:
+                self._answers = True
             await self._clock.sleep(self._config.times.fleet_poll_s)
 
     async def refresh(self) -> None:
@@ -91,6 +100,11 @@ class FleetView:
             self._notify()
 
     @property
+    def store_answers(self) -> bool:
+        """Whether the last regular poll was answered."""
+        return self._answers
+
+    @property
     def snapshot(self) -> FleetSnapshot:
         if self._snapshot is None:
             self._snapshot = self._build()
@@ -108,7 +122,7 @@ class FleetView:
         return replica
 
     async def changed(self) -> None:
-        """Returns when a replica appears, goes or changes its state."""
+        """Returns when a replica appears, goes, changes its state or is told to end."""
         await self._changed.wait()
 
     def report_refused(self, ref: ReplicaRef) -> None:
@@ -167,7 +181,20 @@ class FleetView:
                     "replica %s is ignored, its record is unreadable: %s", record.ref, error
                 )
             return None
-        if not details.protocol_min <= PROTOCOL_VERSION <= details.protocol_max:
+        if not details.speaks_with_us:
+            if record.ref not in self._unreadable:
+                self._unreadable.add(record.ref)
+                older = details.protocol_max < PROTOCOL_OLDEST
+                log.warning(
+                    "replica %s is ignored: it speaks versions %d to %d of the replica API, this"
+                    " gateway %d to %d; upgrade the %s",
+                    record.ref,
+                    details.protocol_min,
+                    details.protocol_max,
+                    PROTOCOL_OLDEST,
+                    PROTOCOL_VERSION,
+                    "replica" if older else "gateway",
+                )
             return None
         return record.ref.replica_id, _Known(record, details, load)
 
@@ -198,9 +225,9 @@ class FleetView:
             )
         )
 
-    def _states(self) -> dict[ReplicaRef, ReplicaState]:
+    def _states(self) -> dict[ReplicaRef, tuple[ReplicaState, bool]]:
         return {
-            known.record.ref: self._liveness.state_of(known.record.ref)
+            known.record.ref: (self._liveness.state_of(known.record.ref), known.load.leaving)
             for known in self._known.values()
         }
 

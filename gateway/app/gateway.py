@@ -11,6 +11,7 @@ from gateway.app.directory import SessionDirectory
 from gateway.app.drain import Drains
 from gateway.app.duties import Sweeper
 from gateway.app.fleet_view import FleetView
+from gateway.app.leaving import Leaving
 from gateway.app.migration import Migrations
 from gateway.app.ports import Clock, Ids, ReplicaClients
 from gateway.app.quotas import Quotas
@@ -67,6 +68,7 @@ class GatewayApp:
         self.migrations = Migrations(services)
         self.drains = Drains(services, self.migrations)
         self.sweeper = Sweeper(store, clock, config.gateway_id or ids.token(), config)
+        self.leaving = Leaving(services, self.drains, lambda: self.sweeper.leading)
 
     async def run(self) -> None:
         """The gateway's own tasks, until cancelled: watching the fleet, and the sweep while it
@@ -75,6 +77,7 @@ class GatewayApp:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self.fleet.run, name="fleet view")
                 tasks.start_soon(self.sweeper.run, name="sweeper")
+                tasks.start_soon(self.leaving.run, name="leaving replicas")
                 tasks.start_soon(self._report_fleet, name="fleet metrics")
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(1.0):

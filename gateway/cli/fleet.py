@@ -88,6 +88,21 @@ def drain(
         fail("not every session could be moved", "What is left fails over when it is next used.")
 
 
+@app.command()
+def undrain(
+    replica: Annotated[str, typer.Argument(metavar="REPLICA", help="Id of the replica.")],
+    gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
+    as_json: JsonOption = False,
+) -> None:
+    """Undo a drain: the replica takes new sessions again."""
+    with client_of(gateway, OPERATOR) as client:
+        left = client.fleet.undrain(replica)
+    if as_json:
+        print_json(left)
+    else:
+        typer.echo(f"{replica} takes sessions again; {left.remaining} are still there")
+
+
 def migrate(
     session: Annotated[str, typer.Argument(metavar="SESSION", help="Id of the session.")],
     target: Annotated[

@@ -40,6 +40,9 @@ ONE_TRY = RetryPolicy(max_attempts=1)
 """A gateway that does not answer is asked again in the next look, if it still runs."""
 _SERVING = re.compile(r"^sessile \w+ \S+ on (\S+)$", re.MULTILINE)
 
+AT_ONCE = {"SESSILE_WORKER__REPLICA__DRAIN_GRACE_S": "0"}
+"""The whole fleet ends together: there is nowhere that sessions could be moved to."""
+
 Kind = Literal["gateway", "worker"]
 
 
@@ -155,7 +158,7 @@ class Cluster:
 
     async def start_gateway(self, listen: str = "127.0.0.1:0") -> Child:
         """Starts a gateway; returns when it serves. Raises LaunchFailed."""
-        arguments = ["--listen", listen]
+        arguments = ["--redis", self.redis_url, "--listen", listen]
         return await self._start("gateway", f"gateway-{len(self.gateways) + 1}", arguments)
 
     async def start_worker(
@@ -167,7 +170,7 @@ class Cluster:
     ) -> Child:
         """Starts a worker as this replica (again: as its next incarnation); returns when it
         serves. With an ``engine`` of its own it has only these options. Raises LaunchFailed."""
-        arguments = ["--id", replica_id]
+        arguments = ["--redis", self.redis_url, "--id", replica_id]
         if engine or self.engine:
             arguments += ["--engine", engine or self.engine]
         usual = {} if engine else self.engine_options
@@ -233,7 +236,6 @@ class Cluster:
 
     def _spawn(self, kind: Kind, name: str, command: list[str]) -> Child:
         assert self.log_directory is not None, "the cluster is entered"
-        variable = f"SESSILE_{kind.upper()}__REDIS_URL"
         starts = sum(child.name == name for child in self.children)
         log = self.log_directory / (f"{name}.log" if not starts else f"{name}.{starts + 1}.log")
         with log.open("wb") as output:
@@ -242,8 +244,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Not on the command line, which every user of the machine can read.
-                env={**os.environ, **self.environment, variable: self.redis_url},
+                env={**os.environ, **AT_ONCE, **self.environment},
                 # A Ctrl-C is for this process, which then ends its children in order.
                 start_new_session=True,
             )

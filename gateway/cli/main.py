@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from sessile.credentials import API_KEY_VARIABLE, TLS_VARIABLE
 
-from gateway.cli import chat, config, fleet, keys, serve, sessions
+from gateway.cli import chat, config, fleet, health, keys, serve, sessions
 from gateway.cli.output import JsonOption, fail, reported_errors
 
 
@@ -58,6 +58,7 @@ app.add_typer(fleet.app, name="replicas")
 app.command()(fleet.migrate)
 app.command()(serve.gateway)
 app.command()(serve.worker)
+app.command()(health.health)
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")
 

@@ -29,7 +29,6 @@ from gateway.cli.output import (
     tell,
 )
 from gateway.cli.sources import CONFIG_VARIABLE, SettingsRefused, Tree, from_flags
-from statestore.connection import redacted
 from statestore.ports import StoreError
 from statestore.process import Announce
 from telemetry.config import TelemetryConfig
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
     from gateway.cli.launch import Child, Cluster
 
 WATCH_INTERVAL_S = 0.2
+DRAIN_GRACE_S = 20.0
+"""Of a worker that is a process by itself, for the sessions it has when it is told to end."""
 MADE_UP = "made up"
 """Origin of a setting that a command invents."""
 
@@ -69,12 +70,6 @@ RedisOption = Annotated[
     str | None,
     typer.Option(
         help="Store: redis://, rediss://, redis+cluster://, unix://. [environment: SESSILE_REDIS]"
-    ),
-]
-StoreWaitOption = Annotated[
-    float | None,
-    typer.Option(
-        min=0, help="Seconds to wait at the start for a store that is not there. [for ever]"
     ),
 ]
 EngineOption = Annotated[
@@ -186,7 +181,6 @@ def up(
 
 def gateway(
     redis: RedisOption = None,
-    store_wait_s: StoreWaitOption = None,
     data_directory: DataOption = None,
     listen: Annotated[
         str | None, typer.Option(help=f"host:port; port 0 takes a free one. [{DEFAULT_GATEWAY}]")
@@ -220,7 +214,6 @@ def gateway(
 
     flags = from_flags(
         ("redis_url", "--redis", redis),
-        ("redis.wait_s", "--store-wait-s", store_wait_s),
         ("data_directory", "--data-directory", data_directory),
         ("listen", "--listen", listen),
         ("gateway_id", "--id", gateway_id or None),
@@ -240,7 +233,6 @@ def gateway(
 
 def worker(
     redis: RedisOption = None,
-    store_wait_s: StoreWaitOption = None,
     replica_id: Annotated[
         str,
         typer.Option(
@@ -279,7 +271,6 @@ def worker(
 
     flags = from_flags(
         ("redis_url", "--redis", redis),
-        ("redis.wait_s", "--store-wait-s", store_wait_s),
         ("replica.replica_id", "--id", replica_id or None),
         ("engine", "--engine", engine and str(engine)),
         ("listen", "--listen", listen),
@@ -334,10 +325,13 @@ def loaded(
 
 
 def made_up_names(process: str) -> Tree:
-    """Names for a process that is given none."""
+    """Names for a process that is given none, and what else is the command's own default."""
     if process == "gateway":
         return from_flags(("gateway_id", MADE_UP, f"gateway-{_suffix()}"))
-    return from_flags(("replica.replica_id", MADE_UP, f"{socket.gethostname()}-{_suffix()}"))
+    return from_flags(
+        ("replica.replica_id", MADE_UP, f"{socket.gethostname()}-{_suffix()}"),
+        ("replica.drain_grace_s", "`sessile worker`", DRAIN_GRACE_S),
+    )
 
 
 def _suffix() -> str:
@@ -426,7 +420,7 @@ def _announce(cluster: Cluster, as_json: bool) -> None:
                 "gateways": cluster.targets,
                 "replicas": {child.name: child.address for child in cluster.workers},
                 "pids": {child.name: child.pid for child in cluster.children},
-                "redis": redacted(cluster.redis_url),
+                "redis": cluster.redis_url,
                 "logs": str(cluster.log_directory),
             }
         )
@@ -435,7 +429,7 @@ def _announce(cluster: Cluster, as_json: bool) -> None:
     lines = [
         f"gateways  {' '.join(cluster.targets)}",
         f"replicas  {' '.join(f'{child.name}={child.address}' for child in cluster.workers)}",
-        f"store     {redacted(cluster.redis_url)}",
+        f"store     {cluster.redis_url}",
         f"logs      {cluster.log_directory}",
         "",
         f"sessile chat -g {target}",

@@ -95,6 +95,10 @@ def add_fleet_service(
         _: str, request: fleet_pb2.DrainReplicaRequest
     ) -> AsyncGenerator[fleet_pb2.DrainReplicaResponse, None]:
         _check_ms("timeout_ms", request.timeout_ms, MAX_DRAIN_S)
+        if request.undo:
+            if request.shutdown:
+                raise InvalidRequest("undo and shutdown contradict each other: give one of them")
+            return drains.undo(request.replica_id)
         return drains.drain(request.replica_id, request.timeout_ms / 1000, request.shutdown)
 
     async def migrate(

@@ -166,6 +166,19 @@ class Fleet:
                     done=response.done,
                 )
 
+    async def undrain(self, replica_id: str) -> DrainProgress:
+        """Undoes a drain: the replica takes new sessions again. ``remaining`` is what it still
+        has."""
+        steps = self._transport.follow(
+            lambda gateway: gateway.fleet.DrainReplica,
+            lambda _: pb.DrainReplicaRequest(replica_id=replica_id, undo=True),
+            timeout_s=self._transport.timeout_s,
+        )
+        async with aclosing(steps):
+            async for response in steps:
+                return DrainProgress(0, 0, response.remaining, 0, response.done)
+        return DrainProgress(0, 0, 0, 0, done=False)
+
     async def migrate(
         self,
         session_id: str,

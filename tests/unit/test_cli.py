@@ -114,6 +114,15 @@ def test_replicas_are_listed(gateway: FakeGateway) -> None:
     assert (record["state"], record["load"]["sessions"]) == ("ready", 2)
 
 
+def test_a_drain_is_undone(gateway: FakeGateway) -> None:
+    gateway.answers.append(fleet_pb2.DrainReplicaResponse(remaining=3, done=True))
+    shown = sessile(gateway, "replicas", "undrain", "r1")
+    assert shown.exit_code == 0, shown.output
+    assert "3 are still there" in shown.stdout
+    (request,) = gateway.seen
+    assert (request.replica_id, request.undo, request.shutdown) == ("r1", True, False)
+
+
 def test_a_drain_that_leaves_sessions_behind_fails(gateway: FakeGateway) -> None:
     gateway.answers += [
         fleet_pb2.DrainReplicaResponse(moved_with_kv=1, remaining=2),

@@ -24,14 +24,14 @@ from gateway.app.fleet_view import FleetView
 from gateway.app.ports import ReplicaLost
 from gateway.config import Admission, GatewayConfig, Tables, Times
 from gateway.core import failover
-from gateway.core.errors import DeadlineExceeded, NotFound, NotOwner, SessileError
+from gateway.core.errors import DeadlineExceeded, NotFound, NotOwner, SessileError, WrongState
 from gateway.core.failover import AskAgain, FailoverLimits, OwnerSeen, Take
 from gateway.core.machines import ReplicaState
 from gateway.rpc.auth import HeaderTenant
 from gateway.rpc.replica_client import GrpcReplicaClients, translate
 from gateway.rpc.serving import Serving
 from gateway.rpc.status import DETAILS_KEY, code_of, to_status
-from loadtest.simulation.loop import VirtualClock
+from loadtest.simulation.loop import VirtualClock, run
 from statestore.ports import StoreUnavailable
 from statestore.records import ReplicaRecord, ReplicaRef
 from statestore.replica_info import ReplicaDetails, ReplicaLoad
@@ -146,8 +146,9 @@ async def test_waiters_hear_of_changes_of_state_only() -> None:
         tasks.cancel_scope.cancel()
 
 
-@simulated
-async def test_records_that_cannot_be_read_or_spoken_to_are_left_out() -> None:
+def test_records_that_cannot_be_read_or_spoken_to_are_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     good, bad = record("a", 5), record("b", 5)
     broken = ReplicaRecord(bad.ref, "{", 1, "", False, False)
     newer = record("c", 5)
@@ -159,9 +160,25 @@ async def test_records_that_cannot_be_read_or_spoken_to_are_left_out() -> None:
         False,
         False,
     )
-    fleet = view(FleetStore(good, broken, newer))
-    await fleet.refresh()
-    assert [r.ref for r in fleet.snapshot.replicas] == [good.ref]
+    older = record("d", 5)
+    details = older.details.replace('"protocol_min":1', '"protocol_min":0')
+    details = details.replace('"protocol_max":1', '"protocol_max":0')
+    older = ReplicaRecord(older.ref, details, 1, "", False, False)
+    wider = record("e", 5)
+    details = wider.details.replace('"protocol_max":1', '"protocol_max":7')
+    wider = ReplicaRecord(wider.ref, details, 1, "", False, False)
+    fleet = view(FleetStore(good, broken, newer, older, wider))
+
+    async def look() -> None:
+        await fleet.refresh()
+        await fleet.refresh()
+
+    run(look)
+    assert [r.ref for r in fleet.snapshot.replicas] == [good.ref, wider.ref]
+    told = [text for text in caplog.messages if "is ignored" in text]
+    assert len(told) == 3, "each is told once"
+    assert "9 to 1 of the replica API, this gateway 1 to 1; upgrade the gateway" in told[1]
+    assert told[2].endswith("upgrade the replica")
 
 
 @pytest.mark.parametrize(
@@ -472,6 +489,24 @@ async def test_one_watch_too_many_is_told_to_come_back_later() -> None:
     for stream in (again, open_ones[1]):
         await stream.aclose()
     assert gate.taken == 0
+
+
+@simulated
+async def test_an_undone_drain_ends_and_the_replica_takes_sessions_again() -> None:
+    async with world(config=GatewayConfig(tables=Tables(drain_moves=1)), a=40) as w:
+        for number in range(3):
+            await w.finish(w.turn(await w.open(f"r{number}")))
+        steps = w.gateway.drains.drain("a", 60.0, shutdown=True)
+        assert (await anext(steps)).remaining == 3
+        undone = [step async for step in w.gateway.drains.undo("a")]
+        assert [(step.remaining, step.done) for step in undone] == [(3, True)]
+        with pytest.raises(WrongState, match="was undone"):
+            async for _ in steps:
+                pass
+        assert w.gateway.fleet.named("a").state is ReplicaState.READY
+        assert (await w.finish(w.turn(await w.open("new")))).error is None
+        await anyio.sleep(5.0)
+        assert w.gateway.fleet.named("a").state is ReplicaState.READY, "it does not end"
 
 
 @simulated

@@ -297,22 +297,28 @@ class DrainReplicaRequest(_message.Message):
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """The replica."""
     timeout_ms: _builtins.int
     """Sessions still there after this time are left to fail-over. Default 120,000, at most 86,400,000."""
     shutdown: _builtins.bool
     """The worker process ends when it is empty."""
+    undo: _builtins.bool
+    """The other way round: the replica takes new sessions again, and drains of it that are under way
+    end. One message of progress follows.
+    """
     def __init__(
         self,
         *,
         replica_id: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
         shutdown: _builtins.bool = ...,
+        undo: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id", "shutdown", b"shutdown", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id", "shutdown", b"shutdown", "timeout_ms", b"timeout_ms", "undo", b"undo"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
