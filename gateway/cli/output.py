@@ -23,7 +23,10 @@ PIPED_WIDTH = 200
 RETRY = RetryPolicy(max_attempts=6)
 """Somebody waits at a terminal: fewer tries than a program makes."""
 DEFAULT_GATEWAY = "127.0.0.1:8470"
-NO_GATEWAY = "Start a fleet with `sessile up`, or name a gateway that runs with --gateway."
+NO_GATEWAY = (
+    "Start a fleet with `sessile up`, or name a gateway that runs with --gateway. One that speaks"
+    " TLS is called with `sessile --tls FILE …`."
+)
 
 MAX_COUNT = 2**32 - 1
 """Of tokens and turns."""

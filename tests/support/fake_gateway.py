@@ -109,6 +109,7 @@ class FakeGateway:
     answers: deque[Message | Fail | Cut] = field(default_factory=deque)
     seen: list[Any] = field(default_factory=list)
     tenants: list[str] = field(default_factory=list)
+    authorizations: list[str] = field(default_factory=list)
     traces: list[str] = field(default_factory=list)
     """The ``traceparent`` of each call, or nothing."""
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -157,6 +158,7 @@ class FakeGateway:
         self.seen.append(request)
         metadata = dict(context.invocation_metadata() or ())
         self.tenants.append(str(metadata.get("x-sessile-tenant")))
+        self.authorizations.append(str(metadata.get("authorization")))
         self.traces.append(str(metadata.get("traceparent", "")))
 
 
