@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 from opentelemetry import propagate, trace
@@ -84,6 +84,8 @@ class Spans:
 
 
 NO_SPANS = Spans()
+NOTHING: AbstractContextManager[Spans] = nullcontext(NO_SPANS)
+"""Around what is not traced. Has no state, so one is enough."""
 
 
 class Tracing:
@@ -103,22 +105,19 @@ class Tracing:
 
     # -- spans within what is under way --------------------------------------------------------
 
-    @contextmanager
     def span(
         self,
         name: str,
         session_id: str,
         attributes: Attributes | None = None,
         kind: SpanKind = SpanKind.INTERNAL,
-    ) -> Iterator[Spans]:
+    ) -> AbstractContextManager[Spans]:
         """A child of the current span, and the current one within the block. An exception is its
         failure; the end of a cancelled task is none."""
         if self._sampler is None:
-            yield NO_SPANS
-            return
+            return NOTHING
         span = self._tracer.start_span(name, kind=kind, attributes=_of(session_id, attributes))
-        with _current(span, Spans(span)) as spans:
-            yield spans
+        return _current(span, Spans(span))
 
     def start(
         self,
@@ -156,19 +155,17 @@ class Tracing:
 
     # -- spans of a session's life -------------------------------------------------------------
 
-    @contextmanager
     def session_span(
         self,
         name: str,
         session_id: str,
         attributes: Attributes | None = None,
         kind: SpanKind = SpanKind.INTERNAL,
-    ) -> Iterator[Spans]:
+    ) -> AbstractContextManager[Spans]:
         """A span of the session's life, current within the block: in the caller's trace if there is
         one, and always in the session's."""
         if self._sampler is None:
-            yield NO_SPANS
-            return
+            return NOTHING
         own, caller = self.session(session_id), trace.get_current_span().get_span_context()
         attributes = _of(session_id, attributes)
         if not caller.is_valid or caller.trace_id == own.trace_id:
@@ -181,10 +178,8 @@ class Tracing:
             spans = Spans(
                 span, self._tracer.start_span(name, _under(own), kind, attributes, [link])
             )
-        with _current(span, spans):
-            yield spans
+        return _current(span, spans)
 
-    @contextmanager
     def resumed_span(
         self,
         name: str,
@@ -192,21 +187,18 @@ class Tracing:
         traceparent: str,
         attributes: Attributes | None = None,
         kind: SpanKind = SpanKind.INTERNAL,
-    ) -> Iterator[Spans]:
+    ) -> AbstractContextManager[Spans]:
         """A child of the current span if that is in the trace of ``traceparent`` (or that is
         empty), else a child of the latter, with a link to the current span: whoever happens to
         carry something on, it stays in its trace."""
         began = _parsed(traceparent) if self._sampler is not None and traceparent else None
         current = trace.get_current_span().get_span_context()
         if began is None or began.trace_id == current.trace_id:
-            with self.span(name, session_id, attributes, kind) as spans:
-                yield spans
-            return
+            return self.span(name, session_id, attributes, kind)
         links = [Link(current)] if current.is_valid else []
         attributes = _of(session_id, attributes)
         span = self._tracer.start_span(name, _under(began), kind, attributes, links)
-        with _current(span, Spans(span)) as spans:
-            yield spans
+        return _current(span, Spans(span))
 
     def session(self, session_id: str) -> SpanContext:
         """Where the session's own spans go; sampled as this process's sampler decides by the
