@@ -12,9 +12,9 @@ from gateway.core.migration import MigrationLimits
 from gateway.core.placement import PlacementModel
 from gateway.core.quotas import EVERY_TENANT, TenantQuota, check_names
 from gateway.security.config import GatewaySecurity
+from gateway.telemetry.config import TelemetryConfig
 from statestore.connection import StoreConnection, parse_address
 from statestore.records import StoreLimits
-from telemetry.config import TelemetryConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,13 +32,13 @@ from gateway.rpc.services import (
 from gateway.rpc.serving import Serving
 from gateway.security.audit import AuditLog
 from gateway.security.tls import Tls
+from gateway.telemetry.setup import OFF, Telemetry, installed
 from statestore.embedded import embedded_server
 from statestore.ports import StoreMisconfigured
 from statestore.process import PRINTED, Announce, or_stopped, run_process
 from statestore.redis_executor import connect_when_there
 from statestore.redis_store import RedisStore
 from statestore.script_runner import RetryPolicy
-from telemetry.setup import OFF, Telemetry, installed
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ async def _stop_now(server: aio.Server) -> None:
 
 def run(config: GatewayConfig, announce: Announce = PRINTED) -> None:
     """Runs a gateway process until SIGTERM or SIGINT; a second signal ends it at once. Raises what
-    :func:`telemetry.setup.installed` does for telemetry that cannot be."""
+    :func:`gateway.telemetry.setup.installed` does for telemetry that cannot be."""
     with installed(config.telemetry, "sessile-gateway", config.gateway_id, {}) as telemetry:
         run_process(partial(serve, config, telemetry=telemetry), announce)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gateway.security.config import WorkerSecurity
+from gateway.telemetry.config import TelemetryConfig
 from statestore.connection import StoreConnection, parse_address
-from telemetry.config import TelemetryConfig
 
 MAX_REPLICA_ID_CHARS = 128
 

@@ -21,6 +21,7 @@ from typing import TypeVar
 import anyio
 from anyio.abc import TaskStatus
 
+from gateway.telemetry.metrics import WorkerMetrics
 from statestore.ports import (
     Append,
     AppendOutcome,
@@ -29,7 +30,6 @@ from statestore.ports import (
     StoreError,
     StoreUnavailable,
 )
-from telemetry.metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
 

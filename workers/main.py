@@ -16,11 +16,11 @@ from grpc_health.v1.health import aio as health
 
 from gateway.rpc.late import LateServices
 from gateway.security.tls import Tls, endpoint_of
+from gateway.telemetry.setup import OFF, Telemetry, installed
 from statestore.journal import RedisJournal
 from statestore.process import PRINTED, Announce, or_stopped, run_process
 from statestore.records import ReplicaRef
 from statestore.redis_executor import connect_when_there
-from telemetry.setup import OFF, Telemetry, installed
 from workers.config import WorkerConfig, join_address, split_address
 from workers.engines.port import EngineFailed
 from workers.engines.registry import Backend, create_backend

@@ -15,11 +15,11 @@ from functools import partial
 
 import anyio
 
+from gateway.telemetry.metrics import WorkerMetrics
+from gateway.telemetry.setup import OFF, Telemetry
 from statestore.ports import JournalPort, StoreUnavailable
 from statestore.records import ReplicaRef, ReplicaRegistration
 from statestore.replica_info import ReplicaDetails
-from telemetry.metrics import WorkerMetrics
-from telemetry.setup import OFF, Telemetry
 from workers.config import ReplicaSettings
 from workers.engines.port import Engine, EngineFailed
 from workers.heartbeat import ReplicaReplaced, heartbeat

@@ -22,7 +22,7 @@ from gateway.core.errors import SessileError, Unavailable
 from gateway.rpc.late import LateServices
 from gateway.rpc.status import abort, error_from_rpc, parsed
 from gateway.security.tls import InsecureEndpoint, Tls, dialled
-from telemetry.propagation import attach_caller, injected
+from gateway.telemetry.propagation import attach_caller, injected
 from workers.config import join_address
 from workers.service import ReplicaApp
 

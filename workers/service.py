@@ -24,10 +24,10 @@ from gateway.core.errors import (
     NotOwner,
     Unavailable,
 )
+from gateway.telemetry.logs import about
 from statestore.ports import Refused, StoreError, StoreUnavailable
 from statestore.records import Epoch, Position, ReplicaRef, SessionState, UsageSum
 from statestore.replica_info import MAX_ENTRIES, ReplicaLoad
-from telemetry.logs import about
 from workers.journal import until_answered
 from workers.kv.transfer import KvTransfer, lease_seconds
 from workers.prefetch import Prefetches

@@ -20,9 +20,9 @@ from gateway.app.sessions import Sessions
 from gateway.app.turns import Turns
 from gateway.app.watch import Watches
 from gateway.config import GatewayConfig
+from gateway.telemetry.metrics import GatewayMetrics
+from gateway.telemetry.setup import OFF, Telemetry
 from statestore.ports import SessionStore, StoreError
-from telemetry.metrics import GatewayMetrics
-from telemetry.setup import OFF, Telemetry
 
 log = logging.getLogger(__name__)
 

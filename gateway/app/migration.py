@@ -47,6 +47,9 @@ from gateway.core.migration import (
     start,
 )
 from gateway.core.placement import NoCandidate, place, unfit
+from gateway.telemetry import attributes as a
+from gateway.telemetry.logs import about
+from gateway.telemetry.tracing import Spans
 from statestore.ports import (
     EpochLost,
     HeadMismatch,
@@ -56,9 +59,6 @@ from statestore.ports import (
     StoreError,
 )
 from statestore.records import Epoch, Owner, Session, SessionState
-from telemetry import attributes as a
-from telemetry.logs import about
-from telemetry.tracing import Spans
 
 log = logging.getLogger(__name__)
 

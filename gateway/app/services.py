@@ -10,9 +10,9 @@ from gateway.app.fleet_view import FleetView
 from gateway.app.ports import Clock, Ids, ReplicaClients
 from gateway.app.quotas import Quotas
 from gateway.config import GatewayConfig
+from gateway.telemetry.metrics import GatewayMetrics
+from gateway.telemetry.tracing import Tracing
 from statestore.ports import SessionStore
-from telemetry.metrics import GatewayMetrics
-from telemetry.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from gateway.core.errors import (
     Unavailable,
     WrongState,
 )
+from gateway.telemetry import attributes as a
 from statestore.digest import RollingDigest
 from statestore.ports import (
     HeadMismatch,
@@ -40,7 +41,6 @@ from statestore.ports import (
     TurnUnknown,
 )
 from statestore.records import NewSession, Owner, ReplicaRef, Session, SessionState
-from telemetry import attributes as a
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from gateway.app.services import Services
 from gateway.core.placement import Decision, NoCandidate
-from telemetry import attributes as a
-from telemetry.logs import about
-from telemetry.tracing import Attributes, Value
+from gateway.telemetry import attributes as a
+from gateway.telemetry.logs import about
+from gateway.telemetry.tracing import Attributes, Value
 
 Answer = TypeVar("Answer")
 

@@ -13,9 +13,9 @@ from gateway.app.frames import BadFrame, event_of
 from gateway.app.relay import Outbox
 from gateway.app.services import Services
 from gateway.app.tracing import placement_attributes
+from gateway.telemetry import attributes as a
+from gateway.telemetry.tracing import Spans
 from statestore.records import ReplicaRef
-from telemetry import attributes as a
-from telemetry.tracing import Spans
 
 
 class TurnReport:

@@ -47,10 +47,10 @@ from gateway.core.errors import (
 from gateway.core.failover import AskAgain, OwnerSeen, Take
 from gateway.core.machines import ReplicaState
 from gateway.core.placement import BYTES_PER_TOKEN, NoCandidate
+from gateway.telemetry import attributes as a
+from gateway.telemetry.logs import about
 from statestore.ports import StoreUnavailable
 from statestore.records import Owner, Session, SessionState
-from telemetry import attributes as a
-from telemetry.logs import about
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

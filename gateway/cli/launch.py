@@ -158,7 +158,7 @@ class Cluster:
 
     async def start_gateway(self, listen: str = "127.0.0.1:0") -> Child:
         """Starts a gateway; returns when it serves. Raises LaunchFailed."""
-        arguments = ["--redis", self.redis_url, "--listen", listen]
+        arguments = ["--listen", listen]
         return await self._start("gateway", f"gateway-{len(self.gateways) + 1}", arguments)
 
     async def start_worker(
@@ -170,7 +170,7 @@ class Cluster:
     ) -> Child:
         """Starts a worker as this replica (again: as its next incarnation); returns when it
         serves. With an ``engine`` of its own it has only these options. Raises LaunchFailed."""
-        arguments = ["--redis", self.redis_url, "--id", replica_id]
+        arguments = ["--id", replica_id]
         if engine or self.engine:
             arguments += ["--engine", engine or self.engine]
         usual = {} if engine else self.engine_options
@@ -236,6 +236,7 @@ class Cluster:
 
     def _spawn(self, kind: Kind, name: str, command: list[str]) -> Child:
         assert self.log_directory is not None, "the cluster is entered"
+        variable = f"SESSILE_{kind.upper()}__REDIS_URL"
         starts = sum(child.name == name for child in self.children)
         log = self.log_directory / (f"{name}.log" if not starts else f"{name}.{starts + 1}.log")
         with log.open("wb") as output:
@@ -244,7 +245,8 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **AT_ONCE, **self.environment},
+                # Not on the command line, which every user of the machine can read.
+                env={**os.environ, **AT_ONCE, **self.environment, variable: self.redis_url},
                 # A Ctrl-C is for this process, which then ends its children in order.
                 start_new_session=True,
             )

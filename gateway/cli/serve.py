@@ -29,10 +29,11 @@ from gateway.cli.output import (
     tell,
 )
 from gateway.cli.sources import CONFIG_VARIABLE, SettingsRefused, Tree, from_flags
+from gateway.telemetry.config import TelemetryConfig
+from gateway.telemetry.logs import log_to
+from statestore.connection import redacted
 from statestore.ports import StoreError
 from statestore.process import Announce
-from telemetry.config import TelemetryConfig
-from telemetry.logs import log_to
 
 if TYPE_CHECKING:
     from gateway.cli.launch import Child, Cluster
@@ -70,6 +71,12 @@ RedisOption = Annotated[
     str | None,
     typer.Option(
         help="Store: redis://, rediss://, redis+cluster://, unix://. [environment: SESSILE_REDIS]"
+    ),
+]
+StoreWaitOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Seconds to wait at the start for a store that is not there. [for ever]"
     ),
 ]
 EngineOption = Annotated[
@@ -181,6 +188,7 @@ def up(
 
 def gateway(
     redis: RedisOption = None,
+    store_wait_s: StoreWaitOption = None,
     data_directory: DataOption = None,
     listen: Annotated[
         str | None, typer.Option(help=f"host:port; port 0 takes a free one. [{DEFAULT_GATEWAY}]")
@@ -214,6 +222,7 @@ def gateway(
 
     flags = from_flags(
         ("redis_url", "--redis", redis),
+        ("redis.wait_s", "--store-wait-s", store_wait_s),
         ("data_directory", "--data-directory", data_directory),
         ("listen", "--listen", listen),
         ("gateway_id", "--id", gateway_id or None),
@@ -233,6 +242,7 @@ def gateway(
 
 def worker(
     redis: RedisOption = None,
+    store_wait_s: StoreWaitOption = None,
     replica_id: Annotated[
         str,
         typer.Option(
@@ -271,6 +281,7 @@ def worker(
 
     flags = from_flags(
         ("redis_url", "--redis", redis),
+        ("redis.wait_s", "--store-wait-s", store_wait_s),
         ("replica.replica_id", "--id", replica_id or None),
         ("engine", "--engine", engine and str(engine)),
         ("listen", "--listen", listen),
@@ -420,7 +431,7 @@ def _announce(cluster: Cluster, as_json: bool) -> None:
                 "gateways": cluster.targets,
                 "replicas": {child.name: child.address for child in cluster.workers},
                 "pids": {child.name: child.pid for child in cluster.children},
-                "redis": cluster.redis_url,
+                "redis": redacted(cluster.redis_url),
                 "logs": str(cluster.log_directory),
             }
         )
@@ -429,7 +440,7 @@ def _announce(cluster: Cluster, as_json: bool) -> None:
     lines = [
         f"gateways  {' '.join(cluster.targets)}",
         f"replicas  {' '.join(f'{child.name}={child.address}' for child in cluster.workers)}",
-        f"store     {cluster.redis_url}",
+        f"store     {redacted(cluster.redis_url)}",
         f"logs      {cluster.log_directory}",
         "",
         f"sessile chat -g {target}",

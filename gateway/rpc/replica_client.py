@@ -19,7 +19,7 @@ from gateway.config import GatewayConfig
 from gateway.core.errors import SessileError
 from gateway.rpc.status import error_from_rpc, has_details
 from gateway.security.tls import InsecureEndpoint, Tls, dialled
-from telemetry.propagation import injected
+from gateway.telemetry.propagation import injected
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from gateway.rpc.auth import Authenticator
 from gateway.rpc.status import abort, parsed
 from gateway.security.access import Access, Caller, permit
 from gateway.security.audit import Action, AuditLog
+from gateway.telemetry.metrics import GatewayMetrics
+from gateway.telemetry.propagation import attach_caller
 from statestore.ports import StoreError, StoreUnavailable
-from telemetry.metrics import GatewayMetrics
-from telemetry.propagation import attach_caller
 
 log = logging.getLogger(__name__)
 

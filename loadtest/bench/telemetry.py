@@ -33,13 +33,13 @@ from sessile import Sessile, Session
 
 from gateway.config import GatewayConfig
 from gateway.main import serve as serve_gateway
+from gateway.telemetry import attributes as a
+from gateway.telemetry.logs import about
+from gateway.telemetry.metrics import GatewayMetrics, WorkerMetrics
+from gateway.telemetry.propagation import attach_caller, headers, injected
+from gateway.telemetry.setup import OFF, Telemetry
+from gateway.telemetry.tracing import Tracing, traceparent
 from statestore.embedded import embedded_server
-from telemetry import attributes as a
-from telemetry.logs import about
-from telemetry.metrics import GatewayMetrics, WorkerMetrics
-from telemetry.propagation import attach_caller, headers, injected
-from telemetry.setup import OFF, Telemetry
-from telemetry.tracing import Tracing, traceparent
 from workers.config import ReplicaSettings, WorkerConfig
 from workers.main import serve as serve_worker
 

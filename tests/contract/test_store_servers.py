@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,11 @@ from statestore.connection import StoreConnection
 from statestore.executor import Script, ScriptCall
 from statestore.ports import StoreUnavailable
 from statestore.redis_executor import connect
-from tests.support.servers import redis_binary, valkey_binary
+from tests.support.servers import free_port, redis_binary, valkey_binary
 from tests.support.store_servers import (
     Certificates,
     StoreServer,
+    follow,
     in_sync,
     replica_of,
     running_nodes,
@@ -91,3 +93,15 @@ async def test_no_answer_counts_that_too_few_replicas_have(
     assert {type(result) for result in results} == {StoreUnavailable}
     assert "0 of 1 replicas" in str(results[0])
     await executor.aclose()
+
+
+async def test_a_cluster_waits_for_the_replica_of_each_node() -> None:
+    with running_nodes(valkey_binary()) as nodes, ExitStack() as stack:
+        own = ("--cluster-enabled", "yes", "--cluster-port")
+        for node in nodes:
+            options = (*own, str(free_port()))
+            replica = stack.enter_context(StoreServer(node.binary, options))
+            follow(node, replica)
+        for node in nodes:
+            in_sync(node, 1)
+        await visit(url_of(nodes), StoreConnection(wait_replicas=1))

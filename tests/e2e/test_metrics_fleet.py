@@ -18,12 +18,12 @@ from sessile import Sessile, Tokens
 
 from gateway.config import GatewayConfig
 from gateway.main import serve as serve_gateway
+from gateway.telemetry import instruments
+from gateway.telemetry.config import TelemetryConfig
+from gateway.telemetry.setup import Telemetry, installed
 from statestore.records import Session
 from statestore.redis_executor import connect
 from statestore.redis_store import RedisStore
-from telemetry import instruments
-from telemetry.config import TelemetryConfig
-from telemetry.setup import Telemetry, installed
 from tests.support.prometheus import exported_names
 from tests.support.servers import running_server, valkey_binary
 from workers.config import ReplicaSettings, WorkerConfig

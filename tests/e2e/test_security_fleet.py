@@ -29,9 +29,9 @@ from sessile.v1 import replica_pb2, replica_pb2_grpc
 from gateway.config import GatewayConfig
 from gateway.main import open_store
 from gateway.security.config import TlsConfig
+from gateway.telemetry.setup import Telemetry
 from statestore.connection import StoreConnection
 from statestore.ports import StoreError
-from telemetry.setup import Telemetry
 from tests.support.certificates import Authority, yesterday
 from tests.support.secured_fleet import SecuredFleet, secured_fleet
 

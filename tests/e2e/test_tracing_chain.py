@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from sessile import Moved, ReplicaState, Runtime, Sessile, Tokens
 
 from gateway.cli.launch import Child, Cluster
-from telemetry.tracing import session_context
+from gateway.telemetry.tracing import session_context
 from tests.support.otlp import ReceivedSpan, Receiver, receiver
 
 pytestmark = pytest.mark.anyio

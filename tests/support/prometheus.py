@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from telemetry.instruments import Instrument
+from gateway.telemetry.instruments import Instrument
 
 SUFFIX = {"s": "_seconds", "By": "_bytes"}
 

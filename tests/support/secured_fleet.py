@@ -17,8 +17,8 @@ from gateway.config import GatewayConfig
 from gateway.security.access import Role
 from gateway.security.config import GatewaySecurity, TlsConfig, WorkerSecurity
 from gateway.security.keys import edited, new_key
+from gateway.telemetry.setup import OFF, Telemetry
 from statestore.embedded import embedded_server
-from telemetry.setup import OFF, Telemetry
 from tests.support.certificates import Authority
 from workers import main as worker_main
 from workers.config import ReplicaSettings, WorkerConfig

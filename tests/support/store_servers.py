@@ -190,6 +190,19 @@ def running_nodes(
         yield servers
 
 
+def follow(node: StoreServer, replica: StoreServer) -> None:
+    """Joins the server to the node's Cluster as its replica."""
+    with replica.raw as client, node.raw as primary:
+        identity = primary.cluster("myid").decode()
+        client.execute_command("CLUSTER", "MEET", "127.0.0.1", node.port, node.options[3])
+
+        def replicates() -> bool:
+            # Refused until the node is known.
+            return bool(client.execute_command("CLUSTER", "REPLICATE", identity))
+
+        wait_for(replicates)
+
+
 def _formed(server: StoreServer, nodes: int) -> bool:
     with server.raw as client:
         state = client.cluster("info")

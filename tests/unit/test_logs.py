@@ -12,8 +12,8 @@ import anyio
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
-from telemetry.config import LogFormat
-from telemetry.logs import JsonFormatter, about, log_to
+from gateway.telemetry.config import LogFormat
+from gateway.telemetry.logs import JsonFormatter, about, log_to
 
 pytestmark = pytest.mark.anyio
 

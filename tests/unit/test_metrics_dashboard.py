@@ -11,7 +11,7 @@ import promql_parser as promql
 import pytest
 import yaml
 
-from telemetry.instruments import INSTRUMENTS, Instrument
+from gateway.telemetry.instruments import INSTRUMENTS, Instrument
 from tests.support.prometheus import exported_names
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

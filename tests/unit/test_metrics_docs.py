@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from telemetry.instruments import GATEWAY, INSTRUMENTS, Instrument
+from gateway.telemetry.instruments import GATEWAY, INSTRUMENTS, Instrument
 
 PAGE = Path(__file__).parents[2] / "docs/OBSERVABILITY.md"
 

@@ -18,7 +18,7 @@ from sessile.sync import Sessile as SyncSessile
 from sessile.v1 import session_pb2
 
 from gateway.core import errors
-from telemetry import attributes
+from gateway.telemetry import attributes
 from tests.support.fake_gateway import (
     Cut,
     Fail,

@@ -9,10 +9,10 @@ import urllib.request
 
 import pytest
 
-from telemetry.config import TelemetryConfig
-from telemetry.metrics import MAX_TENANTS, OTHER_TENANTS, GatewayMetrics, Tenants
-from telemetry.setup import FLUSH_TIMEOUT_S, Telemetry, installed
-from telemetry.tracing import session_context
+from gateway.telemetry.config import TelemetryConfig
+from gateway.telemetry.metrics import MAX_TENANTS, OTHER_TENANTS, GatewayMetrics, Tenants
+from gateway.telemetry.setup import FLUSH_TIMEOUT_S, Telemetry, installed
+from gateway.telemetry.tracing import session_context
 from tests.support.otlp import receiver
 
 
@@ -133,8 +133,8 @@ def test_a_process_that_exports_nothing_imports_nothing_that_could() -> None:
     # The Redis client looks at the SDK of metrics by itself.
     code = (
         "import sys, gateway.main, workers.main\n"
-        "from telemetry.config import TelemetryConfig\n"
-        "from telemetry.setup import installed\n"
+        "from gateway.telemetry.config import TelemetryConfig\n"
+        "from gateway.telemetry.setup import installed\n"
         "with installed(TelemetryConfig(), 'x', 'y', {}) as t:\n"
         "    assert not t.tracing('z').on\n"
         "parts = ('opentelemetry.sdk.trace', 'opentelemetry.exporter', 'prometheus_client')\n"

@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import StatusCode
 
 from gateway.core.errors import Overloaded
-from telemetry.tracing import Tracing, session_context, traceparent
+from gateway.telemetry.tracing import Tracing, session_context, traceparent
 
 SESSION = "ses_abc"
 

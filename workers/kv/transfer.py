@@ -23,9 +23,9 @@ from gateway.core.errors import (
     Overloaded,
     SessileError,
 )
+from gateway.telemetry.metrics import WorkerMetrics
+from gateway.telemetry.tracing import Tracing
 from statestore.records import Position, ReplicaRef
-from telemetry.metrics import WorkerMetrics
-from telemetry.tracing import Tracing
 from workers.engines.port import Engine, PageExport, PageImport, PageMeta, PagesExhausted
 from workers.kv.blocks import BLOCK_HASH_BYTES
 from workers.residency import ResidentSession

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import anyio
 
-from telemetry.propagation import headers
+from gateway.telemetry.propagation import headers
 from workers.engines.port import EngineOverloaded, GenerateRequest, StepOutput
 from workers.turn.opening import Opened
 from workers.turn.ports import TurnPorts

@@ -20,10 +20,10 @@ from gateway.core.errors import (
     SessionSuspended,
     TurnInProgress,
 )
+from gateway.telemetry.metrics import WorkerMetrics
+from gateway.telemetry.tracing import Tracing
 from statestore.ports import Fenced, JournalPort, LimitReached, Missing, Refused
 from statestore.records import ReplicaRef, Session, SessionState, TurnContext
-from telemetry.metrics import WorkerMetrics
-from telemetry.tracing import Tracing
 from workers.config import TurnLimits
 from workers.engines.port import Engine
 from workers.journal import Journal, until_answered

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import anyio
 from opentelemetry.trace import SpanKind
 
+from gateway.telemetry import attributes as a
+from gateway.telemetry.logs import about
+from gateway.telemetry.tracing import NO_SPANS, Spans
 from statestore.records import FinishReason, TurnResult
-from telemetry import attributes as a
-from telemetry.logs import about
-from telemetry.tracing import NO_SPANS, Spans
 from workers.turn.ending import Broken, Ended, Ending
 from workers.turn.generation import FirstOutput
 from workers.turn.opening import Opened

@@ -24,6 +24,7 @@ from gateway.core.errors import (
     TurnInProgress,
     Unavailable,
 )
+from gateway.telemetry.tracing import traceparent
 from statestore.ports import Appended, Missing, StoreError, StoreUnavailable, TurnEnded
 from statestore.records import (
     Epoch,
@@ -34,7 +35,6 @@ from statestore.records import (
     TurnContext,
     UsageSum,
 )
-from telemetry.tracing import traceparent
 from workers.residency import ResidentSession
 from workers.turn.cursor import Replay, TurnView, accepted_event
 from workers.turn.ending import Broken, Redirected

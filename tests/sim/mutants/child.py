@@ -15,7 +15,6 @@ import sessile
 import gateway
 import loadtest
 import statestore
-import telemetry
 import workers
 from loadtest.simulation.history import HistoryPlan, simulate
 
@@ -25,7 +24,7 @@ FIRST_SEED = 7000
 def check_home(root: str) -> None:
     """Raises SystemExit if any package is not that of ``root``."""
     home = Path(root).resolve()
-    for package in (gateway, loadtest, sessile, statestore, telemetry, workers):
+    for package in (gateway, loadtest, sessile, statestore, workers):
         if home not in Path(str(package.__file__)).resolve().parents:
             raise SystemExit(f"{package.__name__} is {package.__file__}, not in {home}")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from loadtest.simulation.history import HistoryPlan
 
 ROOT = Path(__file__).resolve().parents[3]
-PACKAGES = ("gateway", "workers", "statestore", "telemetry", "loadtest", "sdk/sessile")
+PACKAGES = ("gateway", "workers", "statestore", "loadtest", "sdk/sessile")
 CHILD = Path(__file__).with_name("child.py")
 CHILD_TIMEOUT_S = 300.0
 
