@@ -314,7 +314,7 @@ STORE = (
     Mutant(
         "a store that may evict is accepted",
         "P8",
-        (Edit("statestore/redis_executor.py", 'if policy != "noeviction":', "if not policy:"),),
+        (Edit("statestore/redis_failures.py", 'if policy != "noeviction":', "if not policy:"),),
         HistoryPlan(kinds=("evicting_store", "kill_gateway")),
     ),
 )
