@@ -9,16 +9,21 @@ from typing import Any
 
 import pytest
 import yaml
+from compose_spec import PyCompose
+from compose_spec.models import ComposeSpecification
 from typer.testing import CliRunner
 
 import gateway.main
 import workers.main
 from gateway.cli.main import app
+from gateway.cli.serve import DRAIN_GRACE_S
 from gateway.config import GatewayConfig
 from statestore.process import Announce
 from workers.config import WorkerConfig
 
 ROOT = Path(__file__).parents[2]
+SHUTDOWN_GRACE_S = 2.0
+"""Of a worker, by default."""
 SERVERS = ("gateway-1", "gateway-2", "worker-1", "worker-2", "worker-3")
 
 
@@ -49,11 +54,53 @@ def configured(command: str, monkeypatch: pytest.MonkeyPatch) -> GatewayConfig |
 
 
 def test_the_fleet_is_complete(compose: dict[str, Any]) -> None:
-    assert set(compose["services"]) == {"redis", "jaeger", *SERVERS}
+    assert set(compose["services"]) == {"redis", "jaeger", "prometheus", "grafana", *SERVERS}
     named = set(compose["volumes"])
     for service in compose["services"].values():
-        assert {volume.split(":")[0] for volume in service.get("volumes", ())} <= named
+        for source in (volume.split(":")[0] for volume in service.get("volumes", ())):
+            assert (ROOT / source).exists() if source.startswith(".") else source in named
         assert set(service.get("depends_on", ())) <= set(compose["services"])
+
+
+def test_the_file_is_a_compose_file(compose: dict[str, Any]) -> None:
+    """By a parser of the specification, which refuses unknown keys and wrong values."""
+    merged = {name: compose[name] for name in ("name", "services", "volumes")}
+    parsed = PyCompose.from_yaml(yaml.safe_dump(merged, sort_keys=False))
+    parsed.validate_volumes()
+    parsed.validate_networks()
+    read = ComposeSpecification.model_validate(merged).services or {}
+    assert set(read) == set(compose["services"])
+    with pytest.raises(Exception, match="comand"):
+        PyCompose.from_yaml("services: {a: {image: x, comand: y}}")
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_health_is_asked_where_the_server_listens(compose: dict[str, Any], name: str) -> None:
+    service = compose["services"][name]
+    command, subcommand, address = service["healthcheck"]["test"][1:]
+    assert (command, subcommand) == ("sessile", "health")
+    listen = re.search(r"--listen 0\.0\.0\.0:(\d+)", service["command"])
+    assert listen is not None
+    assert address == f"127.0.0.1:{listen[1]}"
+
+
+def test_no_server_can_write_to_its_image_or_gain_rights(compose: dict[str, Any]) -> None:
+    for name in (*SERVERS, "jaeger", "prometheus", "grafana"):
+        service = compose["services"][name]
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
+    grace = int(compose["services"]["worker-1"]["stop_grace_period"].removesuffix("s"))
+    assert grace > DRAIN_GRACE_S + SHUTDOWN_GRACE_S
+
+
+def test_metrics_are_scraped_where_they_are_served(compose: dict[str, Any]) -> None:
+    jobs = yaml.safe_load((ROOT / "deploy/prometheus.yml").read_text())["scrape_configs"]
+    targets = {t for job in jobs for config in job["static_configs"] for t in config["targets"]}
+    listen = compose["services"]["worker-1"]["environment"][
+        "SESSILE_COMMON__TELEMETRY__PROMETHEUS_LISTEN"
+    ]
+    assert targets == {f"{name}:{listen.rpartition(':')[2]}" for name in SERVERS}
 
 
 def test_the_store_keeps_what_it_acknowledged(compose: dict[str, Any]) -> None:
