@@ -10,6 +10,7 @@ job's name makes each of its requests idempotent.
 import asyncio
 import os
 import sys
+import time
 
 import sessile
 from sessile import Accepted, RoundEnded, Sessile
@@ -23,6 +24,7 @@ def page(number: int) -> str:
     # The process may die between this call and the next turn; then it is made once more. What must
     # not happen twice takes this id as its idempotency key: it is the same in both processes.
     print(f"calling page({number}) as {sessile.current_call().id}", flush=True)
+    time.sleep(0.7)  # reading takes a while
     return f"This is page {number}."
 
 
