@@ -189,7 +189,7 @@ async def test_bytes_that_are_no_request_are_the_callers_mistake() -> None:
                 await call(b"\xff").read()
             error = error_from_rpc(caught.value)
             assert isinstance(error, errors.InvalidRequest)
-            assert error.message == f"the request is no {name}Request"
+            assert error.message.startswith(f"the request is no {name}Request")
 
 
 @pytest.mark.parametrize(
