@@ -41,14 +41,14 @@ def list_replicas(
     with client_of(gateway, OPERATOR) as client:
         if not watch:
             replicas = client.fleet.replicas(include_down=down)
-            show(replicas, _table(replicas), as_json)
+            show(replicas, replica_table(replicas), as_json)
         elif as_json:
             for replicas in client.fleet.watch():
                 print_json(replicas)
         else:
             with Live(console=console(), auto_refresh=False) as live:
                 for replicas in client.fleet.watch():
-                    live.update(_table(replicas), refresh=True)
+                    live.update(replica_table(replicas), refresh=True)
 
 
 @app.command()
@@ -132,7 +132,8 @@ def migrate(
         fail(f"{session} did not move: {result.detail}", "It is where it was and can run.")
 
 
-def _table(replicas: Sequence[Replica]) -> Table:
+def replica_table(replicas: Sequence[Replica]) -> Table:
+    """One line a replica."""
     rows = [
         (
             replica.ref,

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from sessile.credentials import API_KEY_VARIABLE, TLS_VARIABLE
 
-from gateway.cli import chat, config, fleet, health, keys, serve, sessions
+from gateway.cli import chat, config, fleet, health, keys, serve, sessions, top
 from gateway.cli.output import JsonOption, fail, reported_errors
 
 
@@ -25,7 +25,6 @@ class DemoEngine(enum.StrEnum):
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Stateful sessions for LLM inference. Start with: sessile up",
 )
@@ -59,6 +58,7 @@ app.command()(fleet.migrate)
 app.command()(serve.gateway)
 app.command()(serve.worker)
 app.command()(health.health)
+app.command()(top.top)
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")
 
