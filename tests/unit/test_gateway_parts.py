@@ -69,6 +69,22 @@ def view(store: FleetStore) -> FleetView:
 
 
 @simulated
+async def test_a_silent_store_is_known_for_as_long_as_it_is_silent() -> None:
+    """A gateway is not ready meanwhile."""
+    store = FleetStore(record("a", 5))
+    fleet = view(store)
+    told = []
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(fleet.run)
+        for silent in (False, True, False):
+            store.silent = silent
+            await anyio.sleep(1.0)
+            told.append(fleet.store_answers)
+        tasks.cancel_scope.cancel()
+    assert told == [True, False, True]
+
+
+@simulated
 async def test_assumed_load_counts_until_heartbeats_include_it_or_the_attempt_ends() -> None:
     store = FleetStore(record("a", 5))
     fleet = view(store)
