@@ -51,10 +51,15 @@ def check(
 ) -> int:
     """The status in the gRPC health service. Raises grpc.RpcError, and OSError for the files."""
     with _channel(address, ca, certificate, key) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        request = health_pb2.HealthCheckRequest(service=service)
-        answer = stub.Check(request, timeout=timeout_s, wait_for_ready=False)
-        return int(answer.status)
+        return asked(channel, service, timeout_s)
+
+
+def asked(channel: grpc.Channel, service: str, timeout_s: float) -> int:
+    """The same over a channel. Raises grpc.RpcError."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    request = health_pb2.HealthCheckRequest(service=service)
+    answer = stub.Check(request, timeout=timeout_s, wait_for_ready=False)
+    return int(answer.status)
 
 
 def _channel(

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from sessile.credentials import API_KEY_VARIABLE, TLS_VARIABLE
 
-from gateway.cli import chat, config, fleet, health, keys, serve, sessions, top
+from gateway.cli import chat, config, doctor, fleet, health, keys, serve, sessions, top
 from gateway.cli.output import JsonOption, fail, reported_errors
 
 
@@ -59,6 +59,7 @@ app.command()(serve.gateway)
 app.command()(serve.worker)
 app.command()(health.health)
 app.command()(top.top)
+app.command()(doctor.doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")
 
