@@ -1,5 +1,6 @@
 """``sessile doctor``: looks at everything that a process needs, before it is started or when
-something is wrong. It changes nothing but a key of the store that lives for a second."""
+something is wrong. It writes a key of the store that lives for a second, and reads the fleet as
+gateways do (which forgets replicas that were silent for too long); nothing else is changed."""
 
 from __future__ import annotations
 
