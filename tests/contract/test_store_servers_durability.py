@@ -4,14 +4,15 @@ power cut: the machine's page cache survives it."""
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, suppress
 
 import anyio
 import pytest
 
 from statestore.connection import StoreConnection
 from statestore.ports import Appended, StoreUnavailable
+from statestore.records import Session
 from statestore.redis_executor import connect, connect_when_there
 from statestore.redis_store import RedisStore
 from tests.support.owners import Owner, check_whole, session_of
@@ -144,13 +145,20 @@ async def test_a_sentinel_fails_over_under_load_and_loses_nothing_acknowledged()
         in_sync(promoted, 2)
         executor = await connect_when_there(url, StoreConnection(wait_replicas=2))
         store = RedisStore(executor)
-        session = await session_of(store, "ses_f")
-        assert session.head.length >= append.expected.length
         with anyio.fail_after(30):
+            session = await _when_answered(lambda: session_of(store, "ses_f"))
+            assert session.head.length >= append.expected.length
             while await store.append_many([append]) != [Appended(owner.head)]:
                 pass
         await check_whole(store, owner)
         await executor.aclose()
+
+
+async def _when_answered(read: Callable[[], Awaitable[Session]]) -> Session:
+    """The replicas of a new primary take a while until they acknowledge."""
+    while True:
+        with suppress(StoreUnavailable):
+            return await read()
 
 
 def _written_out(server: StoreServer) -> bool:
