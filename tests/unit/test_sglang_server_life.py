@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -115,6 +116,7 @@ async def test_a_server_that_comes_back_another_is_the_end_of_the_replica(
 async def test_another_version_than_those_tested_is_told(
     server: FakeSglang, config: SglangServerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     await (await started(config)).engine.aclose()
     assert caplog.text == ""
     server.info["version"] = "0.6.1"

@@ -41,10 +41,10 @@ async def test_channels_to_peers_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
         await peers.export_kv(endpoint, pb.ExportKvRequest(), 1.0)
 
     for index in range(MAX_PEER_CHANNELS):
-        await call(f"r{index}:1")
-    await call("r0:1")
+        await call(f"127.0.0.1:{index + 1}")
+    await call("127.0.0.1:1")
     assert not any(channel.closed for channel in opened.values())
-    await call("one more:1")
-    assert [name for name, channel in opened.items() if channel.closed] == ["r1:1"]
+    await call("127.0.0.1:9999")
+    assert [name for name, channel in opened.items() if channel.closed] == ["127.0.0.1:2"]
     await peers.aclose()
     assert all(channel.closed for channel in opened.values())
