@@ -17,6 +17,7 @@ import pytest
 from sessile import Moved, Sessile, Session, Tokens, TurnResult
 
 from gateway.cli.launch import Child, Cluster
+from tests.support.otlp import Receiver, receiver
 from workers.engines.model_store import model_folder
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
@@ -50,12 +51,17 @@ class Fleet:
     cluster: Cluster
     storage: Path
     """Where the replicas of OWN keep their KV."""
+    traces: Receiver
+    """Of all processes, and of the sglangs in the replicas of OWN."""
 
     async def replica(self, name: str) -> Child:
         for child in self.cluster.workers:
             if child.name == name and child.running:
                 return child
         engine, options = OPTIONS[name[0]]
+        if options is OWN:
+            traces = {"otlp_traces_endpoint": self.traces.endpoint.removeprefix("http://")}
+            options = {**options, "enable_trace": "true", **traces}
         child = await self.cluster.start_worker(name, engine=engine, engine_options=options)
         await self.cluster.wait_ready()
         return child
@@ -75,9 +81,11 @@ async def fleet(
         "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(storage),
     }
     model_folder()  # converted once, before two processes want to
-    async with Cluster(log_directory=logs, environment=environment) as cluster:
-        await cluster.start_gateway()
-        yield Fleet(cluster, storage)
+    with receiver() as traces:
+        environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = traces.endpoint
+        async with Cluster(log_directory=logs, environment=environment) as cluster:
+            await cluster.start_gateway()
+            yield Fleet(cluster, storage, traces)
     for child in cluster.children:
         assert "Traceback" not in child.log.read_text(errors="replace"), child.log
 
@@ -240,3 +248,20 @@ async def test_where_sglang_shares_its_storage_the_next_owner_has_the_context_be
         assert not moved.detail, "all of it was in the storage"
         after = await said(session, "And what happened to the whales?", 8)
         assert after.usage.cached_tokens >= context - 16
+
+
+async def test_sglangs_spans_are_in_the_trace_of_the_session(fleet: Fleet) -> None:
+    await fleet.replica("o1")
+    async with fleet.client() as client:
+        session = await client.open(system="Be brief.")
+        await said(session, STORY, 4)
+        await on(client, session, "o1")
+        await said(session, "And then?", 4)
+
+        def found() -> bool:
+            turns = fleet.traces.of("run turn", session_id=session.session_id)
+            traces = {span.trace_id for span in turns}
+            spans = [span for trace in traces for span in fleet.traces.in_trace(trace)]
+            return any(not span.service.startswith("sessile") for span in spans)
+
+        await fleet.traces.until(found)
