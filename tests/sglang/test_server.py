@@ -11,9 +11,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import anyio
+import psutil
 import pytest
 
 from statestore.embedded import dies_with_parent
@@ -89,12 +91,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             time.sleep(0.5)
         yield at
     finally:
+        # One that is ended in the middle of its start leaves its processes behind.
+        alive = server.poll() is None
+        children = psutil.Process(server.pid).children(recursive=True) if alive else []
         server.terminate()
         try:
             server.wait(20)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 def _healthy(address: str) -> bool:
