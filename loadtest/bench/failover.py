@@ -223,7 +223,7 @@ def main() -> None:
         logs = chosen.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
         found = anyio.run(measure, settings, logs, backend_options={"use_uvloop": True})
-    print(json.dumps(found, indent=2))  # noqa: T201 - the result
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=20.0)
     args = parser.parse_args()
     settings = Settings(tuple(args.turns), args.tokens, args.rounds, args.step_ms)
-    print(json.dumps(anyio.run(measure, settings), indent=2))  # noqa: T201
+    print(json.dumps(anyio.run(measure, settings), indent=2))
 
 
 if __name__ == "__main__":

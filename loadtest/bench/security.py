@@ -191,7 +191,7 @@ def main() -> None:
         for label, tls in (("kv_plain_gb_per_s", None), ("kv_tls_gb_per_s", config)):
             shape = Shape(pages, page_bytes, uvloop=True, tls=tls)
             result[label] = asdict(measure(shape, arguments.runs, channel=True))
-    print(json.dumps(result, indent=1))  # noqa: T201 - this is the program's output
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

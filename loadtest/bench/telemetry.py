@@ -190,13 +190,13 @@ def main() -> None:
     options = parser.parse_args()
     figures = anyio.run(measure, options.turns)
     base = figures["off"]
-    print(f"{'mode':20} {'turn':>9} {'more':>9} {'step':>9} {'more':>9}   (us of CPU)")  # noqa: T201
+    print(f"{'mode':20} {'turn':>9} {'more':>9} {'step':>9} {'more':>9}   (us of CPU)")
     for name, one in figures.items():
         turn, step = one["turn_us"], one["step_us"]
         more = (turn - base["turn_us"], step - base["step_us"])
-        print(f"{name:20} {turn:9.0f} {more[0]:9.0f} {step:9.1f} {more[1]:9.1f}")  # noqa: T201
+        print(f"{name:20} {turn:9.0f} {more[0]:9.0f} {step:9.1f} {more[1]:9.1f}")
     nothing = cost_of_nothing()
-    print(f"off, its own calls: {nothing['turn']:.1f} a turn, {nothing['step']:.1f} a step")  # noqa: T201
+    print(f"off, its own calls: {nothing['turn']:.1f} a turn, {nothing['step']:.1f} a step")
     if options.json:
         options.json.write_text(json.dumps({"modes": figures, "off_us": nothing}, indent=2))
 

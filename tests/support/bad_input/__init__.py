@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 
 from tests.support.bad_input import fleet, sessions, turns
-from tests.support.bad_input.rows import OTHER_MODEL, ROWS, Code, Row, row
+from tests.support.bad_input.rows import OTHER_MODEL, ROWS, Code, Row, always, row
 from tests.support.bad_input.turns import no_replica_of_its_model
 from tests.support.served_world import REQUESTS
 
@@ -48,12 +48,10 @@ class Raw:
 
 
 for every, request_kind in REQUESTS.items():
-    raw: Any = Raw(b"\xff\xff\xff")
-    row(every, "bytes that are no message", lambda _, it=raw: it, "Serialise it")  # type: ignore[misc]
+    row(every, "bytes that are no message", always(Raw(b"\xff\xff\xff")), "Serialise it")
     way = way_to_text(request_kind.DESCRIPTOR)
     if way:
-        text: Any = Raw(broken_text(way))
-        row(every, "text that is no UTF-8", lambda _, it=text: it, "valid UTF-8")  # type: ignore[misc]
+        row(every, "text that is no UTF-8", always(Raw(broken_text(way))), "valid UTF-8")
 
 __all__ = [
     "OTHER_MODEL",

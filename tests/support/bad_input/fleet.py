@@ -11,6 +11,7 @@ from sessile.v1 import types_pb2 as pb
 
 from tests.support.bad_input.rows import (
     Code,
+    always,
     beyond,
     changed,
     row,
@@ -57,7 +58,7 @@ for replica_id in ("", "zz"):
     row(
         "DrainReplica",
         f"a replica called {replica_id!r}",
-        lambda _, name=replica_id: fleet_pb2.DrainReplicaRequest(replica_id=name),  # type: ignore[misc]
+        always(fleet_pb2.DrainReplicaRequest(replica_id=replica_id)),
         "List the replicas",
         Code.NOT_FOUND,
         "REPLICA_NOT_FOUND",

@@ -51,6 +51,11 @@ def row(
     ROWS.append(Row(method, name, build, code, reason, says, arrange))
 
 
+def always(message: Any) -> Callable[[Case], Any]:
+    """That message, whatever the case."""
+    return lambda _: message
+
+
 def changed(method: str, **fields: Any) -> Callable[[Case], Message]:
     """The good request of a method about a session, with other fields."""
 
