@@ -6,13 +6,15 @@ from __future__ import annotations
 import signal
 import struct
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
 import pytest
+from anyio.abc import TaskStatus
 from redis import Redis
-from sessile import Sessile, TurnResult, TurnStatus
+from sessile import Accepted, Sessile, TurnResult, TurnStatus
 
 from gateway.cli.launch import Child, Cluster
 from workers.engines.port import Sampling
@@ -20,6 +22,8 @@ from workers.engines.sim.model import expected_output
 
 SESSIONS = 8
 TOKENS = 100
+LONG_TURN_TOKENS = 1500
+"""Of the turn that is handed over for certain: it runs while its replica is told to end."""
 TOOL_GAP_S = 0.5
 """Between an agent's turns: processes end while some sessions run and others are idle."""
 EXIT_TIMEOUT_S = 30.0
@@ -46,7 +50,6 @@ class Load:
     client: Sessile
     said: dict[str, list[TurnResult]] = field(default_factory=dict)
     """Session -> its turns, as received."""
-    moves: int = 0
     over: bool = False
 
     async def agent(self) -> None:
@@ -54,10 +57,27 @@ class Load:
         turns = self.said[session.session_id] = []
         while not self.over:
             result = await session.run("go", max_tokens=TOKENS).result()
-            assert result.status is TurnStatus.COMMITTED, result
-            self.moves += result.moves
+            check_complete(result, TOKENS)
             turns.append(result)
             await anyio.sleep(TOOL_GAP_S)
+
+    async def long_turn(self, *, task_status: TaskStatus[str]) -> None:
+        """A turn that is started with the id of the replica that runs it."""
+        session = await self.client.open(system="count")
+        turn = session.run("go", max_tokens=LONG_TURN_TOKENS)
+        async with aclosing(aiter(turn)) as events:
+            async for event in events:
+                if isinstance(event, Accepted):
+                    task_status.started(event.replica.replica_id)
+        result = await turn.result()
+        check_complete(result, LONG_TURN_TOKENS)
+        assert result.moves > 0, "it was handed over while it ran"
+        self.said[session.session_id] = [result]
+
+
+def check_complete(result: TurnResult, tokens: int) -> None:
+    assert result.status is TurnStatus.COMMITTED, result
+    assert len(result.token_ids) == tokens, result
 
 
 def check(session_id: str, turns: Sequence[TurnResult], ledger: Sequence[int]) -> None:
@@ -65,9 +85,9 @@ def check(session_id: str, turns: Sequence[TurnResult], ledger: Sequence[int]) -
     sim engine's tokens are hashes of the whole context, so a token that was lost, repeated or put
     in another place would have changed all that followed."""
     for turn in turns:
-        end = turn.end.length
-        assert tuple(ledger[end - TOKENS : end]) == turn.token_ids, session_id
-        expected = expected_output(ledger[: end - TOKENS], TOKENS, Sampling(), 0.0)
+        end, count = turn.end.length, len(turn.token_ids)
+        assert tuple(ledger[end - count : end]) == turn.token_ids, session_id
+        expected = expected_output(ledger[: end - count], count, Sampling(), 0.0)
         assert tuple(expected) == turn.token_ids, session_id
     assert turns[-1].end.length == len(ledger)
 
@@ -90,7 +110,8 @@ async def test_every_process_is_replaced_under_load_and_no_turn_fails(cluster: C
         async with anyio.create_task_group() as tasks:
             for _ in range(SESSIONS):
                 tasks.start_soon(load.agent)
-            for worker in cluster.workers:
+            busy = await tasks.start(load.long_turn)
+            for worker in sorted(cluster.workers, key=lambda worker: worker.name != busy):
                 await told_to_end(worker)
                 assert "ends with" not in worker.log_tail(), "its sessions were moved before"
                 await cluster.start_worker(worker.name)
@@ -100,7 +121,6 @@ async def test_every_process_is_replaced_under_load_and_no_turn_fails(cluster: C
                 await cluster.start_gateway(gateway.address)
                 await cluster.wait_ready()
             load.over = True
-        assert load.moves > 0, "turns were handed over while they ran"
     with Redis.from_url(cluster.redis_url) as raw:
         for session_id, turns in load.said.items():
             assert turns

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import anyio
-import grpc
 import psutil
 import pytest
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from tests.sglang.engines import SglangHarness
+from tests.support.otlp import receiver
 from workers.engines.model_store import model_folder
 from workers.engines.port import EngineFailed
 from workers.engines.sglang.config import SglangConfig
@@ -55,41 +52,13 @@ def sglang_processes() -> set[psutil.Process]:
     }
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps the names of spans by trace."""
-
-    def __init__(self) -> None:
-        self.spans: dict[str, list[str]] = {}
-
-    def Export(
-        self, request: trace_service_pb2.ExportTraceServiceRequest, context: object
-    ) -> trace_service_pb2.ExportTraceServiceResponse:
-        for resource in request.resource_spans:
-            for scope in resource.scope_spans:
-                for span in scope.spans:
-                    self.spans.setdefault(span.trace_id.hex(), []).append(span.name)
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-
 async def test_its_spans_are_in_the_trace_of_the_turn() -> None:
-    collector = Collector()
-    server = grpc.server(ThreadPoolExecutor(2))
-    add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
-    add(collector, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        endpoint = f"127.0.0.1:{port}"
+    with receiver() as traces:
+        endpoint = traces.endpoint.removeprefix("http://")
         async with running(enable_trace="true", otlp_traces_endpoint=endpoint) as it:
             trace = {"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01"}
             await it.generate(it.prompt(1, 40), 4, trace=trace)
-            for _ in range(100):
-                if len(collector.spans.get(TRACE_ID, [])) > 2:
-                    break
-                await anyio.sleep(0.1)  # exporters send in batches
-    finally:
-        server.stop(None)
-    assert len(collector.spans.get(TRACE_ID, [])) > 2, collector.spans
+            await traces.until(lambda: len(traces.in_trace(TRACE_ID)) > 2)
 
 
 async def test_replicas_may_share_a_storage_of_its_own(tmp_path: Path) -> None:
