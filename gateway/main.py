@@ -121,9 +121,12 @@ async def serve(
         stack.push_async_callback(replicas.aclose)
         app = GatewayApp(store, replicas, LoopClock(), SystemIds(), config, telemetry)
         await app.fleet.refresh()
-        _add_services(services, config, app, authenticator)
+        serving = _serving(config, app, authenticator)
+        add_session_service(services, serving, app.sessions, app.turns, app.watches)
+        add_fleet_service(services, serving, app.store, app.watches, app.migrations, app.drains)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(app.run, name="gateway")
+            tasks.start_soon(serving.run, name="credentials of open streams")
             tasks.start_soon(_keep_warm, app, replicas, name="channels")
             tasks.start_soon(_tell_readiness, app, health_service, stop, name="readiness")
             services.open()
@@ -185,22 +188,18 @@ def _server(config: GatewayConfig) -> tuple[aio.Server, int]:
         raise OSError(f"cannot listen on {config.listen}: {error}") from error
 
 
-def _add_services(
-    server: LateServices, config: GatewayConfig, app: GatewayApp, authenticator: Authenticator
-) -> None:
+def _serving(config: GatewayConfig, app: GatewayApp, authenticator: Authenticator) -> Serving:
     admission = config.admission
     audit = AuditLog(config.security.audit_log)
     audit.check()
     shared = (admission.retry_after_ms, admission.share_per_tenant)
-    serving = Serving(
+    return Serving(
         authenticator,
         calls=Gate("max_calls", admission.max_calls, *shared),
         watches=Gate("max_watches", admission.max_watches, *shared),
         metrics=app.metrics,
         audit=audit,
     )
-    add_session_service(server, serving, app.sessions, app.turns, app.watches)
-    add_fleet_service(server, serving, app.store, app.watches, app.migrations, app.drains)
 
 
 async def _set_health(service: health.HealthServicer, status: int) -> None:

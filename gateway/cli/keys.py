@@ -67,7 +67,7 @@ def revoke(
     file: FileOption,
     as_json: JsonOption = False,
 ) -> None:
-    """Take keys out of the file; gateways refuse new calls with them within a second."""
+    """Take keys out of the file; gateways refuse calls and end streams with them in a second."""
     wanted = {identity.removeprefix(PREFIX).partition("-")[0] for identity in ids}
     with reported_errors(ValueError):
         if not file.exists():

@@ -6,7 +6,7 @@
     │   ├── MessageTooLarge     more bytes than the tenant may send in one request
     │   └── OutOfRange          it asks for what is past the session's end
     ├── NotFound                SESSION_, TURN_, REPLICA_, MODEL_NOT_FOUND
-    ├── Unauthenticated         credentials are missing or not accepted
+    ├── Unauthenticated         credentials are missing or not accepted; CREDENTIALS_ENDED
     ├── PermissionDenied        the caller's role may not do this
     ├── WrongState              the session cannot do this now
     │   ├── SessionClosed

@@ -31,10 +31,17 @@ class Authenticator(Protocol):
         """Raises SessileError if the caller may not call at all."""
         ...
 
+    @property
+    def generation(self) -> int:
+        """Changes when who was accepted before may not be any more."""
+        ...
+
 
 class HeaderTenant:
     """Believes the header ``x-sessile-tenant``: for trusted networks, or behind a proxy that sets
     it. Without the header the tenant is ``default``. Everybody may do everything."""
+
+    generation = 0
 
     async def caller(self, metadata: Mapping[str, str]) -> Caller:
         return Caller(checked_tenant(metadata.get(TENANT_HEADER, DEFAULT_TENANT)), Role.OPERATOR)
@@ -70,12 +77,23 @@ class Bearer:
             if key is None:  # unknown, revoked, expired: whoever guesses is not told which
                 raise Unauthenticated("the API key is not accepted")
             own, role, name = key.tenant, key.role, f"{PREFIX}{key.id}"
+            expires_at = None if key.expires is None else key.expires.timestamp()
         elif self._tokens is not None:
-            own, role, name = self._tokens.caller(credentials)
+            holder = self._tokens.holder(credentials)
+            own, role, name = holder.tenant, holder.role, holder.name
+            expires_at = holder.expires_at
         else:
             raise Unauthenticated("the API key is not accepted")
         tenant, foreign = acting_for(own, role, metadata.get(TENANT_HEADER))
-        return Caller(tenant, role, name, foreign)
+        return Caller(tenant, role, name, foreign, expires_at)
+
+    @property
+    def generation(self) -> int:
+        """How often keys and key sets were read again; looks whether they changed."""
+        if self._keys is not None:
+            self._keys.current()
+        keys = self._keys.generation if self._keys is not None else 0
+        return keys + (self._tokens.generation if self._tokens is not None else 0)
 
 
 def authenticator_of(security: GatewaySecurity) -> Authenticator:

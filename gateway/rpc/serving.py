@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from sessile.v1 import fleet_pb2, session_pb2
 from gateway.app.admission import Gate
 from gateway.core.errors import DeadlineExceeded, InternalError, SessileError, Unavailable
 from gateway.rpc.auth import Authenticator
+from gateway.rpc.open_streams import OpenStreams
 from gateway.rpc.status import abort, parsed
 from gateway.security.access import Access, Caller, permit
 from gateway.security.audit import Action, AuditLog
@@ -68,13 +69,18 @@ class Serving:
         self._watches = watches
         self._metrics = metrics or GatewayMetrics()
         self._audit = audit or AuditLog()
+        self._streams = OpenStreams(authenticator)
+
+    async def run(self) -> None:
+        """Until cancelled: ends streams whose callers' credentials were revoked."""
+        await self._streams.run()
 
     def unary(self, call: Unary, request: type[Message]) -> Any:
         """One request, one response."""
 
         async def handler(data: bytes, context: Context) -> Message:
             try:
-                caller, access = await self._caller(context, request)
+                caller, access = await self._caller(_metadata(context), context, request)
                 with self._calls.entered(caller.tenant):
                     message = parsed(request, data)
                     with self._recorded(caller, access, message, context):
@@ -89,48 +95,53 @@ class Serving:
     def streaming(self, call: Streaming, request: type[Message]) -> Any:
         """One request, a stream of responses; counted as a watch."""
 
-        async def handler(data: bytes, context: Context) -> AsyncGenerator[Message, None]:
+        # Not as a generator, which gRPC leaves suspended when a call ends early: the stream and its
+        # scopes end here, in the task that they began in.
+        async def handler(data: bytes, context: Context) -> None:
             try:
-                caller, access = await self._caller(context, request)
+                metadata = _metadata(context)
+                caller, access = await self._caller(metadata, context, request)
                 with self._watches.entered(caller.tenant):
                     message = parsed(request, data)
-                    with self._recorded(caller, access, message, context):
+                    with (
+                        self._recorded(caller, access, message, context),
+                        self._streams.entered(caller, metadata),
+                    ):
                         async with aclosing(call(caller.tenant, message)) as answers:
                             async for answer in answers:
-                                yield answer
+                                await context.write(answer.SerializeToString())
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await self._fail(context, error)
 
-        return grpc.unary_stream_rpc_method_handler(
-            handler, None, lambda answer: answer.SerializeToString()
-        )
+        return grpc.unary_stream_rpc_method_handler(handler, None, None)
 
     def relayed(self, call: Relayed, request: type[Message]) -> Any:
         """One request, a stream of responses that are serialised already."""
 
         async def handler(data: bytes, context: Context) -> None:
             try:
-                caller, access = await self._caller(context, request)
+                metadata = _metadata(context)
+                caller, access = await self._caller(metadata, context, request)
                 message = parsed(request, data)
-                with self._recorded(caller, access, message, context):
+                with (
+                    self._recorded(caller, access, message, context),
+                    self._streams.entered(caller, metadata),
+                ):
                     await call(caller.tenant, message, context.time_remaining(), context.write)
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await self._fail(context, error)
 
         return grpc.unary_stream_rpc_method_handler(handler, None, None)
 
-    async def _caller(self, context: Context, request: type[Message]) -> tuple[Caller, Access]:
+    async def _caller(
+        self, metadata: Mapping[str, str], context: Context, request: type[Message]
+    ) -> tuple[Caller, Access]:
         """Who calls, if it may; from here on the call's task is in the caller's trace. Nothing is
         begun for a caller whose time is over."""
         attach_caller(context.invocation_metadata())
         left_s = context.time_remaining()
         if left_s is not None and left_s <= 0:
             raise DeadlineExceeded("the call's deadline passed before it was begun")
-        metadata = {
-            key: value
-            for key, value in context.invocation_metadata() or ()
-            if isinstance(value, str)
-        }
         caller = await self._authenticator.caller(metadata)
         return caller, permit(caller, rpc_of(request))
 
@@ -184,3 +195,9 @@ class Serving:
         log.error("a call failed unexpectedly", exc_info=error)
         self._metrics.call_failed(InternalError.reason)
         await abort(context, InternalError(f"unexpected {type(error).__name__} in the gateway"))
+
+
+def _metadata(context: Context) -> Mapping[str, str]:
+    """What the caller shows, as far as it is text."""
+    shown = context.invocation_metadata() or ()
+    return {key: value for key, value in shown if isinstance(value, str)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway.core.errors import InvalidRequest, PermissionDenied
 
@@ -37,6 +37,8 @@ class Caller:
     """For logs: a key's id, a token's subject. No secret."""
     foreign: bool = False
     """An operator acts for a tenant that is not its own."""
+    expires_at: float | None = field(default=None, compare=False)
+    """Unix seconds at which the credentials end; None: not by themselves."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jwt
@@ -26,8 +27,18 @@ MAX_REMEMBERED = 4096
 fraction of a millisecond of the event loop, and agents send the same token with each call."""
 
 _KeySet = Mapping[str, jwt.PyJWK]
-Holder = tuple[str, Role, str]
-"""Tenant, role and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Whose a token is."""
+
+    tenant: str
+    role: Role
+    name: str
+    """The token's subject."""
+    expires_at: float
+    """Unix seconds from which on the token is refused: ``exp`` and the leeway."""
 
 
 class Tokens:
@@ -48,9 +59,14 @@ class Tokens:
         self._known_to: _KeySet | None = None
         self._keys = Reloaded([config.jwks], self._load, check_interval_s=check_interval_s)
 
-    def caller(self, token: str) -> Holder:
-        """Tenant, role and name of whoever holds the token. Raises Unauthenticated with the reason
-        and nothing of the token."""
+    @property
+    def generation(self) -> int:
+        """Changes when the issuer's keys were read again."""
+        self._keys.current()
+        return self._keys.generation
+
+    def holder(self, token: str) -> Holder:
+        """Raises Unauthenticated with the reason and nothing of the token."""
         keys = self._keys.current()
         if keys is not self._known_to:  # what other keys have signed is checked anew
             self._known.clear()
@@ -61,13 +77,14 @@ class Tokens:
             self._known.move_to_end(digest)
             return holder
         claims = self._claims(token, keys)
-        holder = self._holder(claims)
-        self._known[digest] = float(claims["exp"]), holder
+        expires_at = float(claims["exp"])
+        holder = self._holder(claims, expires_at + self._config.leeway_s)
+        self._known[digest] = expires_at, holder
         if len(self._known) > MAX_REMEMBERED:
             self._known.popitem(last=False)
         return holder
 
-    def _holder(self, claims: Mapping[str, Any]) -> Holder:
+    def _holder(self, claims: Mapping[str, Any], expires_at: float) -> Holder:
         tenant = _claim(claims, self._config.tenant_claim)
         if not isinstance(tenant, str):
             raise _refused(f"it names no tenant ({self._config.tenant_claim})")
@@ -76,7 +93,8 @@ class Tokens:
         role = Role.OPERATOR if Role.OPERATOR in named else Role.AGENT
         if roles is not None and role not in named:
             raise _refused(f"it names no role that is known ({self._config.role_claim})")
-        return checked_tenant(tenant), role, str(claims.get("sub", ""))[:MAX_NAME_CHARS]
+        name = str(claims.get("sub", ""))[:MAX_NAME_CHARS]
+        return Holder(checked_tenant(tenant), role, name, expires_at)
 
     def _claims(self, token: str, keys: _KeySet) -> Mapping[str, Any]:
         config = self._config

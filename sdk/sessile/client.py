@@ -95,6 +95,7 @@ class Sessile:
                     hint="A tenant and other metadata are plain ASCII text.",
                 )
         self._authorization = authorization(api_key, token)
+        self._renews = callable(token)
         self._credentials = channel_credentials(tls, credentials)
         secret = token is not None or bool(self._authorization())
         warn_if_overheard(self._targets, secret=secret, encrypted=self._credentials is not None)
@@ -116,6 +117,7 @@ class Sessile:
             self._runtime,
             self._timeout_s,
             self._tracing,
+            renews=self._renews,
         )
         return self
 

@@ -207,6 +207,9 @@ class InternalError(SessileError):
     """A bug in the server."""
 
 
+CREDENTIALS_ENDED = "CREDENTIALS_ENDED"
+"""Those of an open stream expired or were revoked: with a new token it can be opened again."""
+
 BY_REASON: Mapping[str, type[SessileError]] = {
     "INVALID_REQUEST": InvalidRequest,
     "CONTEXT_TOO_LONG": ContextTooLong,
@@ -218,6 +221,7 @@ BY_REASON: Mapping[str, type[SessileError]] = {
     "REPLICA_NOT_FOUND": NotFound,
     "MODEL_NOT_FOUND": NotFound,
     "UNAUTHENTICATED": Unauthenticated,
+    CREDENTIALS_ENDED: Unauthenticated,
     "PERMISSION_DENIED": PermissionDenied,
     "WRONG_STATE": WrongState,
     "SESSION_CLOSED": SessionClosed,

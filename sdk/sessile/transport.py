@@ -144,10 +144,14 @@ class Transport:
         runtime: Runtime,
         timeout_s: float,
         tracing: Tracing | None = None,
+        *,
+        renews: bool = False,
     ) -> None:
+        """``renews``: ``authorization`` may give other credentials when it is asked again."""
         self._metadata = tuple(metadata)
         self._authorization = authorization
         self.tracing = tracing or Tracing()
+        self.renews = renews
         self.retry = retry
         self.runtime = runtime
         self.timeout_s = timeout_s
@@ -298,6 +302,7 @@ class Attempts:
         unavailable = leave and isinstance(error, errors.Unavailable)
         # A refusal for overload happens before any effect, so everything may be repeated after it.
         repeatable = error.retryable and (self._idempotent or not unavailable)
+        repeatable |= transport.renews and error.reason == errors.CREDENTIALS_ENDED
         if unavailable:
             transport.leave(gateway)
         self._failures += 1

@@ -20,6 +20,7 @@ from sessile import (
     PermissionDenied,
     RetryPolicy,
     Sessile,
+    Session,
     Unauthenticated,
     Unavailable,
     sync,
@@ -37,6 +38,8 @@ from tests.support.secured_fleet import SecuredFleet, secured_fleet
 
 pytestmark = pytest.mark.anyio
 ONCE = RetryPolicy(max_attempts=1)
+TURN_TOKENS = 3000
+"""Of turns that last for some seconds."""
 
 
 def lines(file: Path) -> list[dict[str, object]]:
@@ -121,6 +124,52 @@ async def test_who_has_no_key_or_no_tls_gets_nowhere(tmp_path: Path) -> None:
                 return client.open().session_id
 
         assert await anyio.to_thread.run_sync(blocking)
+
+
+async def test_a_turn_outlives_the_key_that_began_it(tmp_path: Path) -> None:
+    async with secured_fleet(tmp_path, "r1") as fleet:
+        old = fleet.keys["agent"]
+        fleet.add_key("new", "acme")
+        async with (
+            fleet.client("agent") as leaving,
+            fleet.client("new") as staying,
+            fleet.client("other") as other,
+        ):
+            session, stays = await leaving.open(), await _opened(staying)
+            turn = session.run("Hello", max_tokens=TURN_TOKENS)
+            undisturbed = (await other.open()).run("Hello", max_tokens=TURN_TOKENS)
+            own = stays.run("Hello", max_tokens=TURN_TOKENS)
+            watch, kept = session.watch(), stays.watch()
+            for stream in (turn, undisturbed, own, watch, kept):
+                await anext(stream)
+            fleet.revoke(old)
+            with anyio.fail_after(10):
+                with pytest.raises(Unauthenticated, match="revoked") as ended:
+                    await turn.result()
+                assert ended.value.reason == "CREDENTIALS_ENDED"
+                assert ended.value.hint
+                with pytest.raises(Unauthenticated):
+                    async for _ in watch:
+                        pass
+            begun = turn.position
+            assert begun is not None
+            again = staying.session(session.session_id).attach(turn.turn_id, resume_from=begun)
+            results = [await one.result() for one in (again, own, undisturbed)]
+            await kept.aclose()
+            whole = await staying.session(session.session_id).attach(turn.turn_id).result()
+        assert [result.reconnects for result in results] == [0, 0, 0]
+        assert {result.usage.output_tokens for result in results} == {TURN_TOKENS}
+        assert turn.text + results[0].text == whole.text
+
+
+async def _opened(client: Sessile) -> Session:
+    """As soon as the gateway has noticed the client's new key."""
+    with anyio.fail_after(10):
+        while True:
+            try:
+                return await client.open()
+            except Unauthenticated:
+                await anyio.sleep(0.05)
 
 
 async def test_replicas_hear_only_parts_of_the_fleet(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from gateway import main as gateway_main
 from gateway.config import GatewayConfig
 from gateway.security.access import Role
 from gateway.security.config import GatewaySecurity, TlsConfig, WorkerSecurity
-from gateway.security.keys import edited, new_key
+from gateway.security.keys import PREFIX, edited, new_key
 from gateway.telemetry.setup import OFF, Telemetry
 from statestore.embedded import embedded_server
 from tests.support.certificates import Authority
@@ -55,6 +55,10 @@ class SecuredFleet:
             keys.append(key)
         self.keys[name] = secret
         return secret
+
+    def revoke(self, secret: str) -> None:
+        with edited(self.key_file) as keys:
+            keys[:] = [key for key in keys if not secret.startswith(f"{PREFIX}{key.id}-")]
 
     async def start_gateway(self, **security: Any) -> str:
         tls = self.authority.issue("gateway")

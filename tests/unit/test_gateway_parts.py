@@ -464,6 +464,13 @@ class Aborted(Exception):
 class Call:
     """The context of a call that a handler serves."""
 
+    def __init__(self) -> None:
+        self.heard = anyio.Event()
+
+    async def write(self, message: bytes) -> None:
+        del message
+        self.heard.set()
+
     def invocation_metadata(self) -> tuple[()]:
         return ()
 
@@ -490,20 +497,32 @@ async def test_one_watch_too_many_is_told_to_come_back_later() -> None:
             await anyio.sleep(1)
 
     watch = serving.streaming(endless, fleet_pb2.WatchFleetRequest).unary_stream
-    open_ones = [watch(b"", Call()) for _ in range(2)]
-    for stream in open_ones:
-        await anext(stream)
-    with pytest.raises(Aborted) as caught:
-        await anext(watch(b"", Call()))
-    assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    retry = error_details_pb2.RetryInfo()
-    assert any(detail.Unpack(retry) for detail in caught.value.status.details)
-    assert retry.retry_delay.ToMilliseconds() == 700
-    await open_ones[0].aclose()
-    again = watch(b"", Call())
-    await anext(again)
-    for stream in (again, open_ones[1]):
-        await stream.aclose()
+    async with anyio.create_task_group() as tasks:
+
+        async def opened() -> anyio.CancelScope:
+            call, scope = Call(), anyio.CancelScope()
+
+            async def run() -> None:
+                with scope:
+                    await watch(b"", call)
+
+            tasks.start_soon(run)
+            await call.heard.wait()
+            return scope
+
+        first = await opened()
+        await opened()
+        with pytest.raises(Aborted) as caught:
+            await watch(b"", Call())
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        retry = error_details_pb2.RetryInfo()
+        assert any(detail.Unpack(retry) for detail in caught.value.status.details)
+        assert retry.retry_delay.ToMilliseconds() == 700
+        first.cancel()
+        await anyio.sleep(0.1)
+        await opened()
+        assert gate.taken == 2
+        tasks.cancel_scope.cancel()
     assert gate.taken == 0
 
 

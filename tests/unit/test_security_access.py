@@ -76,6 +76,7 @@ class Fixed:
 
     def __init__(self, caller: Caller) -> None:
         self.who = caller
+        self.generation = 0
 
     async def caller(self, metadata: Mapping[str, str]) -> Caller:
         del metadata

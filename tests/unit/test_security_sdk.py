@@ -8,11 +8,23 @@ from typing import Any
 
 import pytest
 import sessile
-from sessile import InvalidRequest, Sessile, sync
+from sessile import InvalidRequest, RetryPolicy, Runtime, Sessile, Unauthenticated, sync
 from sessile.credentials import authorization, channel_credentials
+from sessile.v1 import session_pb2
+from sessile.v1 import types_pb2 as pb
 
+from gateway.core import errors
 from tests.support.certificates import Authority
-from tests.support.fake_gateway import listing, serving
+from tests.support.fake_gateway import (
+    Fail,
+    FakeGateway,
+    accepted,
+    finished,
+    listing,
+    serving,
+    session,
+    tokens,
+)
 
 pytestmark = pytest.mark.anyio
 KEY = "sk-aaaaaaaa-" + "s3cret" * 7
@@ -106,3 +118,56 @@ async def test_tenant_and_credentials_go_with_every_call(
     assert KEY not in caplog.text
     assert issubclass(sessile.Unauthenticated, sessile.AccessDenied)
     assert issubclass(sessile.PermissionDenied, sessile.AccessDenied)
+
+
+ENDED = Fail(
+    errors.Unauthenticated("the token has expired", reason="CREDENTIALS_ENDED", hint="attach again")
+)
+
+
+async def no_wait(seconds: float) -> None:
+    del seconds
+
+
+def renewing(gateway: FakeGateway, *given: str, retry: RetryPolicy | None = None) -> Sessile:
+    source = iter(given)
+    return Sessile(
+        gateway.target, token=lambda: next(source), runtime=Runtime(sleep=no_wait), retry=retry
+    )
+
+
+async def test_a_stream_goes_on_with_a_new_token_when_its_own_expires() -> None:
+    async with serving() as gateway:
+        gateway.turns.append([accepted(), tokens(0), ENDED])
+        gateway.turns.append([accepted(attached=True), tokens(2), finished(4)])
+        async with renewing(gateway, "one", "two") as client:
+            result = await client.session("ses_a").run("hi", turn_id="t1").result()
+        assert (result.token_ids, result.reconnects) == ((100, 101, 102, 103), 1)
+        again = gateway.requests(pb.RunTurnRequest)[1]
+        assert again.attach_only
+        gateway.answers.append(session_pb2.WatchSessionResponse(session=session()))
+        gateway.answers.append(ENDED)
+        async with renewing(gateway, "three", "four") as client:
+            seen = [info async for info in client.session("ses_a").watch()]
+    assert [info.session_id for info in seen] == ["ses_a"]
+    assert gateway.authorizations == [f"Bearer {one}" for one in ("one", "two", "three", "four")]
+
+
+async def test_tokens_that_always_end_at_once_are_given_up() -> None:
+    async with serving() as gateway:
+        gateway.turns.extend([[accepted(), ENDED]] * 3)
+        many = (str(number) for number in range(9))
+        async with renewing(gateway, *many, retry=RetryPolicy(max_attempts=3)) as client:
+            with pytest.raises(Unauthenticated, match="expired"):
+                await client.session("ses_a").run("hi", turn_id="t1").result()
+    assert not gateway.turns
+
+
+async def test_a_key_that_was_revoked_is_not_shown_again() -> None:
+    async with serving() as gateway:
+        gateway.turns.append([accepted(), tokens(0), ENDED])
+        async with Sessile(gateway.target, api_key=KEY) as client:
+            with pytest.raises(Unauthenticated) as ended:
+                await client.session("ses_a").run("hi", turn_id="t1").result()
+    assert (ended.value.reason, gateway.authorizations) == ("CREDENTIALS_ENDED", [f"Bearer {KEY}"])
+    assert "attach" in ended.value.hint

@@ -18,7 +18,7 @@ from gateway.core.errors import PermissionDenied, SessileError, Unauthenticated
 from gateway.rpc.auth import Bearer
 from gateway.security.access import Caller, Role
 from gateway.security.config import GatewaySecurity, JwtConfig
-from gateway.security.tokens import Tokens
+from gateway.security.tokens import Holder, Tokens
 
 pytestmark = pytest.mark.anyio
 RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -78,7 +78,9 @@ def signed(key: Any = RSA, algorithm: str = "RS256", kid: str | None = "rsa", **
     ("key", "algorithm", "kid"), [(RSA, "RS256", "rsa"), (EC, "ES256", "ec"), (ED, "EdDSA", "ed")]
 )
 def test_every_allowed_signature_is_taken(jwks: Path, key: Any, algorithm: str, kid: str) -> None:
-    assert tokens(jwks).caller(signed(key, algorithm, kid)) == ("acme", Role.AGENT, "bot-7")
+    expires = int(time.time()) + 600
+    holder = tokens(jwks, leeway_s=5.0).holder(signed(key, algorithm, kid, exp=expires))
+    assert holder == Holder("acme", Role.AGENT, "bot-7", expires + 5.0)
 
 
 @pytest.mark.parametrize(
@@ -92,19 +94,20 @@ def test_every_allowed_signature_is_taken(jwks: Path, key: Any, algorithm: str, 
     ],
 )
 def test_roles(jwks: Path, role: Any, found: Role) -> None:
-    assert tokens(jwks).caller(signed(role=role))[1] is found
+    assert tokens(jwks).holder(signed(role=role)).role is found
 
 
 @pytest.mark.parametrize("role", ["admin", ["reader"], [], 7, ""])
 def test_an_unknown_role_is_no_role(jwks: Path, role: Any) -> None:
     with pytest.raises(Unauthenticated, match="role"):
-        tokens(jwks).caller(signed(role=role))
+        tokens(jwks).holder(signed(role=role))
 
 
 def test_claims_may_have_other_names_and_places(jwks: Path) -> None:
     it = tokens(jwks, tenant_claim="org.slug", role_claim="https://sessile/roles")
     token = signed(tenant=None, org={"slug": "globex"}, **ROLES)
-    assert it.caller(token) == ("globex", Role.OPERATOR, "bot-7")
+    holder = it.holder(token)
+    assert (holder.tenant, holder.role, holder.name) == ("globex", Role.OPERATOR, "bot-7")
 
 
 PEM = RSA.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
@@ -156,16 +159,16 @@ BAD: dict[str, Callable[[], str]] = {
 def test_others_are_refused_and_nothing_of_them_is_said(jwks: Path, case: str) -> None:
     token = BAD[case]()
     with pytest.raises(Unauthenticated) as refused:
-        tokens(jwks).caller(token)
+        tokens(jwks).holder(token)
     for part in filter(None, (*token.split("."), "acme", "globex", "evil")):
         assert len(part) < 5 or part not in refused.value.message
 
 
 def test_clocks_may_differ_by_the_leeway(jwks: Path) -> None:
     late = signed(exp=int(time.time()) - 5)
-    assert tokens(jwks, leeway_s=30.0).caller(late)
+    assert tokens(jwks, leeway_s=30.0).holder(late)
     with pytest.raises(Unauthenticated, match="expired"):
-        tokens(jwks, leeway_s=1.0).caller(late)
+        tokens(jwks, leeway_s=1.0).holder(late)
 
 
 def test_a_token_is_verified_once_and_holds_until_it_expires(
@@ -183,14 +186,15 @@ def test_a_token_is_verified_once_and_holds_until_it_expires(
     config = JwtConfig(jwks, ISSUER, AUDIENCE, leeway_s=0.0)
     it = Tokens(config, check_interval_s=0.0, unix_now=lambda: now[0])
     token = signed(exp=int(now[0]) + 60)
-    assert it.caller(token) == it.caller(token) == ("acme", Role.AGENT, "bot-7")
+    expected = Holder("acme", Role.AGENT, "bot-7", int(now[0]) + 60)
+    assert it.holder(token) == it.holder(token) == expected
     assert len(verified) == 1
     now[0] += 61
-    it.caller(token)  # the library's own clock decides from here on
+    it.holder(token)  # the library's own clock decides from here on
     assert len(verified) == 2
     for _ in range(2):
         with pytest.raises(Unauthenticated):
-            it.caller(token[:-4] + "AAAA")
+            it.holder(token[:-4] + "AAAA")
     assert len(verified) == 4, "what was refused is not remembered"
 
 
@@ -200,32 +204,32 @@ def test_tokens_that_are_remembered_are_bounded(
     monkeypatch.setattr("gateway.security.tokens.MAX_REMEMBERED", 3)
     it = tokens(jwks)
     for number in range(6):
-        assert it.caller(signed(ED, "EdDSA", "ed", n=number))
+        assert it.holder(signed(ED, "EdDSA", "ed", n=number))
     assert len(it._known) == 3
 
 
 def test_a_single_key_needs_no_kid(jwks: Path) -> None:
     publish(jwks, KEYS[0])
-    assert tokens(jwks).caller(signed(kid=None))
+    assert tokens(jwks).holder(signed(kid=None))
 
 
 def test_keys_are_rotated_without_a_restart(jwks: Path) -> None:
     it = tokens(jwks)
     new = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     with pytest.raises(Unauthenticated):
-        it.caller(signed(new, kid="rsa-2"))
+        it.holder(signed(new, kid="rsa-2"))
     publish(jwks, KEYS[0], jwk("rsa-2", new.public_key()))
-    assert it.caller(signed(new, kid="rsa-2"))
-    assert it.caller(signed())
+    assert it.holder(signed(new, kid="rsa-2"))
+    assert it.holder(signed())
     publish(jwks, jwk("rsa-2", new.public_key()))
     with pytest.raises(Unauthenticated):
-        it.caller(signed())
+        it.holder(signed())
 
 
 def test_a_key_set_that_is_spoilt_leaves_the_keys_as_they_were(jwks: Path) -> None:
     it = tokens(jwks)
     jwks.write_text("{}")
-    assert it.caller(signed())
+    assert it.holder(signed())
 
 
 @pytest.mark.parametrize(
