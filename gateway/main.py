@@ -12,8 +12,6 @@ from functools import partial
 import anyio
 from anyio.abc import TaskStatus
 from grpc import aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
 from gateway.app.admission import Gate
@@ -21,6 +19,7 @@ from gateway.app.gateway import GatewayApp
 from gateway.config import GatewayConfig
 from gateway.core.machines import ReplicaState
 from gateway.rpc.auth import Authenticator, authenticator_of
+from gateway.rpc.health import Health
 from gateway.rpc.late import LateServices
 from gateway.rpc.replica_client import GrpcReplicaClients
 from gateway.rpc.services import (
@@ -42,9 +41,6 @@ from statestore.script_runner import RetryPolicy
 
 log = logging.getLogger(__name__)
 
-LIVENESS = "liveness"
-"""In the health service: SERVING for as long as the process answers; all other names are about
-readiness."""
 STORE_RETRY = RetryPolicy(total_timeout_s=2.0)
 """Shorter than the store's default: a stream that waits tells its client so."""
 
@@ -106,11 +102,9 @@ async def serve(
         authenticator = authenticator or authenticator_of(config.security)
         services = LateServices("this gateway waits for its store")
         server, port = _server(config)
-        health_service = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+        health = Health(SESSION_SERVICE, FLEET_SERVICE)
+        await health.add_to(server)
         server.add_generic_rpc_handlers((services,))
-        await _set_health(health_service, health_pb2.HealthCheckResponse.NOT_SERVING)
-        await health_service.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         stack.push_async_callback(_stop_now, server)
         opening = partial(stack.enter_async_context, open_store(config))
@@ -124,19 +118,24 @@ async def serve(
         serving = _serving(config, app, authenticator)
         add_session_service(services, serving, app.sessions, app.turns, app.watches)
         add_fleet_service(services, serving, app.store, app.watches, app.migrations, app.drains)
+
+        def ready() -> bool:
+            # Another gateway may still reach the store; turns that run here go on waiting for it.
+            return app.fleet.store_answers and not stop.is_set()
+
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(app.run, name="gateway")
             tasks.start_soon(serving.run, name="credentials of open streams")
             tasks.start_soon(_keep_warm, app, replicas, name="channels")
-            tasks.start_soon(_tell_readiness, app, health_service, stop, name="readiness")
             services.open()
             try:
-                await _set_health(health_service, health_pb2.HealthCheckResponse.SERVING)
+                await health.tell(ready=True)
+                tasks.start_soon(health.follow, ready, config.times.fleet_poll_s, name="readiness")
                 address = f"{config.listen.rpartition(':')[0]}:{port}"
                 log.info("gateway listens on %s", address)
                 task_status.started(address)
                 await stop.wait()
-                await health_service.enter_graceful_shutdown()
+                await health.tell(ready=False)
                 await server.stop(config.times.shutdown_grace_s)
             finally:
                 await _stop_now(server)
@@ -200,27 +199,6 @@ def _serving(config: GatewayConfig, app: GatewayApp, authenticator: Authenticato
         metrics=app.metrics,
         audit=audit,
     )
-
-
-async def _set_health(service: health.HealthServicer, status: int) -> None:
-    for name in ("", SESSION_SERVICE, FLEET_SERVICE):
-        await service.set(name, status)
-
-
-async def _tell_readiness(
-    app: GatewayApp, service: health.HealthServicer, stop: anyio.Event
-) -> None:
-    """NOT_SERVING while the store does not answer: another gateway may still reach it. Turns that
-    run here go on waiting for it."""
-    told = True
-    while not stop.is_set():
-        if app.fleet.store_answers is not told:
-            told = app.fleet.store_answers
-            status = health_pb2.HealthCheckResponse.SERVING
-            await _set_health(
-                service, status if told else health_pb2.HealthCheckResponse.NOT_SERVING
-            )
-        await anyio.sleep(app.config.times.fleet_poll_s)
 
 
 async def _keep_warm(app: GatewayApp, replicas: GrpcReplicaClients) -> None:

@@ -24,6 +24,10 @@ class Reporting(Protocol):
 
     def load(self) -> ReplicaLoad: ...
 
+    def store_answered(self, answered: bool) -> None:
+        """Whether the last beat was answered."""
+        ...
+
     def doubt(self) -> None:
         """The store has lost writes: it has gone back behind a count that it had acknowledged."""
         ...
@@ -55,8 +59,10 @@ async def heartbeat(
             if answered:
                 log.warning("heartbeat of %s: the store does not answer: %s", ref, error)
             answered = False
+            replica.store_answered(False)
         else:
             answered = True
+            replica.store_answered(True)
             replica.usage_reported(usage)
             if before is None:
                 raise ReplicaReplaced(f"{ref} was replaced by a newer process of the same id")

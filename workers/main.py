@@ -11,9 +11,8 @@ from functools import partial
 import anyio
 from anyio.abc import TaskStatus
 from grpc import aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
 
+from gateway.rpc.health import Health
 from gateway.rpc.late import LateServices
 from gateway.security.tls import Tls, endpoint_of
 from gateway.telemetry.setup import OFF, Telemetry, installed
@@ -32,10 +31,6 @@ from workers.rpc import SERVICE, GrpcPeers, add_replica_service, new_server
 from workers.service import ReplicaApp
 
 log = logging.getLogger(__name__)
-
-LIVENESS = "liveness"
-"""In the health service: SERVING for as long as the process answers; all other names are about
-readiness."""
 
 
 async def serve(
@@ -71,12 +66,10 @@ async def serve(
         stack.callback(channel.close)
         server, port = new_server(host, port, tls)
         endpoint = endpoint_of(join_address(config.advertise_host or host, port), tls)
-        health_service = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+        health = Health(SERVICE)
+        await health.add_to(server)
         services = LateServices("this replica waits for its store")
         server.add_generic_rpc_handlers((services,))
-        await _set_health(health_service, health_pb2.HealthCheckResponse.NOT_SERVING)
-        await health_service.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         stack.push_async_callback(_stop_now, server)
         executor = await or_stopped(
@@ -100,7 +93,13 @@ async def serve(
         async def reachable(app: ReplicaApp, ref: ReplicaRef) -> None:
             add_replica_service(services, app)
             services.open()
-            await _set_health(health_service, health_pb2.HealthCheckResponse.SERVING)
+            await health.tell(ready=True)
+
+            def ready() -> bool:
+                # While the store is away nothing can begin; turns that run here wait for it.
+                return app.store_answers and not stop.is_set()
+
+            tasks.start_soon(health.follow, ready, config.replica.heartbeat_period_s)
             log.info("%s serves %s on %s", ref, backend.engine.info.model, endpoint)
             task_status.started(endpoint)
 
@@ -108,7 +107,7 @@ async def serve(
             tasks.start_soon(channel.serve)
             try:
                 await run_replica(adapters, config.replica, endpoint, reachable, stop)
-                await health_service.enter_graceful_shutdown()
+                await health.tell(ready=False)
                 await server.stop(config.shutdown_grace_s)
             finally:
                 await _stop_now(server)
@@ -118,11 +117,6 @@ async def serve(
 async def _stop_now(server: aio.Server) -> None:
     with anyio.CancelScope(shield=True):
         await server.stop(None)
-
-
-async def _set_health(service: health.HealthServicer, status: int) -> None:
-    for name in ("", SERVICE):
-        await service.set(name, status)
 
 
 async def _shielded(store: RedisJournal) -> None:

@@ -75,6 +75,8 @@ class ReplicaApp:
         self._runs = TurnRuns(ports, tasks)
         self._leaving = False
         self._told_to_end = False
+        self.store_answers = True
+        """Whether the last heartbeat was answered."""
 
     def close(self) -> None:
         """Starts no further turn."""
@@ -273,6 +275,10 @@ class ReplicaApp:
             if count % RECONCILE_SESSIONS == 0 and await self._ports.residency.doubted(period_s):
                 return True
         return False
+
+    def store_answered(self, answered: bool) -> None:
+        """The heartbeat's last word on the store."""
+        self.store_answers = answered
 
     def doubt(self) -> None:
         """The store has lost writes: what it has of the sessions held here is looked at soon."""

@@ -230,7 +230,8 @@ def _asked(record: ReplicaRecord, ask: Ask) -> Finding:
             "Upgrade the older side.",
         )
     if wrong := ask(details.endpoint):
-        return failed(
+        judged = warned if record.draining else failed  # one that ends is not ready, as it should
+        return judged(
             check,
             f"{details.endpoint}: {wrong}",
             "Look whether it runs (it is forgotten by itself if not), at its log, at"

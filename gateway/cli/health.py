@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from gateway.cli.output import fail
 
 LIVENESS = "liveness"
-"""As in ``gateway.main`` and ``workers.main``, which are not imported for one question."""
+"""As in ``gateway.rpc.health``, which is not imported for one question."""
 
 
 def health(

@@ -42,6 +42,8 @@ class Idle:
     def load(self) -> ReplicaLoad:
         return ReplicaLoad(free_pages=FREE_PAGES)
 
+    def store_answered(self, answered: bool) -> None: ...
+
     def doubt(self) -> None: ...
 
     def unreported_usage(self) -> Mapping[str, UsageSum]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -13,9 +14,14 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sessile import RetryPolicy, Sessile, Tokens, TurnStatus, Unavailable
 
+from gateway import main as gateway_main
 from gateway.cli.launch import Child, Cluster, LaunchFailed
+from gateway.config import GatewayConfig
+from gateway.rpc.health import LIVENESS
 from tests.support.servers import free_port, redis_binary
 from tests.support.store_servers import Certificates, StoreServer, users_file
+from workers import main as worker_main
+from workers.config import ReplicaSettings, WorkerConfig
 
 pytestmark = pytest.mark.anyio
 
@@ -60,10 +66,10 @@ def settings(directory: Path, **more: str) -> dict[str, str]:
     } | users
 
 
-async def health(address: str) -> int:
+async def health(address: str, service: str = "") -> int:
     async with aio.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        request = health_pb2.HealthCheckRequest()
+        request = health_pb2.HealthCheckRequest(service=service)
         answer = await stub.Check(request, timeout=10, wait_for_ready=True)
         return int(answer.status)
 
@@ -160,3 +166,38 @@ async def test_waiting_ends_with_its_bound_or_a_signal(tmp_path: Path, kind: str
             tasks.start_soon(stop)
             with pytest.raises(LaunchFailed, match="ended with 0"):
                 await (fleet.start_gateway() if kind == "gateway" else fleet.start_worker("r1"))
+
+
+async def test_readiness_follows_the_store_and_the_end_and_liveness_does_not() -> None:
+    """Of a gateway and of a worker, told as it changes."""
+    with StoreServer(redis_binary()) as server:
+        gateway = GatewayConfig(listen="127.0.0.1:0", redis_url=server.url)
+        replica = ReplicaSettings("r1", heartbeat_period_s=0.05, drain_grace_s=30)
+        worker = WorkerConfig(redis_url=server.url, replica=replica)
+        stops: list[anyio.Event] = []
+
+        async def start(serve: Any, config: Any) -> str:
+            stops.append(anyio.Event())
+
+            async def life(*, task_status: anyio.abc.TaskStatus[str]) -> None:
+                await serve(config, stop=stops[-1], task_status=task_status)
+
+            return str(await tasks.start(life))
+
+        async with anyio.create_task_group() as tasks:
+            for serve, config in ((gateway_main.serve, gateway), (worker_main.serve, worker)):
+                address = await start(serve, config)
+                async with aio.insecure_channel(address) as channel:
+                    stub: Any = health_pb2_grpc.HealthStub(channel)
+                    ready = stub.Watch(health_pb2.HealthCheckRequest())
+                    live = stub.Watch(health_pb2.HealthCheckRequest(service=LIVENESS))
+                    with anyio.fail_after(60):
+                        assert (await live.read()).status == SERVING
+                        assert (await ready.read()).status == SERVING
+                        server.kill()
+                        assert (await ready.read()).status == NOT_SERVING
+                        assert await health(address, LIVENESS) == SERVING
+                        await anyio.to_thread.run_sync(server.start)
+                        assert (await ready.read()).status == SERVING
+                        stops[-1].set()
+                        assert (await ready.read()).status == NOT_SERVING

@@ -105,11 +105,14 @@ def details(endpoint: str, **changes: Any) -> ReplicaDetails:
     return ReplicaDetails(**(fields | changes))
 
 
-async def register(url: str, **endpoints: str) -> None:
+async def register(url: str, draining: str = "", **endpoints: str) -> None:
+    """``draining``: the one of them that is."""
     store = RedisStore(await connect(url))
     for name, endpoint in endpoints.items():
         registration = ReplicaRegistration(name, details(endpoint).to_json())
-        await store.register_replica(registration)
+        ref = await store.register_replica(registration)
+        if name == draining:
+            await store.set_draining(ref, True)
     await store.aclose()
 
 
@@ -125,11 +128,14 @@ def test_a_fleet_that_works_and_then_lacks_a_replica(store: str) -> None:
             assert checks[check]["level"] == "ok", checks[check]
         for check in ("store writes", "store scripts", "replica a", "port gateway.listen"):
             assert checks[check]["level"] == "ok", checks[check]
-        anyio.run(lambda: register(store, b=waiting, c=f"127.0.0.1:{free_port()}"))
+        gone = f"127.0.0.1:{free_port()}"
+        anyio.run(lambda: register(store, b=waiting, c=gone, d=waiting, draining="d"))
         code, checks = found(*settings, "--process", "gateway")
         assert code == 1
         assert "NOT_SERVING" in checks["replica b"]["detail"]
         assert "does not answer" in checks["replica c"]["detail"]
+        levels = [checks[f"replica {name}"]["level"] for name in "bcd"]
+        assert levels == ["fail", "fail", "warn"], "one that ends is not ready"
         shown = run(*settings, "--process", "gateway")
     assert shown.exit_code == 1
     assert "replica c" in shown.stdout
