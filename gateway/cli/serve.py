@@ -29,7 +29,6 @@ from gateway.cli.output import (
     tell,
 )
 from gateway.cli.sources import CONFIG_VARIABLE, SettingsRefused, Tree, from_flags
-from gateway.telemetry.config import TelemetryConfig
 from gateway.telemetry.logs import log_to
 from statestore.connection import redacted
 from statestore.ports import StoreError
@@ -137,7 +136,10 @@ InsecureOption = Annotated[
         "--insecure", help="Off loopback too without TLS or authentication: a trusted network."
     ),
 ]
-LogLevel = Annotated[str, typer.Option(envvar="SESSILE_LOG_LEVEL")]
+LogLevelOption = Annotated[
+    str | None,
+    typer.Option("--log-level", help="DEBUG to CRITICAL. [INFO; environment: SESSILE_LOG_LEVEL]"),
+]
 
 
 def up(
@@ -214,7 +216,7 @@ def gateway(
     insecure: InsecureOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
-    log_level: LogLevel = "INFO",
+    log_level: LogLevelOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run one gateway in this process."""
@@ -233,10 +235,12 @@ def gateway(
         ("security.jwt.issuer", "--jwt-issuer", jwt_issuer),
         ("security.jwt.audience", "--jwt-audience", jwt_audience),
         ("security.audit_log", "--audit-log", audit_log),
+        ("telemetry.log_level", "--log-level", log_level),
     )
     with reported_errors(StoreError, ValueError):
         settings = loaded("gateway", config, flags, assignments)
-        _log(log_level, settings.telemetry, {"gateway": settings.gateway_id})
+        logs = settings.telemetry
+        log_to(logs.log_level, logs.log_format, {"gateway": settings.gateway_id})
         run(settings, _announcer("gateway", settings.gateway_id, as_json))
 
 
@@ -270,7 +274,7 @@ def worker(
     insecure: InsecureOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
-    log_level: LogLevel = "INFO",
+    log_level: LogLevelOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run one worker (a replica with its engine) in this process."""
@@ -290,6 +294,7 @@ def worker(
         ("replica.site", "--site", site),
         ("replica.hardware", "--hardware", hardware),
         *_tls_flags(tls_certificate, tls_key, tls_ca, insecure),
+        ("telemetry.log_level", "--log-level", log_level),
         *(
             (f"engine_options.{name}", f"--engine-option {name}", value)
             for name, value in parse_options(engine_option, model, engine_arguments)
@@ -300,7 +305,8 @@ def worker(
     errors = (StoreError, ValueError, ImportError, TemplateRefused, EngineFailed, ReplicaReplaced)
     with reported_errors(*errors):
         settings = loaded("worker", config, flags, assignments)
-        _log(log_level, settings.telemetry, {"replica": settings.replica.replica_id})
+        logs = settings.telemetry
+        log_to(logs.log_level, logs.log_format, {"replica": settings.replica.replica_id})
         run(settings, _announcer("worker", settings.replica.replica_id, as_json))
 
 
@@ -385,13 +391,6 @@ def parse_options(
     if twice:
         raise typer.BadParameter(f"engine option {twice[0]} is given twice")
     return tuple(pairs)
-
-
-def _log(level: str, telemetry: TelemetryConfig, identity: dict[str, str]) -> None:
-    try:
-        log_to(level, telemetry.log_format, identity)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 async def _up(cluster: Cluster, listen: str, gateways: int, replicas: int, as_json: bool) -> None:

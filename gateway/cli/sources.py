@@ -14,7 +14,10 @@ PROCESSES = ("gateway", "worker")
 COMMON = "common"
 """Table of the file for settings that every process has; a process's own table wins over it."""
 CONFIG_VARIABLE = "SESSILE_CONFIG"
-ALIASES = {"SESSILE_REDIS": (COMMON, "redis_url")}
+ALIASES = {
+    "SESSILE_REDIS": (COMMON, "redis_url"),
+    "SESSILE_LOG_LEVEL": (COMMON, "telemetry", "log_level"),
+}
 """Variables with names of their own."""
 PREFIXES = {f"SESSILE_{name.upper()}__": name for name in (*PROCESSES, COMMON)}
 """Beginning of a variable -> the table that it is in; ``__`` is between the names of a path."""

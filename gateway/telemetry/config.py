@@ -7,6 +7,7 @@ from typing import Literal
 
 LogFormat = Literal["auto", "text", "json"]
 """``auto``: text on a terminal, JSON elsewhere."""
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,10 @@ class TelemetryConfig:
     """host:port on which ``/metrics`` is served; port 0 takes a free one. Empty: nowhere."""
     tenant_labels: bool = False
     """Metrics of turns and tokens by tenant. Over 100 tenants the others are counted as one."""
+    log_level: str = "INFO"
+    """Of what is logged at least: DEBUG, INFO, WARNING, ERROR or CRITICAL, in either case."""
     log_format: LogFormat = "auto"
+    """auto: text on a terminal, else JSON."""
 
     def __post_init__(self) -> None:
         if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
@@ -45,5 +49,8 @@ class TelemetryConfig:
             host, _, port = self.prometheus_listen.rpartition(":")
             if not host or not port.isdecimal() or int(port) > 65_535:
                 raise ValueError(f"prometheus_listen is host:port, not {self.prometheus_listen!r}")
+        if self.log_level.upper() not in LOG_LEVELS:
+            levels = ", ".join(LOG_LEVELS)
+            raise ValueError(f"log_level is one of {levels}, not {self.log_level!r}")
         if self.log_format not in ("auto", "text", "json"):
             raise ValueError(f"log_format is auto, text or json, not {self.log_format!r}")

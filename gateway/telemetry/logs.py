@@ -72,7 +72,7 @@ def log_to(
     level: str, log_format: LogFormat, identity: Mapping[str, str], stream: TextIO | None = None
 ) -> None:
     """Sends this process's records to ``stream`` (standard error unless given). ``identity`` names
-    the process on each of them. Raises ValueError for a level that there is not."""
+    the process on each of them."""
     stream = stream or sys.stderr
     as_json = log_format == "json" or (log_format == "auto" and not stream.isatty())
     handler = logging.StreamHandler(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from gateway.cli.main import app
 from gateway.cli.reference import markdown
 from gateway.cli.schema import Group, schema, settings
 from gateway.cli.settings import MASK, Loaded, load
-from gateway.cli.sources import SettingsRefused, from_flags
+from gateway.cli.sources import SettingsRefused, Tree, from_flags
 from gateway.config import GatewayConfig
 from workers.config import WorkerConfig
 
@@ -73,6 +74,29 @@ def test_common_settings_are_of_every_process_that_does_not_say_otherwise(file: 
 
 
 WORKER_NAME = from_flags(("replica.replica_id", "made up", "w"))
+
+
+@pytest.mark.parametrize("process", ["gateway", "worker"])
+def test_the_log_level_is_a_setting_with_a_variable_of_its_own(process: str, file: Path) -> None:
+    file.write_text(
+        '[common.telemetry]\nlog_level = "warning"\n[worker]\nredis_url = "redis://a"\n'
+    )
+
+    names = WORKER_NAME if process == "worker" else None
+    own = f"SESSILE_{process.upper()}__TELEMETRY__LOG_LEVEL"
+
+    def level(flags: Tree | None = None, **environment: str) -> str:
+        given = load(process, file=file, environment=environment, flags=flags, generated=names)
+        return str(given.config.telemetry.log_level)
+
+    assert level() == "warning"
+    assert level(SESSILE_LOG_LEVEL="ERROR") == "ERROR"
+    variables = {"SESSILE_LOG_LEVEL": "ERROR", own: "DEBUG"}
+    assert level(None, **variables) == "DEBUG"
+    assert level(from_flags(("telemetry.log_level", "--log-level", "info")), **variables) == "info"
+    wrong = {"SESSILE_LOG_LEVEL": "LOUD"}
+    (problem,) = refusals(process, file=file, environment=wrong, generated=names)
+    assert "log_level is from SESSILE_LOG_LEVEL" in problem
 
 
 def test_engine_options_are_a_table_and_text_to_the_engine(file: Path) -> None:
@@ -284,6 +308,10 @@ def test_show_tells_where_settings_are_from_and_hides_passwords() -> None:
     assert "SESSILE_REDIS" in shown.stdout
     assert "hunter2" not in shown.output
     assert "max_streams" not in shown.stdout
+    loud = sessile("config", "show", "--json", SESSILE_LOG_LEVEL="debug", SESSILE_REDIS="redis://h")
+    assert json.loads(loud.stdout)["worker.telemetry.log_level"] == {
+        "value": "debug", "from": "SESSILE_LOG_LEVEL",
+    }  # fmt: skip
     everything = sessile("config", "show", "--defaults")
     assert "gateway.admission.max_streams" in everything.stdout
     assert "must be set" in everything.stdout
@@ -295,6 +323,10 @@ def test_a_process_refuses_settings_as_wrong_use(file: Path) -> None:
         refused = sessile(*arguments)
         assert refused.exit_code == 2
         assert "unknown setting" in refused.stderr
+    for process in ("gateway", "worker"):
+        refused = sessile(process, "--redis", "redis://h", "--log-level", "LOUD")
+        assert refused.exit_code == 2
+        assert "log_level is from --log-level" in refused.stderr
 
 
 def test_the_reference_is_current_and_complete() -> None:

@@ -107,6 +107,7 @@ def test_a_collector_that_is_away_does_not_hold_up_the_end() -> None:
         ({"metrics_interval_s": 0}, "positive"),
         ({"prometheus_listen": "9464"}, "host:port"),
         ({"log_format": "xml"}, "auto, text or json"),
+        ({"log_level": "LOUD"}, "DEBUG, INFO, WARNING, ERROR, CRITICAL"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(setting: dict[str, object], said: str) -> None:
