@@ -165,6 +165,8 @@ class GatewayConfig:
         if not host or not port.isdecimal() or int(port) > 65_535:
             raise ValueError(f"listen is host:port, not {self.listen!r}")
         self.security.check_listener("listen", host)
+        if metrics := self.telemetry.prometheus_listen:
+            self.security.check_metrics("prometheus_listen", metrics.rpartition(":")[0])
         if self.redis_url and self.data_directory is not None:
             raise ValueError(
                 "data_directory is of a private store: give it, or redis_url, not both"

@@ -149,8 +149,13 @@ async def _stop_now(server: aio.Server) -> None:
 
 def run(config: GatewayConfig, announce: Announce = PRINTED) -> None:
     """Runs a gateway process until SIGTERM or SIGINT; a second signal ends it at once. Raises what
-    :func:`gateway.telemetry.setup.installed` does for telemetry that cannot be."""
-    with installed(config.telemetry, "sessile-gateway", config.gateway_id, {}) as telemetry:
+    :func:`gateway.telemetry.setup.installed` does for telemetry that cannot be, OSError or
+    ValueError for certificates that cannot be used."""
+    tls = config.security.tls
+    metrics_tls = None if tls is None else Tls(tls).metrics
+    with installed(
+        config.telemetry, "sessile-gateway", config.gateway_id, {}, tls=metrics_tls
+    ) as telemetry:
         run_process(partial(serve, config, telemetry=telemetry), announce)
 
 

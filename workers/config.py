@@ -98,6 +98,8 @@ class WorkerConfig:
         for name in ("listen", "kv_listen"):
             host, _ = split_address(name, getattr(self, name))
             self.security.check_listener(name, host)
+        if metrics := self.telemetry.prometheus_listen:
+            self.security.check_metrics("prometheus_listen", metrics.rpartition(":")[0])
         wildcard = split_address("listen", self.listen)[0] in ("0.0.0.0", "::")
         if wildcard and not self.advertise_host:
             raise ValueError("with a wildcard listen address, advertise_host must say how to call")

@@ -140,7 +140,9 @@ def _telemetry(config: WorkerConfig) -> AbstractContextManager[Telemetry]:
     replica = config.replica
     says = {"sessile.engine": config.engine, "sessile.site": replica.site}
     says = {name: value for name, value in says.items() if value}
-    return installed(config.telemetry, "sessile-worker", replica.replica_id, says)
+    tls = config.security.tls
+    metrics_tls = None if tls is None else Tls(tls).metrics
+    return installed(config.telemetry, "sessile-worker", replica.replica_id, says, tls=metrics_tls)
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:

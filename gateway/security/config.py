@@ -26,7 +26,8 @@ class TlsConfig:
     """Certificates of those who may sign for the other side: for callers that show a certificate,
     and for replicas that are called."""
     require_client_certificate: bool = False
-    """Of callers of the gateway. Replicas and KV channels always require one."""
+    """Of callers of the gateway, and of who reads ``/metrics``. Replicas and KV channels always
+    require one."""
     peer_name: str = ""
     """The name that certificates of replicas carry, where they do not carry their hosts."""
 
@@ -69,7 +70,7 @@ class GatewaySecurity:
     """Who may call a gateway, and how it speaks. Without settings: anybody on this machine."""
 
     tls: TlsConfig | None = None
-    """Of the listener."""
+    """Of the listener, and of the one for Prometheus."""
     parts: TlsConfig | None = None
     """The gateway's own certificate towards replicas. None: that of the listener, if it has a
     ca."""
@@ -112,6 +113,10 @@ class GatewaySecurity:
                 " (allow_insecure) if everybody who reaches that address may do everything"
             )
 
+    def check_metrics(self, setting: str, host: str) -> None:
+        """Raises ValueError if metrics may not be served on the host like this."""
+        _check_metrics(setting, host, self.tls, allow_insecure=self.allow_insecure)
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSecurity:
@@ -119,7 +124,8 @@ class WorkerSecurity:
     and only those that the ca has signed may call."""
 
     tls: TlsConfig | None = None
-    """Of the replica service and the KV channel, and towards other replicas."""
+    """Of the replica service and the KV channel, towards other replicas, and of the listener for
+    Prometheus (which asks for a certificate only if ``require_client_certificate`` is set)."""
     allow_insecure: bool = False
     """Off loopback too, without TLS: on a network that is trusted."""
 
@@ -136,6 +142,10 @@ class WorkerSecurity:
                 " that address may read and run every session"
             )
 
+    def check_metrics(self, setting: str, host: str) -> None:
+        """Raises ValueError if metrics may not be served on the host like this."""
+        _check_metrics(setting, host, self.tls, allow_insecure=self.allow_insecure)
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach the host. A name other than localhost is not."""
@@ -145,3 +155,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _check_metrics(setting: str, host: str, tls: TlsConfig | None, *, allow_insecure: bool) -> None:
+    if tls is None and not allow_insecure and not is_loopback(host):
+        raise ValueError(
+            f"{setting} {host} is not on loopback, and there is no TLS: give --tls-certificate and"
+            " --tls-key; or --insecure (allow_insecure) if everybody there may read the metrics"
+        )

@@ -35,6 +35,7 @@ class _Material:
     server: grpc.ServerCertificateConfiguration
     channel: grpc.ChannelCredentials
     serving: ssl.SSLContext
+    metrics: ssl.SSLContext
     calling: ssl.SSLContext
 
 
@@ -97,6 +98,11 @@ class Tls:
         """For a KV channel that serves: only who shows a certificate of the ca."""
         return self._files.current().serving
 
+    def metrics(self) -> ssl.SSLContext:
+        """For the listener of Prometheus, which needs no certificate unless it is required:
+        whoever has one of a fleet's ca could call its replicas."""
+        return self._files.current().metrics
+
     def calling(self) -> ssl.SSLContext:
         """For calls of a KV channel."""
         return self._files.current().calling
@@ -107,6 +113,9 @@ class Tls:
         ca = read(config.ca) if config.ca is not None else None
         serving = _context(config, ssl.PROTOCOL_TLS_SERVER, ca)
         serving.verify_mode = ssl.CERT_REQUIRED
+        metrics = _context(config, ssl.PROTOCOL_TLS_SERVER, ca)
+        if config.require_client_certificate:
+            metrics.verify_mode = ssl.CERT_REQUIRED
         expires = x509.load_pem_x509_certificate(certificate).not_valid_after_utc
         if expires <= self._utc_now():
             raise ValueError(f"{config.certificate} expired at {expires:%Y-%m-%d %H:%M} UTC")
@@ -115,6 +124,7 @@ class Tls:
             grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=ca),
             grpc.ssl_channel_credentials(ca, key, certificate),
             serving,
+            metrics,
             _context(config, ssl.PROTOCOL_TLS_CLIENT, ca),
         )
 

@@ -27,7 +27,8 @@ class TelemetryConfig:
     """Export metrics to that endpoint."""
     metrics_interval_s: float = 15.0
     prometheus_listen: str = ""
-    """host:port on which ``/metrics`` is served; port 0 takes a free one. Empty: nowhere."""
+    """host:port on which ``/metrics`` is served, with TLS if the process has a certificate; port 0
+    takes a free one. Empty: nowhere."""
     tenant_labels: bool = False
     """Metrics of turns and tokens by tenant. Over 100 tenants the others are counted as one."""
     log_level: str = "INFO"

@@ -22,6 +22,8 @@ from gateway.telemetry.instruments import INSTRUMENTS
 from gateway.telemetry.tracing import Tracing, forced_ids
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from opentelemetry.sdk.metrics.export import MetricReader
     from opentelemetry.sdk.resources import Resource
 
@@ -65,12 +67,14 @@ def installed(
     instance: str,
     attributes: Mapping[str, str],
     *,
+    tls: Callable[[], SSLContext] | None = None,
     for_libraries: bool = True,
 ) -> Iterator[Telemetry]:
     """Exports as configured until the block is left, then flushes for FLUSH_TIMEOUT_S at most.
 
     ``service`` is the service's name if ``OTEL_SERVICE_NAME`` gives no other, ``instance`` names
-    this process. ``for_libraries``: what is installed is the process's global one too, for code
+    this process. ``tls`` gives what a new connection to the Prometheus listener speaks; None: no
+    TLS. ``for_libraries``: what is installed is the process's global one too, for code
     that knows no other. Raises ValueError for settings that cannot be followed, OSError if the
     address of the Prometheus listener cannot be bound, ImportError without the packages that are
     needed."""
@@ -101,7 +105,7 @@ def installed(
                 trace.set_tracer_provider(tracers)
         readers: list[MetricReader] = []
         if config.prometheus_listen:
-            reader, address = stack.enter_context(_prometheus(config.prometheus_listen))
+            reader, address = stack.enter_context(_prometheus(config.prometheus_listen, tls))
             readers.append(reader)
         if endpoints["metrics"]:
             readers.append(_otlp_metrics(config, endpoints["metrics"]))
@@ -197,27 +201,28 @@ def _otlp_metrics(config: TelemetryConfig, endpoint: str) -> MetricReader:
 
 
 @contextmanager
-def _prometheus(listen: str) -> Iterator[tuple[MetricReader, str]]:
+def _prometheus(
+    listen: str, tls: Callable[[], SSLContext] | None
+) -> Iterator[tuple[MetricReader, str]]:
     try:
         from opentelemetry.exporter.prometheus import PrometheusMetricReader
-        from prometheus_client import CollectorRegistry, start_http_server
+        from prometheus_client import CollectorRegistry
+
+        from gateway.telemetry.scraping import serving
     except ImportError as error:
         raise ImportError(f"the Prometheus listener {NEEDED}") from error
     registry = CollectorRegistry()
     reader = PrometheusMetricReader(registry=registry, scope_info_enabled=False)
     host, _, port = listen.rpartition(":")
-    try:
-        server, thread = start_http_server(int(port), host.strip("[]"), registry)
-    except OSError as error:
-        raise OSError(f"cannot listen for Prometheus on {listen}: {error}") from error
-    address = f"{host}:{server.server_port}"
-    log.info("metrics are served on http://%s/metrics", address)
-    try:
+    with ExitStack() as stack:
+        try:
+            bound = stack.enter_context(serving(host.strip("[]"), int(port), registry, tls))
+        except OSError as error:
+            raise OSError(f"cannot listen for Prometheus on {listen}: {error}") from error
+        address = f"{host}:{bound}"
+        scheme = "http" if tls is None else "https"
+        log.info("metrics are served on %s://%s/metrics", scheme, address)
         yield reader, address
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(FLUSH_TIMEOUT_S)
 
 
 @contextmanager
