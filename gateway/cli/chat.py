@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from sessile import Finished, Moved, SessileError, Tokens, TurnResult, TurnStatus, Waiting, sync
 
+from gateway.cli import complete
 from gateway.cli.output import (
     DEFAULT_GATEWAY,
     MAX_COUNT,
@@ -28,7 +29,13 @@ def chat(
         list[str] | None, typer.Argument(help="Say this and end; without it: a conversation.")
     ] = None,
     session_id: Annotated[
-        str, typer.Option("--session", "-s", help="Go on with this session; default: a new one.")
+        str,
+        typer.Option(
+            "--session",
+            "-s",
+            help="Go on with this session; default: a new one.",
+            autocompletion=complete.sessions,
+        ),
     ] = "",
     system: Annotated[str, typer.Option(help="System prompt of a new session.")] = "",
     model: Annotated[str, typer.Option()] = "",

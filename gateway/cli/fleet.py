@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from sessile import DrainProgress, Replica
 
+from gateway.cli import complete
 from gateway.cli.output import (
     DEFAULT_GATEWAY,
     MAX_TIMEOUT_S,
@@ -23,9 +24,14 @@ from gateway.cli.output import (
     show,
     table_of,
 )
+from gateway.cli.sessions import SessionArgument
 
 app = typer.Typer(no_args_is_help=True, help="See and drain replicas.")
 
+ReplicaArgument = Annotated[
+    str,
+    typer.Argument(metavar="REPLICA", help="Id of the replica.", autocompletion=complete.replicas),
+]
 OPERATOR = ""
 """Fleet calls belong to no tenant."""
 
@@ -53,7 +59,7 @@ def list_replicas(
 
 @app.command()
 def drain(
-    replica: Annotated[str, typer.Argument(metavar="REPLICA", help="Id of the replica.")],
+    replica: ReplicaArgument,
     timeout: Annotated[float, typer.Option(min=1, max=MAX_TIMEOUT_S, help="Seconds.")] = 120.0,
     shutdown: Annotated[bool, typer.Option(help="Its process ends when it is empty.")] = False,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
@@ -90,7 +96,7 @@ def drain(
 
 @app.command()
 def undrain(
-    replica: Annotated[str, typer.Argument(metavar="REPLICA", help="Id of the replica.")],
+    replica: ReplicaArgument,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
     as_json: JsonOption = False,
 ) -> None:
@@ -104,9 +110,14 @@ def undrain(
 
 
 def migrate(
-    session: Annotated[str, typer.Argument(metavar="SESSION", help="Id of the session.")],
+    session: SessionArgument,
     target: Annotated[
-        str, typer.Argument(metavar="REPLICA", help="Default: the best other replica.")
+        str,
+        typer.Argument(
+            metavar="REPLICA",
+            help="Default: the best other replica.",
+            autocompletion=complete.replicas,
+        ),
     ] = "",
     timeout: Annotated[float, typer.Option(min=1, max=MAX_TIMEOUT_S, help="Seconds.")] = 30.0,
     allow_recompute: Annotated[bool, typer.Option(help="Move without KV if need be.")] = False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import importlib
 import importlib.util
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ import typer
 from sessile.credentials import API_KEY_VARIABLE, TLS_VARIABLE
 
 from gateway.cli import chat, config, doctor, fleet, health, keys, serve, sessions, top
-from gateway.cli.output import JsonOption, fail, reported_errors
+from gateway.cli.output import JsonOption, fail, reported_errors, use_credentials
 
 
 class DemoEngine(enum.StrEnum):
@@ -45,9 +44,7 @@ def root(
     ] = "",
 ) -> None:
     """Stateful sessions for LLM inference. Start with: sessile up"""
-    for variable, value in ((API_KEY_VARIABLE, api_key), (TLS_VARIABLE, tls)):
-        if value:
-            os.environ[variable] = value  # where clients of every command look
+    use_credentials(api_key, tls)
 
 
 app.command()(serve.up)

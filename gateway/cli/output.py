@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from sessile import RetryPolicy, SessileError, Unavailable, sync
+from sessile.credentials import API_KEY_VARIABLE, TLS_VARIABLE
 
 PIPED_WIDTH = 200
 RETRY = RetryPolicy(max_attempts=6)
@@ -47,6 +49,13 @@ TenantOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def use_credentials(api_key: str, tls: str) -> None:
+    """What the root command was given, put where the clients of every command look."""
+    for variable, value in ((API_KEY_VARIABLE, api_key), (TLS_VARIABLE, tls)):
+        if value:
+            os.environ[variable] = value
 
 
 def console() -> Console:

@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 from sessile import NotFound, SessionInfo, SessionState, TranscriptTurn
 
+from gateway.cli import complete
 from gateway.cli.output import (
     DEFAULT_GATEWAY,
     MAX_COUNT,
@@ -25,7 +26,10 @@ from gateway.cli.output import (
 
 app = typer.Typer(no_args_is_help=True, help="List, read, fork and close sessions.")
 
-SessionArgument = Annotated[str, typer.Argument(metavar="SESSION", help="Id of the session.")]
+SessionArgument = Annotated[
+    str,
+    typer.Argument(metavar="SESSION", help="Id of the session.", autocompletion=complete.sessions),
+]
 LabelOption = Annotated[
     list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="May be repeated.")
 ]
@@ -123,7 +127,9 @@ def fork(
 
 @app.command()
 def close(
-    sessions: Annotated[list[str], typer.Argument(metavar="SESSION...")],
+    sessions: Annotated[
+        list[str], typer.Argument(metavar="SESSION...", autocompletion=complete.sessions)
+    ],
     purge: Annotated[bool, typer.Option(help="Remove everything at once.")] = False,
     gateway: GatewayOption = [DEFAULT_GATEWAY],  # noqa: B006
     tenant: TenantOption = "",

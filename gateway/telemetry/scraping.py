@@ -59,5 +59,5 @@ def serving(
 class _Handler(WSGIRequestHandler):
     timeout = READ_TIMEOUT_S
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in the base
         """Scrapes are not worth a line."""
