@@ -75,6 +75,7 @@ class ReplicaApp:
         self._runs = TurnRuns(ports, tasks)
         self._leaving = False
         self._told_to_end = False
+        self._no_target = False
         self.store_answers = True
         """Whether the last heartbeat was answered."""
 
@@ -224,6 +225,7 @@ class ReplicaApp:
                 lambda: self._ports.store.set_draining(self._ports.ref, request.draining),
                 give_up_at,
             )
+        self._no_target = request.draining and request.no_target
         leaving, self._leaving = self._leaving, request.draining and request.shutdown_when_empty
         if self._leaving and not leaving:
             self._tasks.start_soon(self._leave_when_empty, name="leave when empty")
@@ -231,7 +233,8 @@ class ReplicaApp:
 
     async def leave(self) -> None:
         """This process was told to end: takes no new session, asks gateways by the heartbeat to
-        move those that are here, and returns when none is left. Cancel it to give up."""
+        move those that are here, and returns when none is left; or, if it is told that no other
+        replica could take them, when no turn runs here. Cancel it to give up."""
         self._told_to_end = True
         await until_answered(
             lambda: self._ports.store.set_draining(self._ports.ref, True), math.inf
@@ -239,6 +242,9 @@ class ReplicaApp:
         while self.session_ids():
             for session_id in self._ports.residency.session_ids():
                 await self._runs.settle(session_id)
+            if self._no_target and not len(self._runs):
+                log.info("no other replica could take its sessions: it does not wait for one")
+                return
             if self.session_ids():
                 await anyio.sleep(LOOK_PERIOD_S)
 

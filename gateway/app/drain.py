@@ -99,17 +99,27 @@ class Drains:
         left = len(await self._sessions_on(replica))
         yield fleet_pb2.DrainReplicaResponse(remaining=left, done=True)
 
+    async def give_up(self, replica_id: str) -> None:
+        """Tells a replica whose process was told to end that its sessions have nowhere to go, so
+        that it does not wait for that. Raises NotFound."""
+        replica = self._fleet.named(replica_id)
+        await self._announce(replica, draining=True, shutdown=True, no_target=True)
+
     def _state(self, replica: Replica) -> ReplicaState | None:
         """As seen now; None: another process has its name, or none."""
         now = self._fleet.snapshot.named(replica.ref.replica_id)
         return now.state if now is not None and now.ref == replica.ref else None
 
-    async def _announce(self, replica: Replica, *, draining: bool, shutdown: bool) -> None:
+    async def _announce(
+        self, replica: Replica, *, draining: bool, shutdown: bool, no_target: bool = False
+    ) -> None:
         if not await self._store.set_draining(replica.ref, draining):
             raise NotFound(f"{replica.ref} was replaced meanwhile", reason="REPLICA_NOT_FOUND")
         try:
             await self._replicas.at(replica.details.endpoint).set_draining(
-                replica_pb2.SetDrainingRequest(draining=draining, shutdown_when_empty=shutdown),
+                replica_pb2.SetDrainingRequest(
+                    draining=draining, shutdown_when_empty=shutdown, no_target=no_target
+                ),
                 self._config.times.replica_call_s,
             )
         except SessileError as error:

@@ -1,5 +1,6 @@
 """Replicas that were told to end are emptied before they do: their sessions move with their KV, and
-running turns are handed over. One gateway at a time does it, the one that leads the sweep; were it
+running turns are handed over. Where no other replica could take them they are told not to wait, as
+when a whole fleet is stopped. One gateway at a time does it, the one that leads the sweep; were it
 two for a moment, each move would still be fenced."""
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from gateway.app.drain import Drains
 from gateway.app.services import Services
 from gateway.core.errors import SessileError
 from gateway.core.machines import ReplicaState
+from gateway.core.migration import has_no_target
 from statestore.ports import StoreError
 from statestore.records import ReplicaRef
 
@@ -56,7 +58,10 @@ class Leaving:
         try:
             while self._asks(ref):
                 if self._leads():
-                    await self._drain(ref)
+                    if not self._has_no_target(ref):
+                        await self._drain(ref)
+                    if self._has_no_target(ref):
+                        await self._give_up(ref)
                 await self._clock.sleep(self._times.waiting_event_s)
         finally:
             self._watched.discard(ref)
@@ -66,7 +71,19 @@ class Leaving:
             steps = self._drains.drain(ref.replica_id, self._times.default_drain_s, shutdown=True)
             async with aclosing(steps):
                 async for step in steps:
-                    if step.done or not self._asks(ref):
+                    if step.done or not self._asks(ref) or self._has_no_target(ref):
                         return
         except (SessileError, StoreError) as error:
             log.warning("%s, which is about to end, could not be emptied: %s", ref, error)
+
+    def _has_no_target(self, ref: ReplicaRef) -> bool:
+        """As far as is known, which it is not while the store does not answer."""
+        fleet = self._fleet.snapshot
+        replica = fleet.get(ref)
+        return replica is not None and self._fleet.store_answers and has_no_target(replica, fleet)
+
+    async def _give_up(self, ref: ReplicaRef) -> None:
+        try:
+            await self._drains.give_up(ref.replica_id)
+        except (SessileError, StoreError) as error:
+            log.warning("%s could not be told to end without waiting: %s", ref, error)

@@ -13,7 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gateway.core.fleet import FleetSnapshot, Replica
-from gateway.core.machines import MIGRATION, Illegal, MigrationEvent, MigrationPhase
+from gateway.core.machines import (
+    MIGRATION,
+    Illegal,
+    MigrationEvent,
+    MigrationPhase,
+    ReplicaState,
+)
 from gateway.core.placement import (
     Decision,
     Holder,
@@ -325,6 +331,19 @@ def plan_drain(
         planned.append(PlannedMove(session.session_id, decision.replica.ref, running))
         fleet = _assume(fleet, decision, running)
     return tuple(planned)
+
+
+def has_no_target(source: Replica, fleet: FleetSnapshot) -> bool:
+    """Whether no other replica could take sessions of ``source`` now or soon: all that serve its
+    model with its tokenizer drain, or are DOWN. One that is full, late or new may yet take some."""
+    own = source.details
+    return all(
+        replica.state in (ReplicaState.DRAINING, ReplicaState.DOWN)
+        for replica in fleet.replicas
+        if replica.ref != source.ref
+        and replica.details.model == own.model
+        and replica.details.token_fingerprint == own.token_fingerprint
+    )
 
 
 def move_request(session: Session, source: ReplicaRef) -> PlacementRequest:

@@ -120,6 +120,8 @@ class World:
     timeline: Timeline
     engine: SimConfig = ENGINE
     max_resident_sessions: int = 4096
+    drain_grace_s: float = 0.0
+    """Of replicas that are told to end."""
     replicas: dict[str, SimReplica] = field(default_factory=dict)
     gateways: dict[str, SimGateway] = field(default_factory=dict)
     failures: list[BaseException] = field(default_factory=list)
@@ -191,6 +193,7 @@ class World:
             replica.name,
             turn=self.turn_limits,
             max_resident_sessions=self.max_resident_sessions,
+            drain_grace_s=self.drain_grace_s,
         )
         try:
             self._connect(replica.name)

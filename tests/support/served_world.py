@@ -144,10 +144,13 @@ def finished(answer: Answer) -> pb.TurnFinished:
 
 
 @asynccontextmanager
-async def served(*replicas: str, seed: int = 5) -> AsyncIterator[Served]:
+async def served(
+    *replicas: str, seed: int = 5, drain_grace_s: float = 0.0
+) -> AsyncIterator[Served]:
     """Replicas of these names, READY, and a gateway."""
     limits = TurnLimits(detach_grace_s=5, open_timeout_s=10)
     async with world(random.Random(seed), turn_limits=limits) as made:
+        made.drain_grace_s = drain_grace_s
         for name in replicas:
             await made.start_replica(name)
         made.start_gateway("g")

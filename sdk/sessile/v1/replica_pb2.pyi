@@ -564,19 +564,23 @@ class SetDrainingRequest(_message.Message):
 
     DRAINING_FIELD_NUMBER: _builtins.int
     SHUTDOWN_WHEN_EMPTY_FIELD_NUMBER: _builtins.int
+    NO_TARGET_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """Drain or undo."""
     shutdown_when_empty: _builtins.bool
     """End the process once no session is left."""
+    no_target: _builtins.bool
+    """No other replica could take its sessions: a process that was told to end does not wait for that."""
     def __init__(
         self,
         *,
         draining: _builtins.bool = ...,
         shutdown_when_empty: _builtins.bool = ...,
+        no_target: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "shutdown_when_empty", b"shutdown_when_empty"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "no_target", b"no_target", "shutdown_when_empty", b"shutdown_when_empty"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
