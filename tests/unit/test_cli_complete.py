@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -129,3 +130,16 @@ def test_a_gateway_that_does_not_answer_is_not_waited_for(
         assert offered("replicas", "drain", "", SESSILE_GATEWAY=target, SESSILE_TLS="1") == []
     assert time.monotonic() - began < 10
     assert capfd.readouterr().err == ""
+
+
+def test_nothing_is_said_beside_the_words_that_are_typed(
+    gateway: FakeGateway, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    far = {"SESSILE_GATEWAY": "no.such.host.invalid:1", "SESSILE_API_KEY": KEY}
+    assert offered("sessions", "show", "", **far) == []  # the client warns of the key without TLS
+    plain = {"SESSILE_GATEWAY": gateway.target, "SESSILE_TLS": "1"}
+    assert offered("sessions", "show", "", **plain) == []  # gRPC itself, of the handshake
+    assert caplog.records == []
+    assert capfd.readouterr().err == ""
+    logging.getLogger("sessile").warning("again")
+    assert caplog.messages == ["again"]
