@@ -23,6 +23,7 @@
 # SIM_ARGS    extra arguments of sim, for instance --kinds drain,migrate --json figures.json
 # NIGHTLY_ARGS only these steps of nightly, for instance faults soak
 # PYTEST_ARGS extra arguments of pytest, for instance -k ledger
+# PYTEST_JOBS files of tests that `make test` runs at once; many of them wait most of the time
 
 PYTHON ?= python3
 TORCH_ARGS ?=
@@ -34,6 +35,7 @@ SEEDS ?= 0:200
 SIM_ARGS ?=
 MINUTES ?= 10
 PYTEST_ARGS ?=
+PYTEST_JOBS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -113,7 +115,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 test: lint check-protos
-	$(BIN)/python -m pytest $(PYTEST_ARGS) </dev/null
+	$(BIN)/python -m pytest --numprocesses $(PYTEST_JOBS) --dist loadfile $(PYTEST_ARGS) </dev/null
 
 # What sglang warns of is its own.
 test-sglang: $(SGLANG_INSTALLED)
