@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,12 +70,12 @@ class World:
         return self.pages[-1]
 
     def submit(self, name: str = "g", tokens: Sequence[int] = (5, 6), **fields: Any) -> None:
-        defaults: dict[str, Any] = {"max_new_tokens": 10, "sampling": Sampling()}
-        self.it.submit(
-            GenerateRequest(
-                generation_id=name, tokens=tokens, namespace=b"n", **{**defaults, **fields}
-            )
-        )
+        defaults: dict[str, Any] = {
+            "namespace": b"n",
+            "max_new_tokens": 10,
+            "sampling": Sampling(),
+        }
+        self.it.submit(GenerateRequest(generation_id=name, tokens=tokens, **{**defaults, **fields}))
 
     def say(self, *tokens: int, of: int = -1, finish: str | None = None, error: str = "") -> None:
         """sglang answers to a request (the last one)."""
@@ -115,6 +116,19 @@ async def test_a_generation_is_asked_for_as_it_is(world: World) -> None:
     }
     assert (request.session_id, request.priority, request.salt) == ("s", 2, b"n".hex())
     assert request.trace == {"traceparent": "00-…"}
+
+
+async def test_a_place_goes_to_the_tenant_that_has_had_least(world: World) -> None:
+    world.it.info = replace(INFO, max_running=1, max_queued=9)
+    for name in ("a1", "a2", "a3"):
+        world.submit(name, namespace=b"a")
+    world.say(7)
+    world.submit("b1", namespace=b"b")
+    for finished in ("a1", "b1", "a2"):
+        assert name_of(world.asked[-1]) == finished
+        world.say(8, EOS, 7, 7)
+        world.it.cancel(finished)
+    assert name_of(world.asked[-1]) == "a3"
 
 
 async def test_chunks_of_one_turn_of_the_loop_are_one_step(world: World) -> None:

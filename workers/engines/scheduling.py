@@ -4,17 +4,22 @@ Pure bookkeeping without tensors or tasks; an engine asks :meth:`Scheduler.plan`
 it, and reports it with :meth:`Scheduler.advance` and :meth:`Scheduler.add_token` between
 :meth:`Scheduler.plan` and :meth:`Scheduler.end_step`. After the iteration-level scheduling of Orca,
 with the chunked prefill of Sarathi: every generation that decodes gets its token in every step, and
-prompts share what is left of the step's budget, oldest first.
+prompts share what is left of the step's budget.
+
+Places and prompt tokens go by priority; then to the tenant that has had least
+(:mod:`workers.engines.fair_shares`); then to the oldest. So a tenant that asks for more than its
+share makes its own turns wait. One that came when there was nobody else gives back what it has
+beyond its share; nobody is taken more, so nothing goes back and forth.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from statestore.digest import pack_tokens
+from workers.engines.fair_shares import FairShares
 from workers.engines.port import (
     EngineFinish,
     EngineInfo,
@@ -95,6 +100,7 @@ class Scheduler:
         self._queue: list[Generation] = []
         self._running: list[Generation] = []
         self._in_step: list[Work] = []
+        self._shares = FairShares()
         self._sequence = itertools.count()
 
     # -- requests -----------------------------------------------------------------------------
@@ -109,7 +115,8 @@ class Scheduler:
         rank = (-request.priority, next(self._sequence))
         generation = Generation(request, rank, list(request.tokens), submitted_at=now)
         self._by_id[request.generation_id] = generation
-        heapq.heappush(self._queue, generation)
+        self._shares.arrived(request.namespace)
+        self._queue.append(generation)
 
     def set_parked(self, generation_id: str, parked: bool) -> None:
         generation = self._by_id.get(generation_id)
@@ -147,7 +154,7 @@ class Scheduler:
             raise RuntimeError("the last step was not ended")
         failures = self._admit()
         budget = self._max_prefill_tokens
-        for generation in sorted(self._running):
+        for generation in sorted(self._running, key=self._turn):
             if generation.parked or generation not in self._running:
                 continue
             count = 1 if generation.pending == 1 else self._chunk(generation, budget)
@@ -159,8 +166,12 @@ class Scheduler:
                 continue
             if not self._grow(generation, needed):
                 continue
+            tenant = generation.request.namespace
             if generation.pending > 1:
                 budget -= count
+                self._shares.charge(tenant, prompt=count)
+            else:
+                self._shares.charge(tenant, sampled=1)
             self._in_step.append(Work(generation, generation.computed, count))
         # A later generation's growth may have preempted an earlier one of lower priority.
         self._in_step = [work for work in self._in_step if work.generation in self._running]
@@ -238,18 +249,53 @@ class Scheduler:
         end = generation.computed + budget
         return max(0, end - end % self._chunk_multiple - generation.computed)
 
+    def _turn(self, generation: Generation) -> tuple[int, int, int]:
+        """Lower first."""
+        priority, age = generation.rank
+        return priority, self._shares.served(generation.request.namespace), age
+
     def _admit(self) -> list[StepOutput]:
         failures: list[StepOutput] = []
-        while self._queue and len(self._running) < self._info.max_running:
-            generation = self._queue[0]
+        while self._queue:
+            generation = min(self._queue, key=self._turn)
             if self._pages_for(len(generation.tokens)) > self._info.capacity_pages:
                 failures.append(self._fail(generation))
-            elif not self._place(generation):
-                break
-            else:
-                heapq.heappop(self._queue)
-                self._running.append(generation)
+                continue
+            while len(self._running) >= self._info.max_running or not self._place(generation):
+                excess = self._beyond_share(generation)
+                if excess is None:
+                    return failures
+                self._preempt(excess)
+            self._queue.remove(generation)
+            self._running.append(generation)
         return failures
+
+    def _beyond_share(self, newcomer: Generation) -> Generation | None:
+        """One that has to give way, as its tenant has its share of the engine without it and the
+        newcomer's has not: the youngest of the tenant that has most."""
+        tenants = self._by_tenant(self._running)
+        own = tenants.pop(newcomer.request.namespace, [])
+        equal = 1 / len(self._shares)
+        if not tenants or self._share_of([*own, newcomer]) > equal:
+            return None
+        most = max(tenants.values(), key=self._share_of)
+        excess = max(most)
+        rest = [generation for generation in most if generation is not excess]
+        if excess.request.priority > newcomer.request.priority or self._share_of(rest) < equal:
+            return None
+        return excess
+
+    def _share_of(self, generations: Sequence[Generation]) -> float:
+        """Of the places or of the pages, whichever is more (as in dominant resource fairness).
+        Pages that several share count for each."""
+        pages = sum(max(len(g.pages), self._pages_for(len(g.tokens))) for g in generations)
+        return max(len(generations) / self._info.max_running, pages / self._info.capacity_pages)
+
+    def _by_tenant(self, generations: Iterable[Generation]) -> dict[bytes, list[Generation]]:
+        found: dict[bytes, list[Generation]] = {}
+        for generation in generations:
+            found.setdefault(generation.request.namespace, []).append(generation)
+        return found
 
     def _place(self, generation: Generation) -> bool:
         """Takes the resident prefix and open pages for the rest of the context. The last token is
@@ -285,11 +331,19 @@ class Scheduler:
             try:
                 generation.pages += self._cache.allocate(wanted, generation.pages[-1])
             except PagesExhausted:
-                victim = max(self._running)
+                victim = self._least_due()
                 self._preempt(victim)
                 if victim is generation:
                     return False
         return True
+
+    def _least_due(self) -> Generation:
+        """Who gives its pages to one that grows: of the lowest priority, of the tenant that has
+        most of them, the youngest."""
+        lowest = min(generation.request.priority for generation in self._running)
+        low = (g for g in self._running if g.request.priority == lowest)
+        most = max(self._by_tenant(low).values(), key=self._share_of)
+        return max(most)
 
     def _pages_ahead(self, generation: Generation) -> int:
         """Pages to take at once while there are plenty, so that more of them are neighbours."""
@@ -305,7 +359,7 @@ class Scheduler:
         self._free(generation)
         generation.computed = generation.sealed = 0
         generation.state = None
-        heapq.heappush(self._queue, generation)
+        self._queue.append(generation)
 
     def _fail(self, generation: Generation) -> StepOutput:
         self._end(generation)
@@ -319,11 +373,11 @@ class Scheduler:
     def _end(self, generation: Generation) -> None:
         generation.ended = True
         del self._by_id[generation.request.generation_id]
+        self._shares.left(generation.request.namespace)
         if generation in self._running:
             self._running.remove(generation)
         else:
             self._queue.remove(generation)
-            heapq.heapify(self._queue)
         if all(work.generation is not generation for work in self._in_step):
             self._free(generation)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from workers.engines.fair_shares import FairShares
 from workers.engines.port import (
     EngineFailed,
     EngineFinish,
@@ -142,6 +143,7 @@ class Generations:
         self._all: dict[str, _Generation] = {}
         self._by_rid: dict[str, _Generation] = {}
         self._queue: list[_Generation] = []
+        self._shares = FairShares()
         self._due: dict[str, StepOutput] = {}
         self._delivery_due = False
         self._rids = 0
@@ -192,8 +194,8 @@ class Generations:
         limit = min(request.max_new_tokens, info.max_context_tokens - len(tokens))
         generation = _Generation(request, self._context(request.namespace, tokens), limit)
         self._all[request.generation_id] = generation
+        self._shares.arrived(request.namespace)
         self._queue.append(generation)
-        self._queue.sort(key=lambda queued: -queued.request.priority)  # stable: first come first
         self._pump()
 
     def park(self, generation_id: str) -> None:
@@ -279,10 +281,15 @@ class Generations:
     # -- requests -----------------------------------------------------------------------------
 
     def _pump(self) -> None:
-        """Gives sglang what it has places for."""
+        """Gives sglang what it has places for: by priority, then to the tenant that has had least,
+        then first come first."""
         running = self.running
         while self._queue and running < self.info.max_running:
-            generation = self._queue.pop(0)
+            generation = min(
+                self._queue,
+                key=lambda it: (-it.request.priority, self._shares.served(it.request.namespace)),
+            )
+            self._queue.remove(generation)
             generation.started = True
             running += 1
             if not generation.parked:
@@ -337,7 +344,8 @@ class Generations:
             generation.rid = ""
 
     def _forget(self, generation: _Generation) -> None:
-        self._all.pop(generation.request.generation_id, None)
+        if self._all.pop(generation.request.generation_id, None) is not None:
+            self._shares.left(generation.request.namespace)
         if generation in self._queue:
             self._queue.remove(generation)
         self._pump()
@@ -364,8 +372,11 @@ class Generations:
 
     def _measure(self, generation: _Generation, chunk: Chunk) -> None:
         """Rates: of a request's first chunk its prefill, of others their step."""
+        tenant = generation.request.namespace
+        self._shares.charge(tenant, sampled=len(chunk.tokens))
         if generation.input_tokens:
             computed = generation.input_tokens - chunk.cached_tokens
+            self._shares.charge(tenant, prompt=max(0, computed))
             self.rates.record(computed, False, chunk.seconds)
             generation.input_tokens = 0
         elif chunk.tokens:
