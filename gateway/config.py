@@ -29,12 +29,15 @@ class Admission:
     """Unary calls at once."""
     share_per_tenant: float = 0.25
     """Of each of these three, how much one tenant may have (one at least)."""
+    max_open_calls: int = 128
+    """Calls of the services that need no credentials (health, reflection) at once; one peer's
+    address has the same share of them."""
     retry_after_ms: int = 500
     """Retry delay told to callers that were refused."""
     max_connections: int = 4096
     """Over it a new connection is closed unheard."""
     spare_calls: int = 256
-    """Calls beyond the first three bounds that are heard, to be refused with a retry delay; gRPC
+    """Calls beyond these four bounds that are heard, to be refused with a retry delay; gRPC
     refuses the rest itself, without one."""
     max_message_bytes: int = 16 << 20
     """One message in either direction."""
@@ -49,7 +52,8 @@ class Admission:
     @property
     def max_rpcs(self) -> int:
         """Calls of all kinds that the transport takes at once."""
-        return self.max_streams + self.max_watches + self.max_calls + self.spare_calls
+        bounded = self.max_streams + self.max_watches + self.max_calls + self.max_open_calls
+        return bounded + self.spare_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ class Times:
     """A ping unanswered for this long ends its connection: the peer hangs or has vanished."""
     handshake_s: float = 5.0
     """A connection that has not said by then that it speaks HTTP/2 is closed."""
+    request_s: float = 30.0
+    """A call whose request has not come whole by then is refused."""
     idle_connection_s: float = 300.0
     """A connection without a call for this long is closed; clients connect again when they need
     one. A silent stream is a call. Their age has no limit: it would cut long streams."""

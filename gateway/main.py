@@ -8,11 +8,12 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from typing import Any, cast
 
 import anyio
 from anyio.abc import TaskStatus
 from grpc import aio
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from gateway.app.admission import Gate
 from gateway.app.gateway import GatewayApp
@@ -22,6 +23,7 @@ from gateway.rpc.auth import Authenticator, authenticator_of
 from gateway.rpc.health import Health
 from gateway.rpc.late import LateServices
 from gateway.rpc.replica_client import GrpcReplicaClients
+from gateway.rpc.requests import OpenServices
 from gateway.rpc.services import (
     FLEET_SERVICE,
     SESSION_SERVICE,
@@ -103,7 +105,7 @@ async def serve(
         services = LateServices("this gateway waits for its store")
         server, port = _server(config)
         health = Health(SESSION_SERVICE, FLEET_SERVICE)
-        await health.add_to(server)
+        await _add_open_services(server, config, health)
         server.add_generic_rpc_handlers((services,))
         await server.start()
         stack.push_async_callback(_stop_now, server)
@@ -177,9 +179,6 @@ def _server(config: GatewayConfig) -> tuple[aio.Server, int]:
             *config.times.keepalive_options(),
         ],
     )
-    if config.reflection:
-        names = (SESSION_SERVICE, FLEET_SERVICE, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
     try:
         if config.security.tls is None:
             return server, server.add_insecure_port(config.listen)
@@ -190,6 +189,23 @@ def _server(config: GatewayConfig) -> tuple[aio.Server, int]:
         return server, server.add_secure_port(config.listen, credentials)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {config.listen}: {error}") from error
+
+
+async def _add_open_services(server: aio.Server, config: GatewayConfig, health: Health) -> None:
+    """What needs no credentials."""
+    admission = config.admission
+    gate = Gate(
+        "max_open_calls",
+        admission.max_open_calls,
+        admission.retry_after_ms,
+        admission.share_per_tenant,
+    )
+    bounded = OpenServices(server, gate, config.times.request_s)
+    await health.add_to(bounded)
+    if config.reflection:
+        names = (SESSION_SERVICE, FLEET_SERVICE, reflection.SERVICE_NAME)
+        servicer = reflection.aio.ReflectionServicer(names)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, cast(Any, bounded))
 
 
 def _serving(config: GatewayConfig, app: GatewayApp, authenticator: Authenticator) -> Serving:
@@ -203,6 +219,8 @@ def _serving(config: GatewayConfig, app: GatewayApp, authenticator: Authenticato
         watches=Gate("max_watches", admission.max_watches, *shared),
         metrics=app.metrics,
         audit=audit,
+        requests=Gate("max_rpcs", admission.max_rpcs, *shared),
+        request_s=config.times.request_s,
     )
 
 

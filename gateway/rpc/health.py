@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import anyio
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
+
+from gateway.rpc.requests import OpenServices
 
 LIVENESS = "liveness"
 """SERVING for as long as the process answers; all other names are about readiness."""
@@ -24,9 +27,9 @@ class Health:
         self._service = health.HealthServicer()
         self._told: bool | None = None
 
-    async def add_to(self, server: aio.Server) -> None:
+    async def add_to(self, server: aio.Server | OpenServices) -> None:
         """It lives, and is not ready."""
-        health_pb2_grpc.add_HealthServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._service, cast(Any, server))
         await self._service.set(LIVENESS, _SERVING)
         await self.tell(ready=False)
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import Message
-from grpc import aio
 from sessile.v1 import fleet_pb2, session_pb2
 
 from gateway.app.admission import Gate
 from gateway.core.errors import DeadlineExceeded, InternalError, SessileError, Unavailable
 from gateway.rpc.auth import Authenticator
 from gateway.rpc.open_streams import OpenStreams
+from gateway.rpc.requests import Context, read_request
 from gateway.rpc.status import abort, parsed
 from gateway.security.access import Access, Caller, permit
 from gateway.security.audit import Action, AuditLog
@@ -32,7 +32,10 @@ _RPC_OF: dict[str, str] = {
     for method in service.methods
 }
 
-Context = aio.ServicerContext[Any, Any]
+M = TypeVar("M", bound=Message)
+REQUEST_S = 30.0
+"""For a request to come after its call has begun."""
+
 Unary = Callable[[str, Any], Awaitable[Message]]
 """(tenant, request) -> response"""
 Streaming = Callable[[str, Any], AsyncGenerator[Message, None]]
@@ -63,13 +66,20 @@ class Serving:
         watches: Gate,
         metrics: GatewayMetrics | None = None,
         audit: AuditLog | None = None,
+        *,
+        requests: Gate | None = None,
+        request_s: float = REQUEST_S,
     ) -> None:
+        """``requests`` bounds the calls whose request has not come yet and that count as nothing
+        else until it has; it comes within ``request_s``."""
         self._authenticator = authenticator
         self._calls = calls
         self._watches = watches
         self._metrics = metrics or GatewayMetrics()
         self._audit = audit or AuditLog()
         self._streams = OpenStreams(authenticator)
+        self._requests = requests or Gate("max_rpcs", 1 << 16, 500)
+        self._request_s = request_s
 
     async def run(self) -> None:
         """Until cancelled: ends streams whose callers' credentials were revoked."""
@@ -78,17 +88,17 @@ class Serving:
     def unary(self, call: Unary, request: type[Message]) -> Any:
         """One request, one response."""
 
-        async def handler(data: bytes, context: Context) -> Message:
+        async def handler(_: object, context: Context) -> Message:
             try:
                 caller, access = await self._caller(_metadata(context), context, request)
                 with self._calls.entered(caller.tenant):
-                    message = parsed(request, data)
+                    message = await self._request(context, request)
                     with self._recorded(caller, access, message, context):
                         return await call(caller.tenant, message)
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await self._fail(context, error)
 
-        return grpc.unary_unary_rpc_method_handler(
+        return grpc.stream_unary_rpc_method_handler(
             handler, None, lambda answer: answer.SerializeToString()
         )
 
@@ -97,12 +107,12 @@ class Serving:
 
         # Not as a generator, which gRPC leaves suspended when a call ends early: the stream and its
         # scopes end here, in the task that they began in.
-        async def handler(data: bytes, context: Context) -> None:
+        async def handler(_: object, context: Context) -> None:
             try:
                 metadata = _metadata(context)
                 caller, access = await self._caller(metadata, context, request)
                 with self._watches.entered(caller.tenant):
-                    message = parsed(request, data)
+                    message = await self._request(context, request)
                     with (
                         self._recorded(caller, access, message, context),
                         self._streams.entered(caller, metadata),
@@ -113,16 +123,17 @@ class Serving:
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await self._fail(context, error)
 
-        return grpc.unary_stream_rpc_method_handler(handler, None, None)
+        return grpc.stream_stream_rpc_method_handler(handler, None, None)
 
     def relayed(self, call: Relayed, request: type[Message]) -> Any:
         """One request, a stream of responses that are serialised already."""
 
-        async def handler(data: bytes, context: Context) -> None:
+        async def handler(_: object, context: Context) -> None:
             try:
                 metadata = _metadata(context)
                 caller, access = await self._caller(metadata, context, request)
-                message = parsed(request, data)
+                with self._requests.entered(caller.tenant):
+                    message = await self._request(context, request)
                 with (
                     self._recorded(caller, access, message, context),
                     self._streams.entered(caller, metadata),
@@ -131,7 +142,10 @@ class Serving:
             except Exception as error:  # noqa: BLE001 - every failure gets a status
                 await self._fail(context, error)
 
-        return grpc.unary_stream_rpc_method_handler(handler, None, None)
+        return grpc.stream_stream_rpc_method_handler(handler, None, None)
+
+    async def _request(self, context: Context, kind: type[M]) -> M:
+        return parsed(kind, await read_request(context, self._request_s))
 
     async def _caller(
         self, metadata: Mapping[str, str], context: Context, request: type[Message]

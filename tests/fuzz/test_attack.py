@@ -37,6 +37,10 @@ from tests.support.servers import running_server, valkey_binary
 ROOT = Path(__file__).parents[2]
 TURNS = 6
 TOKENS = 16
+SLOWER = 3
+"""At most so many times as long a turn may take: two tenants have half each, and their clients and
+the servers share one machine. What queues alone cost is in ``tests/unit/test_fair_turns.py``."""
+NOISE_MS = 100.0
 ATTACK_S = 60.0
 """No attack lasts longer."""
 
@@ -176,8 +180,9 @@ async def under(address: str, attack: Attack) -> tuple[Refusals, list[float], li
 
 
 def check(address: str, attack: Attack) -> Refusals:
-    refusals, _, storm = anyio.run(under, address, attack)
+    refusals, calm, storm = anyio.run(under, address, attack)
     assert len(storm) == TURNS
+    assert statistics.median(storm) <= SLOWER * statistics.median(calm) + NOISE_MS
     return refusals
 
 
@@ -300,6 +305,42 @@ async def tokens(mallory: Tenant, refusals: Refusals, raging: anyio.Event) -> No
         assert ended * 200 < 2 * 2_000, "it got more than its quota"
 
 
+UNSENT = (
+    "sessile.v1.SessionService/RunTurn",
+    "sessile.v1.SessionService/GetSession",
+    "sessile.v1.SessionService/WatchSession",
+    "sessile.v1.FleetService/WatchFleet",
+    "grpc.health.v1.Health/Check",
+    "grpc.health.v1.Health/Watch",
+    "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
+
+
+async def unsent(mallory: Tenant, refusals: Refusals, raging: anyio.Event) -> None:
+    """Calls of every kind that send no request, more than the gateway takes at once."""
+    begun = 0
+
+    async def hold(path: str) -> None:
+        nonlocal begun
+        call: Any = mallory.channel.stream_stream(f"/{path}")(metadata=mallory.metadata)
+        begun += 1
+        try:
+            await call.read()
+        except aio.AioRpcError as error:
+            refusals.note(error)
+        finally:
+            call.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        for index in range(2 * ADMISSION.max_rpcs):
+            tasks.start_soon(hold, UNSENT[index % len(UNSENT)])
+            if index % 50 == 0:
+                await anyio.sleep(0.02)  # both tenants' clients share this process
+        while not refusals.refused:  # noqa: ASYNC110
+            await anyio.sleep(0.05)
+        raging.set()
+
+
 CONNECTIONS = 400
 
 
@@ -373,6 +414,10 @@ def test_a_tenant_that_eats_its_tokens_is_refused_and_others_turns_go_on(address
     assert refusals.codes["tokens_per_minute"]
     assert refusals.codes["running_turns"]
     assert refusals.without_delay == 0
+
+
+def test_calls_that_send_no_request_leave_turns_going_on(address: str) -> None:
+    assert check(address, unsent).refused
 
 
 def test_idle_connections_are_bounded(address: str) -> None:

@@ -56,6 +56,10 @@ class Context:
     answer: Answer
     metadata: Sequence[tuple[str, str]]
     time_s: float
+    request: bytes = b""
+
+    async def read(self) -> bytes:
+        return self.request
 
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
         return self.metadata
@@ -117,7 +121,7 @@ class Wire:
         handler: Any = next(filter(None, (h.service(details) for h in self._handlers)))
         answer = Answer()
         assert handler.request_deserializer is None
-        context = Context(answer, metadata, time_s)
+        context = Context(answer, metadata, time_s, request)
         with anyio.move_on_after(patience_s) as scope:
             try:
                 await self._run(handler, request, context)
@@ -129,11 +133,12 @@ class Wire:
         return answer
 
     async def _run(self, handler: Any, message: bytes, context: Context) -> None:
-        if handler.unary_unary is not None:
-            response = await handler.unary_unary(message, context)
+        # Those that read for themselves are given no request.
+        if (unary := handler.unary_unary or handler.stream_unary) is not None:
+            response = await unary(message, context)
             context.answer.responses.append(handler.response_serializer(response))
             return
-        result = handler.unary_stream(message, context)
+        result = (handler.unary_stream or handler.stream_stream)(message, context)
         if inspect.isasyncgen(result):
             try:
                 async for response in result:

@@ -471,6 +471,9 @@ class Call:
         del message
         self.heard.set()
 
+    async def read(self) -> bytes:
+        return b""
+
     def invocation_metadata(self) -> tuple[()]:
         return ()
 
@@ -496,7 +499,7 @@ async def test_one_watch_too_many_is_told_to_come_back_later() -> None:
             yield request
             await anyio.sleep(1)
 
-    watch = serving.streaming(endless, fleet_pb2.WatchFleetRequest).unary_stream
+    watch = serving.streaming(endless, fleet_pb2.WatchFleetRequest).stream_stream
     async with anyio.create_task_group() as tasks:
 
         async def opened() -> anyio.CancelScope:
