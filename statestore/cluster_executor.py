@@ -12,6 +12,7 @@ from redis.asyncio import RedisCluster
 from redis.asyncio.cluster import ClusterNode
 
 from statestore import keys
+from statestore.eviction import EvictionWatch
 from statestore.executor import Reply, ScriptCall
 from statestore.ports import StoreError, StoreUnavailable
 from statestore.redis_failures import (
@@ -49,6 +50,7 @@ class ClusterExecutor:
     def __init__(self, client: RedisCluster, wait: ReplicaWait = NO_REPLICAS) -> None:
         self._client = client
         self._wait = wait
+        self._eviction = EvictionWatch()
         self._topology_doubtful = False
         self._fences: dict[str, str] = {}
         """Node -> a key in one of its slots."""
@@ -128,6 +130,7 @@ class ClusterExecutor:
         pipeline: Any = self._client.pipeline()
         before = ("ASKING",) if hop.asking else ()
         add_calls(pipeline, calls, *before, load=hop.load, target_nodes=hop.node)
+        looks = self._eviction.add(pipeline, hop.node.name, target_nodes=hop.node)
         if self._wait.replicas:
             fence = self._fence(hop, calls[0].keys[0])
             self._wait.add(pipeline, fence, *before, target_nodes=hop.node)
@@ -142,6 +145,8 @@ class ClusterExecutor:
             # Others may know who took the node's place: they are asked before it.
             self._client.nodes_manager.move_node_to_end_of_cached_nodes(hop.node.name)
             return [failure(lost)] * len(calls)
+        if looks:
+            self._eviction.look(replies[stride * len(calls) :], hop.node.name)
         redirected = {i: reply for i, reply in enumerate(own) if isinstance(reply, errors.AskError)}
         results: list[Any] = self._wait.settled(meanings(calls, own), replies)
         for i, reply in redirected.items():

@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from statestore import keys
 from statestore.cluster_executor import ClusterExecutor
 from statestore.connection import StoreConnection, parse_address, redacted
+from statestore.eviction import EvictionWatch
 from statestore.executor import Reply, ScriptCall, ScriptExecutor
 from statestore.ports import StoreError, StoreMisconfigured, StoreUnavailable
 from statestore.redis_clients import check_files, cluster_client, sentinel_client, server_client
@@ -49,6 +50,7 @@ class ServerExecutor:
         self._client = client
         self._sentinels = sentinels
         self._wait = wait
+        self._eviction = EvictionWatch()
 
     async def execute(
         self, calls: Sequence[ScriptCall], timeout_s: float
@@ -66,11 +68,14 @@ class ServerExecutor:
     async def _run(self, calls: Sequence[ScriptCall], *, load: bool) -> list[Reply | StoreError]:
         pipeline: Any = self._client.pipeline(transaction=False)
         add_calls(pipeline, calls, load=load)
+        looks = self._eviction.add(pipeline)
         self._wait.add(pipeline, _FENCE)
         try:
             replies = await pipeline.execute(raise_on_error=False)
         except (*FAILURES, StoreError) as error:
             return [failure(error)] * len(calls)
+        if looks:
+            self._eviction.look(replies[len(calls) :])
         return self._wait.settled(meanings(calls, replies[: len(calls)]), replies)
 
     async def check(self) -> None:

@@ -104,6 +104,11 @@ def check_info(info: dict[str, Any]) -> None:
         raise StoreMisconfigured(
             "this is a Sentinel, no store: its URL is redis+sentinel://host:port/service"
         )
+    check_policy(info)
+
+
+def check_policy(info: dict[str, Any]) -> None:
+    """Refuses a server that may evict keys."""
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         raise StoreMisconfigured(

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
+import anyio
 import pytest
 
+from statestore import eviction
 from statestore.connection import StoreConnection
 from statestore.executor import Script, ScriptCall
 from statestore.ports import StoreUnavailable
 from statestore.redis_executor import connect
-from tests.support.servers import free_port, redis_binary, valkey_binary
+from tests.support.servers import free_port, redis_binary, valkey_binary, wait_for
 from tests.support.store_servers import (
     Certificates,
     StoreServer,
@@ -54,6 +56,18 @@ async def test_a_server_runs_every_script(binary: Callable[[], str]) -> None:
 async def test_a_cluster_runs_every_script(binary: Callable[[], str]) -> None:
     with running_nodes(binary()) as nodes:
         await visit(url_of(nodes))
+
+
+@BINARIES
+async def test_the_primary_behind_a_sentinel_runs_every_script(binary: Callable[[], str]) -> None:
+    with (
+        StoreServer(binary()) as primary,
+        replica_of(primary),
+        sentinel_of(primary) as sentinel,
+    ):
+        in_sync(primary, 1)
+        url = f"redis+sentinel://127.0.0.1:{sentinel.port}/main"
+        await visit(url, StoreConnection(wait_replicas=1))
 
 
 async def test_a_server_runs_every_script_with_tls_on_both_sides(
@@ -105,3 +119,53 @@ async def test_a_cluster_waits_for_the_replica_of_each_node() -> None:
         for node in nodes:
             in_sync(node, 1)
         await visit(url_of(nodes), StoreConnection(wait_replicas=1))
+
+
+def said_of_eviction(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "may be lost" in r.getMessage()]
+
+
+async def test_a_policy_that_comes_to_evict_is_noticed_on_each_server(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changed while the process runs, and with a replica that is promoted."""
+    monkeypatch.setattr(eviction, "LOOK_INTERVAL_S", 0.0)
+    calls = [ScriptCall(Script("one", "return 1"), (f"k{i}",), ()) for i in range(9)]
+    with running_nodes(valkey_binary()) as nodes:
+        executor = await connect(url_of(nodes))
+        assert await executor.execute(calls, 5) == [1] * 9
+        assert said_of_eviction(caplog) == []
+        with nodes[1].raw as client:
+            client.config_set("maxmemory-policy", "allkeys-lru")
+        assert await executor.execute(calls, 5) == [1] * 9
+        (told,) = said_of_eviction(caplog)
+        assert "allkeys-lru" in told
+        assert "noeviction" in told
+        assert str(nodes[1].port) in told
+        await executor.aclose()
+
+
+async def test_a_promoted_replica_that_may_evict_is_noticed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eviction, "LOOK_INTERVAL_S", 0.0)
+    calls = [ScriptCall(Script("one", "return 1"), ("k",), ())]
+    with (
+        StoreServer(redis_binary()) as primary,
+        replica_of(primary, "--maxmemory-policy", "volatile-lru"),
+        sentinel_of(primary) as sentinel,
+    ):
+        in_sync(primary, 1)
+        with sentinel.raw as client:
+            wait_for(lambda: len(client.execute_command("SENTINEL REPLICAS", "main")) == 1)
+        executor = await connect(
+            f"redis+sentinel://127.0.0.1:{sentinel.port}/main", StoreConnection(wait_replicas=0)
+        )
+        assert await executor.execute(calls, 5) == [1]
+        assert said_of_eviction(caplog) == []
+        primary.kill()
+        with anyio.fail_after(30):
+            while await executor.execute(calls, 5) != [1]:
+                pass
+        assert "volatile-lru" in said_of_eviction(caplog)[0]
+        await executor.aclose()

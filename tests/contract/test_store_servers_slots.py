@@ -17,7 +17,7 @@ from statestore.redis_store import RedisStore
 from statestore.script_runner import RetryPolicy
 from tests.support.owners import Owner, check_whole, new_session
 from tests.support.servers import redis_binary, valkey_binary
-from tests.support.store_servers import StoreServer, cluster_url, running_nodes
+from tests.support.store_servers import StoreServer, cluster_url, running_nodes, valkey8_binary
 
 pytestmark = pytest.mark.anyio
 
@@ -25,7 +25,9 @@ SESSIONS = [f"ses_{i}" for i in range(12)]
 """On all three nodes."""
 
 
-@pytest.fixture(params=[redis_binary, valkey_binary], ids=["redis7", "valkey9"])
+@pytest.fixture(
+    params=[redis_binary, valkey8_binary, valkey_binary], ids=["redis7", "valkey8", "valkey9"]
+)
 def nodes(request: pytest.FixtureRequest) -> Iterator[list[StoreServer]]:
     with running_nodes(request.param()) as servers:
         yield servers
@@ -87,6 +89,7 @@ async def test_slots_move_under_load(nodes: list[StoreServer]) -> None:
     owners = [await Owner.of(store, session_id) for session_id in SESSIONS]
     for owner in owners:
         await owner.begun()
+    assert all(_has_sessions(node) for node in nodes)
     done = anyio.Event()
 
     async def write() -> None:
@@ -147,6 +150,11 @@ async def test_a_slot_that_takes_long_to_move_stops_no_session_in_it(
         assert await owner.write(40) == Appended(owner.head)
         await check_whole(store, owner)
     await executor.aclose()
+
+
+def _has_sessions(node: StoreServer) -> bool:
+    with node.raw as client:
+        return bool(client.keys("*:s:ses_*"))
 
 
 def _of_one_slot(count: int) -> list[str]:
