@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import tomllib
@@ -229,10 +230,14 @@ class _Builder:
             return self._note(path, given, f"must be {wanted}, not a group of settings")
         self.origins[path] = given.origin
         try:
-            return _converted(given, node.kind)
+            value = _converted(given, node.kind)
         except msgspec.ValidationError:
             shown = MASK if node.secret else _shown(given)
             return self._note(path, given, f"must be {wanted}, not {shown}")
+        if isinstance(value, float) and not math.isfinite(value):
+            # No comparison refuses nan, and nothing that waits so long ever ends.
+            return self._note(path, given, f"must be {wanted} that is finite, not {value}")
+        return value
 
     def _unknown(self, node: Group, name: str, given: Given | Tree, path: tuple[str, ...]) -> Any:
         proposal = _proposal(name, node.members, path) or _elsewhere(name)
