@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +138,27 @@ def test_every_server_starts_with_a_command_that_exists(
 def test_the_image_runs_the_command_line_without_root() -> None:
     lines = (ROOT / "deploy/Dockerfile").read_text().splitlines()
     instructions = [line.split(maxsplit=1) for line in lines if re.match(r"[A-Z]+ ", line)]
-    assert ["USER", "sessile"] in instructions
+    assert ["USER", "10001"] in instructions
     assert ["ENTRYPOINT", '["sessile"]'] in instructions
     sources = {argument.split()[0] for word, argument in instructions if word == "COPY"}
     for source in sources - {"--from=build"}:
         assert (ROOT / source).exists(), source
+
+
+def linted(dockerfile: Path) -> subprocess.CompletedProcess[str]:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    assert hadolint.exists(), "this environment is old: run make install"
+    command = [str(hadolint), "--no-color", str(dockerfile)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the linter's wheels are for x86-64")
+def test_the_linter_of_dockerfiles_has_nothing_to_say(tmp_path: Path) -> None:
+    found = linted(ROOT / "deploy/Dockerfile")
+    assert (found.returncode, found.stdout) == (0, ""), found.stdout + found.stderr
+    careless = tmp_path / "Dockerfile"
+    careless.write_text("FROM python\nRUN cd /tmp && apt-get install curl\nUSER root\n")
+    found = linted(careless)
+    assert found.returncode == 1
+    for rule in ("DL3002", "DL3006", "DL3008", "DL3015"):  # root, tag, version, recommends
+        assert rule in found.stdout
