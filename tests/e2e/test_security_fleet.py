@@ -6,12 +6,17 @@ import json
 import logging
 import socket
 import ssl
+import time
 from pathlib import Path
+from typing import Any
 
 import anyio
 import grpc
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from grpc import aio
+from jwt.algorithms import OKPAlgorithm
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -29,7 +34,7 @@ from sessile.v1 import replica_pb2, replica_pb2_grpc
 
 from gateway.config import GatewayConfig
 from gateway.main import open_store
-from gateway.security.config import TlsConfig
+from gateway.security.config import JwtConfig, TlsConfig
 from gateway.telemetry.setup import Telemetry
 from statestore.connection import StoreConnection
 from statestore.ports import StoreError
@@ -40,6 +45,28 @@ pytestmark = pytest.mark.anyio
 ONCE = RetryPolicy(max_attempts=1)
 TURN_TOKENS = 3000
 """Of turns that last for some seconds."""
+
+
+class Issuer:
+    """Signs tokens, and publishes its key."""
+
+    def __init__(self, path: Path) -> None:
+        self._key = ed25519.Ed25519PrivateKey.generate()
+        public = json.loads(OKPAlgorithm.to_jwk(self._key.public_key()))
+        path.write_text(json.dumps({"keys": [{**public, "alg": "EdDSA", "use": "sig"}]}))
+        self.config = JwtConfig(path, "https://id.example.com", "sessile")
+
+    def token(self, key: Any = None, **more: Any) -> str:
+        claims = {
+            "iss": self.config.issuer,
+            "aud": self.config.audience,
+            "exp": int(time.time()) + 600,
+            "tenant": "acme",
+        }
+        return jwt.encode({**claims, **more}, key or self._key, algorithm="EdDSA")
+
+    def forged(self) -> str:
+        return self.token(ed25519.Ed25519PrivateKey.generate())
 
 
 def lines(file: Path) -> list[dict[str, object]]:
@@ -257,16 +284,21 @@ async def test_no_secret_is_logged_traced_or_told(
     tracers = TracerProvider()
     tracers.add_span_processor(SimpleSpanProcessor(spans))
     async with secured_fleet(tmp_path, "r1", telemetry=Telemetry(tracers)) as fleet:
+        issuer = Issuer(tmp_path / "jwks.json")
+        await fleet.start_gateway(jwt=issuer.config)
         wrong = fleet.keys["agent"][:-4] + "AAAA"
-        for secret in (*fleet.keys.values(), wrong, "not a key at all"):
+        keys = (*fleet.keys.values(), wrong, "not a key at all")
+        tokens = (issuer.token(), issuer.token(exp=1), issuer.token(aud="others"), issuer.forged())
+        shown = [{"api_key": key} for key in keys] + [{"token": token} for token in tokens]
+        for credentials in shown:
             for tenant in (None, "acme", "glob ex"):
                 try:
                     async with Sessile(
                         fleet.address,
                         tls=fleet.authority.certificate,
-                        api_key=secret,
                         tenant=tenant,
                         retry=ONCE,
+                        **credentials,  # type: ignore[arg-type]
                     ) as client:
                         session = await client.open()
                         await session.run("Hello", max_tokens=4).result()
@@ -277,7 +309,9 @@ async def test_no_secret_is_logged_traced_or_told(
         kept = fleet.key_file.read_text()
         hashes = [line.split('"')[1] for line in kept.splitlines() if line.startswith("sha256")]
     assert len(told) > 5
+    assert any("token is not accepted: it has expired" in text for text in told)
     secrets = [secret.split("-", 2)[2] for secret in (*fleet.keys.values(), wrong)]
+    secrets += [part for token in tokens for part in token.split(".")[1:]]
     key_pem = (tmp_path / "pki" / "gateway.key").read_text().splitlines()[1]
     records = [f"{r.getMessage()} {r.__dict__}" for r in caplog.records]
     traced = [span.to_json() for span in spans.get_finished_spans()]
