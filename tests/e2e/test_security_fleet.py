@@ -7,6 +7,7 @@ import logging
 import socket
 import ssl
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from tests.support.secured_fleet import SecuredFleet, secured_fleet
 
 pytestmark = pytest.mark.anyio
 ONCE = RetryPolicy(max_attempts=1)
-TURN_TOKENS = 3000
+TURN_TOKENS = 2000
 """Of turns that last for some seconds."""
 
 
@@ -187,6 +188,31 @@ async def test_a_turn_outlives_the_key_that_began_it(tmp_path: Path) -> None:
         assert [result.reconnects for result in results] == [0, 0, 0]
         assert {result.usage.output_tokens for result in results} == {TURN_TOKENS}
         assert turn.text + results[0].text == whole.text
+
+
+async def test_a_turn_outlives_the_tokens_that_it_is_read_with(tmp_path: Path) -> None:
+    issuer = Issuer(tmp_path / "jwks.json")
+    given: list[int] = []
+
+    def token() -> str:
+        given.append(int(time.time()) + 2)
+        return issuer.token(exp=given[-1])
+
+    async with secured_fleet(tmp_path, "r1") as fleet:
+        await fleet.start_gateway(jwt=replace(issuer.config, leeway_s=0.0))
+        ca = fleet.authority.certificate
+        async with Sessile(fleet.address, tls=ca, token=token()) as fixed:
+            session = await fixed.open()
+            with pytest.raises(Unauthenticated, match="expired") as ended:
+                await session.run("Hello", turn_id="t", max_tokens=3 * TURN_TOKENS).result()
+            assert ended.value.reason == "CREDENTIALS_ENDED"
+            assert given[0] <= time.time() < given[0] + 2
+        async with Sessile(fleet.address, tls=ca, token=token) as renewing:
+            session = renewing.session(session.session_id)
+            await session.cancel("t")  # which has gone on without its reader
+            result = await session.run("More", max_tokens=2 * TURN_TOKENS).result()
+    assert result.usage.output_tokens == 2 * TURN_TOKENS
+    assert result.reconnects >= 1
 
 
 async def _opened(client: Sessile) -> Session:

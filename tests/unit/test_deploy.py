@@ -63,6 +63,9 @@ def test_the_fleet_is_complete(compose: dict[str, Any]) -> None:
         for source in (volume.split(":")[0] for volume in service.get("volumes", ())):
             assert (ROOT / source).exists() if source.startswith(".") else source in named
         assert set(service.get("depends_on", ())) <= set(compose["services"])
+    for name in (name for name in SERVERS if name.startswith("worker")):
+        needed = compose["services"][name]["depends_on"]
+        assert {"redis", "gateway-1", "gateway-2"} == set(needed), "workers are stopped first"
 
 
 def test_the_file_is_a_compose_file(compose: dict[str, Any]) -> None:
