@@ -8,7 +8,7 @@ import ssl
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Thread
+from threading import BoundedSemaphore, Thread
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 READ_TIMEOUT_S = 10.0
 """A connection that says nothing for so long is closed: each has a thread."""
+MAX_CONNECTIONS = 16
+"""At once, a thread each; one more is closed unheard."""
 STOP_TIMEOUT_S = 3.0
 
 
@@ -28,6 +30,8 @@ def serving(
 ) -> Iterator[int]:
     """Serves until the block is left; gives the port. ``tls`` is asked for the context of each
     connection, so that certificates are renewed while it serves. Raises OSError."""
+
+    places = BoundedSemaphore(MAX_CONNECTIONS)
 
     # Not prometheus_client's own start_http_server: it keeps the certificate that it began with,
     # and does handshakes where it accepts, so that one silent connection would stop all others.
@@ -40,6 +44,18 @@ def serving(
                 return connection, address
             wrapped = tls().wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
             return wrapped, address
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if places.acquire(blocking=False):
+                super().process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
+
+        def process_request_thread(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                places.release()
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             del request

@@ -37,10 +37,10 @@ from tests.support.servers import running_server, valkey_binary
 ROOT = Path(__file__).parents[2]
 TURNS = 6
 TOKENS = 16
-SLOWER = 3
+SLOWER = 4
 """At most so many times as long a turn may take: two tenants have half each, and their clients and
 the servers share one machine. What queues alone cost is in ``tests/unit/test_fair_turns.py``."""
-NOISE_MS = 100.0
+NOISE_MS = 250.0
 ATTACK_S = 60.0
 """No attack lasts longer."""
 

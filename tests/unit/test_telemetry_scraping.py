@@ -6,10 +6,11 @@ import dataclasses
 import http.client
 import socket
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from gateway.config import GatewayConfig
 from gateway.security.config import GatewaySecurity, TlsConfig, WorkerSecurity
 from gateway.security.tls import Tls
+from gateway.telemetry import scraping
 from gateway.telemetry.config import TelemetryConfig
 from gateway.telemetry.metrics import GatewayMetrics
 from gateway.telemetry.setup import installed
@@ -65,6 +67,33 @@ def test_who_connects_and_says_nothing_keeps_nobody_waiting(authority: Authority
         host, _, port = address.rpartition(":")
         with socket.create_connection((host, int(port)), 5):
             assert "sessile_epochs_taken" in scraped(address, authority.certificate)
+
+
+def test_connections_are_bounded_and_their_places_are_given_back(authority: Authority) -> None:
+    with served(authority.tls("worker")) as address:
+        host, _, port = address.rpartition(":")
+
+        def closed(peer: socket.socket) -> bool:
+            with suppress(ConnectionResetError):
+                return peer.recv(1) == b""
+            return True
+
+        with ExitStack() as held:
+            silent = [
+                held.enter_context(socket.create_connection((host, int(port)), 5))
+                for _ in range(scraping.MAX_CONNECTIONS)
+            ]
+            with socket.create_connection((host, int(port)), 5) as one_more:
+                assert closed(one_more)
+            silent[0].settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                closed(silent[0])
+        for _ in range(50):
+            with suppress(ConnectionError, urllib.error.URLError, ssl.SSLError):
+                assert "sessile_epochs_taken" in scraped(address, authority.certificate)
+                return
+            time.sleep(0.05)  # until its threads have noticed
+        pytest.fail("the places are gone")
 
 
 def test_certificates_are_renewed_without_a_restart(authority: Authority, tmp_path: Path) -> None:
