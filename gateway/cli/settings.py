@@ -37,6 +37,8 @@ SIMILAR = 0.6
 UNSET = "redis://unset"
 """In the place of what must be given and is not (``may_miss``): the URL of a store."""
 MASK = "********"
+_SECRET_OPTION = re.compile(r"(api_key|password|secret|_token)$")
+"""Name of an engine's option that is a secret: no schema of ours says so."""
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
 _FAILED: Any = object()
 """In the place of a value that could not be made: its problem is noted already."""
@@ -232,7 +234,8 @@ class _Builder:
         try:
             value = _converted(given, node.kind)
         except msgspec.ValidationError:
-            shown = MASK if node.secret else _shown(given)
+            secret = node.secret or _SECRET_OPTION.search(path[-1])
+            shown = MASK if secret else _shown(given)
             return self._note(path, given, f"must be {wanted}, not {shown}")
         if isinstance(value, float) and not math.isfinite(value):
             # No comparison refuses nan, and nothing that waits so long ever ends.
@@ -274,6 +277,11 @@ def masked(node: Node, value: Any) -> Any:
     """A value as it may be shown: secrets, and the user and password of a URL, are not in it."""
     if isinstance(node, Leaf) and node.secret and value:
         return MASK
+    if isinstance(node, Table) and node.pairs:
+        return {
+            name: MASK if text and _SECRET_OPTION.search(name) else masked(node.item, text)
+            for name, text in value.items()
+        }
     return _CREDENTIALS.sub(f"{MASK}@", value) if isinstance(value, str) else value
 
 

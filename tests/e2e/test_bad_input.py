@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import anyio
 import pytest
+from sessile.v1 import types_pb2 as pb
 
 from loadtest.simulation.loop import run
 from tests.support.bad_input import (
@@ -19,7 +20,7 @@ from tests.support.bad_input import (
     no_replica_of_its_model,
     way_to_text,
 )
-from tests.support.served_world import FLEET, REQUESTS, SESSIONS, Served, served
+from tests.support.served_world import FLEET, REQUESTS, SESSIONS, Served, finished, served
 from tests.support.situations import ABOUT, Case, check_usable, idle
 from tests.support.wire import Answer
 
@@ -102,6 +103,25 @@ async def _again_usable(case: Case, one: Row) -> None:
         await case.served.world.start_replica("m")
         await anyio.sleep(1.5)
     await check_usable(case)
+
+
+@pytest.mark.parametrize("role", ["USER", "TOOL"])
+def test_a_message_without_content_is_input_all_the_same(role: str) -> None:
+    """A tool may have nothing to say; the template marks where it says it."""
+
+    async def test() -> None:
+        async with served("a", "b") as made:
+            case = await idle(made, "empty")
+            before = await made.session(case.session_id)
+            request = pb.RunTurnRequest(session_id=case.session_id, turn_id="second")
+            request.messages.add(role=pb.Message.Role.Value(f"ROLE_{role}"))
+            end = finished(await made.call("RunTurn", request))
+            assert end.status == pb.TURN_STATUS_COMMITTED
+            assert before is not None
+            assert end.usage.input_tokens > before.head.length
+            await check_usable(case)
+
+    run(test)
 
 
 @pytest.mark.parametrize("method", [*SESSIONS, *FLEET])

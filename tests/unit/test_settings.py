@@ -284,6 +284,28 @@ def test_secrets_are_in_no_output(file: Path) -> None:
     assert "hunter2" not in problem
 
 
+def test_secrets_among_an_engines_options_are_in_no_output(file: Path) -> None:
+    file.write_text(
+        "[worker]\nredis_url = 'redis://h'\nengine = 'sglang-server'\n[worker.engine_options]\n"
+        "api_key = 'hunter2'\nurl = 'http://me:hunter2@h:1'\nmax_total_tokens = 9\n"
+        "admin_api_key = 'hunter2'\n"
+    )
+    loaded = load("worker", file=file, generated=WORKER_NAME, environment=NO_VARIABLES)
+    shown = {row.setting: row.value for row in effective("worker", loaded)}
+    assert shown["worker.engine_options"] == {
+        "api_key": MASK,
+        "url": f"http://{MASK}@h:1",
+        "max_total_tokens": "9",
+        "admin_api_key": MASK,
+    }
+    assert ("api_key", "hunter2") in loaded.config.engine_options
+    assert "hunter2" not in repr(shown)
+    file.write_text("[worker.engine_options]\napi_key = ['hunter2']\n")
+    problems = refusals("worker", file=file, generated=WORKER_NAME)
+    assert problems
+    assert "hunter2" not in repr(problems)
+
+
 # -- the commands ------------------------------------------------------------------------------
 
 

@@ -45,6 +45,17 @@ async def it(server: FakeSglang, folder: Path) -> AsyncIterator[EngineHarness]:
     await engine.aclose()
 
 
+async def test_no_secret_is_in_what_is_said_of_a_server() -> None:
+    assert "hunter2" not in repr(SglangServerConfig("http://h:1", "m", api_key="hunter2"))
+    for url, told in (
+        ("http://me:hunter2@h:1", "api_key is what"),
+        ("ftp://me:hunter2@h:1", "must be like"),
+    ):
+        with pytest.raises(ValueError, match=told) as refused:
+            SglangServerConfig(url, "m")
+        assert "hunter2" not in str(refused.value)
+
+
 async def test_it_is_what_its_server_says(it: EngineHarness, folder: Path) -> None:
     info = it.engine.info
     assert (info.engine, info.model) == ("sglang-server", folder.name)

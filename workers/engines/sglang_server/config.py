@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+
+from statestore.connection import redacted
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +16,7 @@ class SglangServerConfig:
     """Of the server, for instance ``http://127.0.0.1:30000``."""
     model: str
     """The folder of the server's model: its tokenizer and chat template are read from it."""
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
     """Of the server (its ``--api-key``)."""
     events: str = ""
     """Where the server publishes KV events (``tcp://host:port``); empty: it is not known what its
@@ -33,7 +35,9 @@ class SglangServerConfig:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url must be like http://host:port, not {self.url!r}")
+            raise ValueError(f"url must be like http://host:port, not {redacted(self.url)!r}")
+        if "@" in parts.netloc:  # it is in what is said of the server
+            raise ValueError("url has no user in it: api_key is what the server asks for")
         for name in ("max_running", "max_queued"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
