@@ -225,6 +225,47 @@ async def _opened(client: Sessile) -> Session:
                 await anyio.sleep(0.05)
 
 
+async def test_a_gateway_may_ask_its_callers_for_certificates(tmp_path: Path) -> None:
+    async with secured_fleet(tmp_path, "r1") as fleet:
+        certificate = fleet.authority.issue("listener")
+        await fleet.start_gateway(tls=replace(certificate, require_client_certificate=True))
+        foreign = Authority(tmp_path / "foreign").issue("stranger")
+
+        async def opens(shown: TlsConfig | None) -> bool:
+            ca, key = fleet.authority.pem, fleet.keys["agent"]
+            pair = shown and (shown.key.read_bytes(), shown.certificate.read_bytes())
+            credentials = grpc.ssl_channel_credentials(ca, *(pair or ()))
+            async with Sessile(
+                fleet.address, api_key=key, credentials=credentials, retry=ONCE
+            ) as client:
+                return bool((await client.open()).session_id)
+
+        assert await opens(fleet.authority.issue("agent"))
+        for shown in (None, foreign):
+            with pytest.raises(Unavailable):
+                await opens(shown)
+
+
+async def test_callers_and_replicas_may_see_different_certificates(tmp_path: Path) -> None:
+    """The listener's is signed by a public authority, that towards replicas by the fleet's own."""
+    public = Authority(tmp_path / "public")
+    async with secured_fleet(tmp_path, "r1") as fleet:
+        await fleet.start_gateway(
+            tls=replace(public.issue("listener"), ca=None), parts=fleet.authority.issue("inner")
+        )
+        async with Sessile(
+            fleet.address, tls=public.certificate, api_key=fleet.keys["agent"]
+        ) as client:
+            session = await client.open()
+            assert (await session.run("Hello", max_tokens=8).result()).text
+        inside = fleet.authority.certificate
+        async with Sessile(
+            fleet.address, tls=inside, api_key=fleet.keys["agent"], retry=ONCE
+        ) as misled:
+            with pytest.raises(Unavailable):
+                await misled.open()
+
+
 async def test_replicas_hear_only_parts_of_the_fleet(tmp_path: Path) -> None:
     async with secured_fleet(tmp_path, "r1") as fleet, fleet.client("operator") as operator:
         (replica,) = await operator.fleet.replicas()
