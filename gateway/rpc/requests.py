@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, cast
 
 import anyio
@@ -23,18 +24,58 @@ from gateway.rpc.status import abort
 Context = aio.ServicerContext[Any, Any]
 
 
-async def read_request(context: Context, within_s: float) -> Any:
-    """What the handler's deserialiser made of the request, bytes without one. Raises
-    InvalidRequest if the caller sends none, DeadlineExceeded if it does not come in time."""
-    with anyio.move_on_after(within_s):
-        request = await context.read()
-        if request is aio.EOF:
-            raise InvalidRequest("the call carries no request", hint="Send one message with it.")
-        return request
-    raise DeadlineExceeded(
-        f"the request did not come within {within_s:g} s of the call",
-        hint="Send the request with the call; over a slow network, a smaller one.",
-    )
+MAX_AT_ONCE = 32
+"""Requests of one caller that are taken in at once."""
+
+
+@dataclass(slots=True)
+class _Turn:
+    """Whose turn it is among one caller's calls."""
+
+    places: anyio.Semaphore
+    calls: int = 0
+
+
+class RequestReader:
+    """Takes requests in, of one caller so many at once. Others wait unread, where flow control
+    holds back all but their beginning: half of a large request in each of many calls would
+    otherwise be a lot to hold. The table is as large as there are callers with calls to read."""
+
+    def __init__(self, within_s: float, at_once: int = MAX_AT_ONCE) -> None:
+        self._within_s = within_s
+        self._at_once = at_once
+        self._turns: dict[str, _Turn] = {}
+
+    @property
+    def callers(self) -> int:
+        """Of whom a call is not read yet."""
+        return len(self._turns)
+
+    async def read(self, context: Context, caller: str) -> Any:
+        """What the handler's deserialiser made of the request, bytes without one. Raises
+        InvalidRequest if the caller sends none, DeadlineExceeded if it does not come in time."""
+        turn = self._turns.get(caller)
+        if turn is None:
+            places = anyio.Semaphore(self._at_once, fast_acquire=True)
+            turn = self._turns[caller] = _Turn(places)
+        turn.calls += 1
+        try:
+            with anyio.move_on_after(self._within_s):
+                async with turn.places:
+                    request = await context.read()
+                if request is aio.EOF:
+                    raise InvalidRequest(
+                        "the call carries no request", hint="Send one message with it."
+                    )
+                return request
+        finally:
+            turn.calls -= 1
+            if not turn.calls:
+                del self._turns[caller]
+        raise DeadlineExceeded(
+            f"the request did not come within {self._within_s:g} s of the call",
+            hint="Send the request with the call; over a slow network, a smaller one.",
+        )
 
 
 class OpenServices:
@@ -44,11 +85,11 @@ class OpenServices:
     def __init__(self, server: aio.Server, calls: Gate, request_s: float) -> None:
         self._server = server
         self._calls = calls
-        self._request_s = request_s
+        self._reader = RequestReader(request_s)
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         self._server.add_generic_rpc_handlers(
-            tuple(_Bounded(handler, self._calls, self._request_s) for handler in handlers)
+            tuple(_Bounded(handler, self._calls, self._reader) for handler in handlers)
         )
 
     def add_registered_method_handlers(self, service: str, handlers: object) -> None:
@@ -56,10 +97,10 @@ class OpenServices:
 
 
 class _Bounded(grpc.GenericRpcHandler):
-    def __init__(self, inner: grpc.GenericRpcHandler, calls: Gate, request_s: float) -> None:
+    def __init__(self, inner: grpc.GenericRpcHandler, calls: Gate, reader: RequestReader) -> None:
         self._inner = inner
         self._calls = calls
-        self._request_s = request_s
+        self._reader = reader
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         found = cast(Any, self._inner.service(call))
@@ -77,8 +118,9 @@ class _Bounded(grpc.GenericRpcHandler):
     def _unary(self, inner: Callable[[Any, Context], Awaitable[Any]]) -> Any:
         async def handler(_: object, context: Context) -> Any:
             try:
-                with self._calls.entered(_host(context)):
-                    return await inner(await read_request(context, self._request_s), context)
+                host = _host(context)
+                with self._calls.entered(host):
+                    return await inner(await self._reader.read(context, host), context)
             except SessileError as error:
                 await abort(context, error)
 

@@ -15,7 +15,7 @@ from gateway.app.admission import Gate
 from gateway.core.errors import DeadlineExceeded, InternalError, SessileError, Unavailable
 from gateway.rpc.auth import Authenticator
 from gateway.rpc.open_streams import OpenStreams
-from gateway.rpc.requests import Context, read_request
+from gateway.rpc.requests import Context, RequestReader
 from gateway.rpc.status import abort, parsed
 from gateway.security.access import Access, Caller, permit
 from gateway.security.audit import Action, AuditLog
@@ -79,7 +79,7 @@ class Serving:
         self._audit = audit or AuditLog()
         self._streams = OpenStreams(authenticator)
         self._requests = requests or Gate("max_rpcs", 1 << 16, 500)
-        self._request_s = request_s
+        self._reader = RequestReader(request_s)
 
     async def run(self) -> None:
         """Until cancelled: ends streams whose callers' credentials were revoked."""
@@ -92,7 +92,7 @@ class Serving:
             try:
                 caller, access = await self._caller(_metadata(context), context, request)
                 with self._calls.entered(caller.tenant):
-                    message = await self._request(context, request)
+                    message = await self._request(caller, context, request)
                     with self._recorded(caller, access, message, context):
                         return await call(caller.tenant, message)
             except Exception as error:  # noqa: BLE001 - every failure gets a status
@@ -112,7 +112,7 @@ class Serving:
                 metadata = _metadata(context)
                 caller, access = await self._caller(metadata, context, request)
                 with self._watches.entered(caller.tenant):
-                    message = await self._request(context, request)
+                    message = await self._request(caller, context, request)
                     with (
                         self._recorded(caller, access, message, context),
                         self._streams.entered(caller, metadata),
@@ -133,7 +133,7 @@ class Serving:
                 metadata = _metadata(context)
                 caller, access = await self._caller(metadata, context, request)
                 with self._requests.entered(caller.tenant):
-                    message = await self._request(context, request)
+                    message = await self._request(caller, context, request)
                 with (
                     self._recorded(caller, access, message, context),
                     self._streams.entered(caller, metadata),
@@ -144,8 +144,8 @@ class Serving:
 
         return grpc.stream_stream_rpc_method_handler(handler, None, None)
 
-    async def _request(self, context: Context, kind: type[M]) -> M:
-        return parsed(kind, await read_request(context, self._request_s))
+    async def _request(self, caller: Caller, context: Context, kind: type[M]) -> M:
+        return parsed(kind, await self._reader.read(context, caller.tenant))
 
     async def _caller(
         self, metadata: Mapping[str, str], context: Context, request: type[Message]

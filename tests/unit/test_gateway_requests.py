@@ -16,8 +16,9 @@ from grpc_health.v1.health import aio as health
 from sessile.v1 import session_pb2
 
 from gateway.app.admission import Gate
+from gateway.core.errors import DeadlineExceeded
 from gateway.rpc.auth import HeaderTenant
-from gateway.rpc.requests import OpenServices
+from gateway.rpc.requests import OpenServices, RequestReader
 from gateway.rpc.serving import Serving
 from gateway.rpc.status import error_from_rpc
 
@@ -161,3 +162,61 @@ async def test_a_check_of_health_that_sends_nothing_is_not_waited_for() -> None:
     async with serving(request_s=0.1) as channel:
         error = await failure(unsent(channel, "/grpc.health.v1.Health/Check"))
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Held:
+    """The context of a call whose request comes when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked, self.comes = False, anyio.Event()
+
+    async def read(self) -> bytes:
+        self.asked = True
+        await self.comes.wait()
+        return b"request"
+
+
+async def test_of_one_caller_so_many_requests_are_taken_in_at_once() -> None:
+    reader = RequestReader(30.0, at_once=2)
+    greedy, other = [Held() for _ in range(4)], Held()
+    heard: list[bytes] = []
+
+    async def read(context: Any, caller: str) -> None:
+        heard.append(await reader.read(context, caller))
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            for context in greedy:
+                tasks.start_soon(read, context, "greedy")
+            tasks.start_soon(read, other, "other")
+            await anyio.wait_all_tasks_blocked()
+            assert [context.asked for context in (*greedy, other)] == [
+                True,
+                True,
+                False,
+                False,
+                True,
+            ]
+            greedy[0].comes.set()
+            await anyio.wait_all_tasks_blocked()
+            assert [context.asked for context in greedy] == [True, True, True, False]
+            assert reader.callers == 2
+            for context in (*greedy, other):
+                context.comes.set()
+    assert heard == [b"request"] * 5
+    assert reader.callers == 0
+
+
+async def test_who_waits_for_its_own_calls_is_given_up_too() -> None:
+    reader = RequestReader(0.1, at_once=1)
+    contexts: list[Any] = [Held(), Held()]
+    async with anyio.create_task_group() as tasks:
+
+        async def given_up(context: Any) -> None:
+            with pytest.raises(DeadlineExceeded):
+                await reader.read(context, "greedy")
+
+        for context in contexts:
+            tasks.start_soon(given_up, context)
+    assert not contexts[1].asked
+    assert reader.callers == 0
