@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -13,14 +14,18 @@ from google.protobuf.message import Message
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sessile.v1 import session_pb2
 
 from gateway.app.admission import Gate
+from gateway.config import GatewayConfig
 from gateway.core.errors import DeadlineExceeded
+from gateway.main import serve as serve_gateway
 from gateway.rpc.auth import HeaderTenant
 from gateway.rpc.requests import OpenServices, RequestReader
 from gateway.rpc.serving import Serving
 from gateway.rpc.status import error_from_rpc
+from tests.support.servers import free_port
 
 pytestmark = pytest.mark.anyio
 
@@ -220,3 +225,42 @@ async def test_who_waits_for_its_own_calls_is_given_up_too() -> None:
             tasks.start_soon(given_up, context)
     assert not contexts[1].asked
     assert reader.callers == 0
+
+
+@asynccontextmanager
+async def waiting_gateway(*, reflection: bool) -> AsyncIterator[aio.Channel]:
+    """A whole gateway whose store is not there: what needs no credentials it serves already."""
+    listen, stop = f"127.0.0.1:{free_port()}", anyio.Event()
+    config = GatewayConfig(
+        listen=listen, redis_url=f"redis://127.0.0.1:{free_port()}", reflection=reflection
+    )
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(partial(serve_gateway, config, stop=stop))
+        async with aio.insecure_channel(listen) as channel:
+            with anyio.fail_after(20):
+                await channel.channel_ready()
+            yield channel
+        stop.set()
+
+
+async def test_reflection_lists_the_services() -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    async with waiting_gateway(reflection=True) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        with anyio.fail_after(10):
+            (answer,) = [it async for it in stub.ServerReflectionInfo(iter([request]))]
+        assert {service.name for service in answer.list_services_response.service} == {
+            *("sessile.v1.SessionService", "sessile.v1.FleetService"),
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
+
+
+async def test_reflection_can_be_turned_off() -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    async with waiting_gateway(reflection=False) as channel:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        error = await failure(stub.ServerReflectionInfo(iter([request])))
+        assert "waits for its store" in str(error.details()), "what every other call is told"
+        check: Any = health_pb2_grpc.HealthStub(channel)
+        answer = await check.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
