@@ -23,6 +23,7 @@ from tests.support.replica_world import (
     listen,
     world,
 )
+from workers import transcript
 from workers.engines.port import Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.model import expected_output
@@ -466,6 +467,28 @@ async def test_a_cancel_does_not_wait_for_a_pull_of_pages() -> None:
         assert anyio.current_time() - began < 1
 
 
+def test_a_transcript_that_is_too_large_is_told_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transcript, "MAX_RESPONSE_BYTES", 1)
+
+    @in_virtual_time
+    async def told() -> None:
+        async with world() as w:
+            replica = await w.start_owner()
+            for name in ("t1", "t2", "t3"):
+                await listen(replica, await w.request(replica, "Go on", name))
+            request = pb.ReadTurnsRequest(tenant=TENANT)
+            request.request.session_id = SESSION
+            parts = []
+            for following in (1, 2, 0):
+                part = (await replica.app.read_turns(request)).transcript
+                parts += [turn.turn_id for turn in part.turns]
+                assert part.next_turn_index == following
+                request.request.from_turn_index = following
+            assert parts == ["t1", "t2", "t3"]
+
+    told()
+
+
 @in_virtual_time
 async def test_a_transcript_is_told_from_the_ledger_by_any_replica() -> None:
     async with world() as w:
@@ -474,14 +497,14 @@ async def test_a_transcript_is_told_from_the_ledger_by_any_replica() -> None:
         request = pb.ReadTurnsRequest(tenant=TENANT)
         request.request.session_id = SESSION
         request.request.include_token_ids = True
-        transcript = (await second.app.read_turns(request)).transcript
-        one, two = transcript.turns
+        told = (await second.app.read_turns(request)).transcript
+        one, two = told.turns
         assert [m.content for m in one.input] == ["Be brief.", "Hello"]
         assert [m.content for m in two.input] == ["More"]
         assert two.output_text == live.text
         assert two.usage == live.finished.usage
         assert list(one.token_ids) + list(two.token_ids) == await w.ledger()
-        assert transcript.next_turn_index == 0
+        assert told.next_turn_index == 0
         request.request.max_turns = 1
         assert (await second.app.read_turns(request)).transcript.next_turn_index == 1
         request.request.from_turn_index = 1
