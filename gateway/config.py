@@ -29,6 +29,9 @@ class Admission:
     """Unary calls at once."""
     share_per_tenant: float = 0.25
     """Of each of these three, how much one tenant may have (one at least)."""
+    batch_share: float = 0.75
+    """Of ``max_streams``, and of one tenant's share of it, how much may be open before batch turns
+    are refused (one at least); the rest is for interactive ones. 1 keeps nothing for them."""
     max_open_calls: int = 128
     """Calls of the services that need no credentials (health, reflection) at once; one peer's
     address has the same share of them."""
@@ -191,8 +194,8 @@ class GatewayConfig:
         largest = max((quota.message_bytes for quota in self.quotas.values()), default=0)
         if largest > self.admission.max_request_bytes:
             raise ValueError("a quota's message_bytes must be at most max_request_bytes")
-        if self.admission.share_per_tenant > 1:
-            raise ValueError("share_per_tenant is at most 1")
+        if max(self.admission.share_per_tenant, self.admission.batch_share) > 1:
+            raise ValueError("share_per_tenant and batch_share are at most 1")
         if self.times.fleet_poll_s * 2 > self.liveness.outage_after_s:
             raise ValueError("fleet_poll_s must be at most half of outage_after_s")
         if self.times.sweep_period_s * 2 > self.times.sweep_lease_s:

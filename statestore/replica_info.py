@@ -35,12 +35,20 @@ class ReplicaDetails:
     hardware: str = ""
     protocol_min: int = PROTOCOL_OLDEST
     protocol_max: int = PROTOCOL_VERSION
+    batch_share: float = 1.0
+    """Of its queue, how much is taken before batch turns are refused. One that does not tell does
+    not know of them, and refuses none earlier."""
     features: tuple[str, ...] = ()
 
     @property
     def speaks_with_us(self) -> bool:
         """Whether there is a version of the replica API that both sides speak."""
         return self.protocol_min <= PROTOCOL_VERSION and self.protocol_max >= PROTOCOL_OLDEST
+
+    def places(self, *, batch: bool) -> int:
+        """Turns that run and wait there before a batch turn, or any other, is refused."""
+        queued = self.max_queued_turns
+        return self.max_running_turns + (int(queued * self.batch_share) if batch else queued)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)

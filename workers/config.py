@@ -15,7 +15,7 @@ MAX_REPLICA_ID_CHARS = 128
 
 @dataclass(frozen=True, slots=True)
 class TurnLimits:
-    """Bounds of one turn's run; seconds unless named otherwise."""
+    """Bounds of turns and their runs; seconds unless named otherwise."""
 
     max_unacked_steps: int = 4
     """Steps generated but not yet journalled before the engine is parked for this turn."""
@@ -29,9 +29,14 @@ class TurnLimits:
     """A stream without anything to send says every so often that it is alive."""
     open_timeout_s: float = 30.0
     """How long a call waits for the store before it is refused as Unavailable."""
+    batch_share: float = 0.5
+    """Of the engine's queue, how much may be taken, by whatever turns, before new batch turns are
+    refused; the rest is for interactive ones. 1 keeps nothing for them."""
 
     def __post_init__(self) -> None:
         _require_positive(self)
+        if self.batch_share > 1:
+            raise ValueError(f"batch_share is at most 1, not {self.batch_share}")
 
 
 @dataclass(frozen=True, slots=True)

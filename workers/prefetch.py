@@ -10,7 +10,13 @@ import logging
 
 import anyio
 
-from workers.engines.port import EngineError, GenerateRequest, Sampling, StepOutput
+from workers.engines.port import (
+    PREFETCH,
+    EngineError,
+    GenerateRequest,
+    Sampling,
+    StepOutput,
+)
 from workers.kv.transfer import Pulled
 from workers.residency import ResidentSession
 from workers.turn.ports import TurnPorts
@@ -19,8 +25,6 @@ log = logging.getLogger(__name__)
 
 MAX_PREFETCHES = 4
 """At once; further ones are refused, and the move tries another round or goes without."""
-BEHIND_TURNS = -1
-"""Priority in the engine's queue."""
 
 
 class Prefetches:
@@ -79,7 +83,7 @@ class Prefetches:
             namespace=resident.salt,
             sampling=Sampling(),
             max_new_tokens=1,
-            priority=BEHIND_TURNS,
+            priority=PREFETCH,
             retention_id=resident.session_id,
         )
         dispatcher.expect(generation_id, deliver)

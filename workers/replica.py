@@ -177,6 +177,7 @@ def _details(adapters: ReplicaAdapters, settings: ReplicaSettings, endpoint: str
         max_context_tokens=info.max_context_tokens,
         max_running_turns=info.max_running,
         max_queued_turns=info.max_queued,
+        batch_share=settings.turn.batch_share,
         site=settings.site,
         hardware=settings.hardware,
     )

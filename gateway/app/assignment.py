@@ -84,10 +84,11 @@ class Assigner:
         return Assignment(owner, replica)
 
     async def assign(
-        self, session: Session, lost: Owner | None, new_tokens: int
+        self, session: Session, lost: Owner | None, new_tokens: int, *, batch: bool = False
     ) -> Assignment | NoCandidate:
         """The session's owner, placing it if it has none and taking it if its owner is ``lost`` or
-        DOWN. Raises WrongState unless the session is OPEN, NotFound, Unavailable, StoreError."""
+        DOWN. ``batch``: for a batch turn that is not accepted yet. Raises WrongState unless the
+        session is OPEN, NotFound, Unavailable, StoreError."""
         async with self._takeovers:
             for _ in range(MAX_RACES):
                 if session.state is not SessionState.OPEN:
@@ -96,7 +97,7 @@ class Assigner:
                     assignment = await self._alive(session.owner)
                     if assignment is not None:
                         return assignment
-                request = await self._request(session, new_tokens)
+                request = await self._request(session, new_tokens, batch)
                 decision = place(self._fleet.snapshot, request, self._model)
                 if isinstance(decision, NoCandidate):
                     return decision
@@ -111,7 +112,13 @@ class Assigner:
         )
 
     async def retake(
-        self, known: KnownSession, lost: Owner, head_tokens: int, new_tokens: int
+        self,
+        known: KnownSession,
+        lost: Owner,
+        head_tokens: int,
+        new_tokens: int,
+        *,
+        batch: bool = False,
     ) -> Assignment | None:
         """Takes a session from its lost owner by what is remembered of it, without reading it
         before: during a fail-over every round trip is heard. None if that does not do: read it and
@@ -123,6 +130,7 @@ class Assigner:
             known.request,
             history_tokens=max(known.request.history_tokens, head_tokens),
             new_tokens=new_tokens,
+            batch=batch,
             token_fingerprint=owner.details.token_fingerprint,
         )
         async with self._takeovers:
@@ -135,13 +143,15 @@ class Assigner:
                 return None
         return written if isinstance(written, Assignment) else None
 
-    async def relieve(self, session: Session, owner: Owner, new_tokens: int) -> Assignment | None:
+    async def relieve(
+        self, session: Session, owner: Owner, new_tokens: int, *, batch: bool = False
+    ) -> Assignment | None:
         """Another owner for an idle session whose own has no place for its next turn; None if it
         is not idle, or nobody would be quicker than the wait. Raises StoreError."""
         full = self._fleet.snapshot.get(owner.replica)
         if session.owner != owner or session.active_turn_id is not None or full is None:
             return None
-        request = await self._request(session, new_tokens)
+        request = await self._request(session, new_tokens, batch)
         decision = relieve(self._fleet.snapshot, request, full, self._model)
         if isinstance(decision, NoCandidate):
             return None
@@ -177,8 +187,8 @@ class Assigner:
             assignment = self.current(owner)
         return assignment
 
-    async def _request(self, session: Session, new_tokens: int) -> PlacementRequest:
-        request = replace(placement_request(session), new_tokens=new_tokens)
+    async def _request(self, session: Session, new_tokens: int, batch: bool) -> PlacementRequest:
+        request = replace(placement_request(session), new_tokens=new_tokens, batch=batch)
         if session.parent_id is None or not session.own_base:
             return request
         parent = await self._store.get_session(session.parent_id)

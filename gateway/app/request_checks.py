@@ -19,6 +19,7 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_PRIORITIES = frozenset(types_pb2.TurnPriority.values())
 _ROLES = frozenset(types_pb2.Message.Role.values()) - {types_pb2.Message.ROLE_UNSPECIFIED}
 
 
@@ -37,6 +38,15 @@ def check_params(params: types_pb2.SamplingParams) -> None:
     for stop in params.stop:
         if not 1 <= len(stop.encode()) <= MAX_STOP_BYTES:
             raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_BYTES} bytes")
+
+
+def check_priority(priority: types_pb2.TurnPriority.ValueType) -> None:
+    """Raises InvalidRequest for a priority that is not known here."""
+    if priority not in _PRIORITIES:
+        raise InvalidRequest(
+            f"priority {priority} is not known: a turn is interactive (1) or batch (2)",
+            hint="Set one of these, or none: the turn is interactive then.",
+        )
 
 
 def check_roles(messages: Iterable[types_pb2.Message]) -> None:

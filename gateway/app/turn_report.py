@@ -21,12 +21,13 @@ from statestore.records import ReplicaRef
 class TurnReport:
     """Of one stream, by the task that serves it. Decides nothing."""
 
-    def __init__(self, services: Services, tenant: str, session_id: str) -> None:
+    def __init__(self, services: Services, tenant: str, session_id: str, priority: str) -> None:
         self._tracing = services.tracing
         self._metrics = services.metrics
         self._clock = services.clock
         self._tenant = tenant
         self._session_id = session_id
+        self._priority = priority
         self._began = services.clock.now()
         self._model = ""
         self._failover: tuple[float, str, Spans] | None = None
@@ -37,7 +38,12 @@ class TurnReport:
     @contextmanager
     def of_turn(self, turn_id: str, outbox: Outbox) -> Iterator[None]:
         """Around the whole stream, which ends as ``outbox`` does."""
-        says = {**a.CHAT, a.TURN: turn_id, a.TENANT: self._tenant}
+        says = {
+            **a.CHAT,
+            a.TURN: turn_id,
+            a.TENANT: self._tenant,
+            a.PRIORITY: self._priority,
+        }
         with self._tracing.session_span("turn", self._session_id, says, SpanKind.SERVER) as spans:
             try:
                 yield
@@ -81,7 +87,7 @@ class TurnReport:
         """The first ones of a dispatch; ``again``: the turn has had some before."""
         if not again:
             after_s = self._clock.now() - self._began
-            self._metrics.first_token(self._model, self._tenant, after_s)
+            self._metrics.first_token(self._model, self._tenant, self._priority, after_s)
         self._end_failover(done=True)
 
     def lost(self, replica: ReplicaRef, refused: bool, why: str, *, last_heard: float) -> None:

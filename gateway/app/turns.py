@@ -30,6 +30,7 @@ from gateway.app.directory import KnownSession
 from gateway.app.frames import BadFrame, waiting
 from gateway.app.ports import ReplicaLost
 from gateway.app.relay import Outbox, Sink, TurnCursor
+from gateway.app.request_checks import check_priority
 from gateway.app.services import Services
 from gateway.app.tracing import placement_attributes
 from gateway.app.turn_report import TurnReport
@@ -96,7 +97,8 @@ StreamEnd = Delivered | Redirected | Disowned | Busy | Broken
 
 
 class Turns:
-    """Serves RunTurn. Bounded by ``max_streams``, of which each tenant has a share."""
+    """Serves RunTurn. Bounded by ``max_streams``, of which each tenant has a share, and batch turns
+    have not the last ones."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -106,6 +108,7 @@ class Turns:
             admission.max_streams,
             admission.retry_after_ms,
             admission.share_per_tenant,
+            admission.batch_share,
         )
 
     @property
@@ -124,7 +127,7 @@ class Turns:
         ``time_left_s`` is the client's own limit for this call."""
         check_turn_request(request, self._services.config)
         session_id, turn_id = request.session_id, request.turn_id
-        with self._streams.entered(tenant):
+        with self._streams.entered(tenant, batch=is_batch(request)):
             outbox = Outbox(self._services.config.tables.relay_buffer_bytes)
             stream = _TurnStream(self._services, tenant, request, time_left_s, outbox)
             await self._services.directory.find(tenant, session_id)
@@ -137,6 +140,11 @@ class Turns:
                     raise failure
 
 
+def is_batch(request: pb.RunTurnRequest) -> bool:
+    """Whether it goes behind interactive turns."""
+    return request.priority == pb.TURN_PRIORITY_BATCH
+
+
 def check_turn_request(request: pb.RunTurnRequest, config: GatewayConfig) -> None:
     """Raises InvalidRequest for what no replica could accept."""
     limit = config.admission.max_id_chars
@@ -144,6 +152,7 @@ def check_turn_request(request: pb.RunTurnRequest, config: GatewayConfig) -> Non
         raise InvalidRequest(f"turn_id has 1 to {limit} characters")
     if request.timeout_ms > config.times.max_turn_s * 1000:
         raise InvalidRequest(f"timeout_ms is at most {int(config.times.max_turn_s * 1000)}")
+    check_priority(request.priority)
 
 
 class _TurnStream:
@@ -182,7 +191,8 @@ class _TurnStream:
         pass a session round."""
         self._fruitless = 0
         self._disowned = 0
-        self.report = TurnReport(services, tenant, request.session_id)
+        priority = "batch" if is_batch(request) else "interactive"
+        self.report = TurnReport(services, tenant, request.session_id, priority)
         self._last_heard = 0.0
         self._last_waiting = services.clock.now()
 
@@ -259,7 +269,9 @@ class _TurnStream:
         seen = self._cursor.position()
         head_tokens = 0 if seen is None else seen.length
         return await self._patiently(
-            lambda: self._s.assigner.retake(known, lost, head_tokens, self._new_tokens())
+            lambda: self._s.assigner.retake(
+                known, lost, head_tokens, self._new_tokens(), batch=self._asks_as_batch
+            )
         )
 
     async def _read_and_assign(self) -> Assignment | NoCandidate:
@@ -269,7 +281,9 @@ class _TurnStream:
             session.owner is None and request.attach_only
         ):
             return await self._replay(session)
-        return await self._s.assigner.assign(session, self._lost, self._new_tokens())
+        # A turn that runs in it is this one, or this one is refused whoever gets it.
+        batch = self._asks_as_batch and session.active_turn_id is None
+        return await self._s.assigner.assign(session, self._lost, self._new_tokens(), batch=batch)
 
     async def _replay(self, session: Session) -> Assignment | NoCandidate:
         """A session that nobody owns: what has ended can be read by anybody."""
@@ -417,7 +431,9 @@ class _TurnStream:
     async def _relieve(self, owner: Owner) -> Assignment | None:
         with self._s.tracing.span("place", self._request.session_id) as span:
             session = await self._s.directory.read(self._tenant, self._request.session_id)
-            found = await self._s.assigner.relieve(session, owner, self._new_tokens())
+            found = await self._s.assigner.relieve(
+                session, owner, self._new_tokens(), batch=self._asks_as_batch
+            )
             if found is not None:
                 self.report.placed(span, found, "relief")
             return found
@@ -495,6 +511,11 @@ class _TurnStream:
         limits = self._s.config.failover
         earlier = self._earlier_fruitless()
         return failover.backoff_ms(self._request.session_id, earlier, limits) / 1000
+
+    @property
+    def _asks_as_batch(self) -> bool:
+        """Whether some places are not for it. An accepted turn has had its place."""
+        return is_batch(self._request) and not self._cursor.accepted
 
     def _new_tokens(self) -> int:
         return sum(len(m.content) for m in self._request.messages) // BYTES_PER_TOKEN

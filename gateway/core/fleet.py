@@ -48,10 +48,9 @@ class Replica:
     def pending_prefill_tokens(self) -> int:
         return self.load.queued_prefill_tokens + self.assumed.prefill_tokens
 
-    @property
-    def full(self) -> bool:
-        """Every place to run and to queue is taken."""
-        return self.turns >= self.details.max_running_turns + self.details.max_queued_turns
+    def full(self, *, batch: bool) -> bool:
+        """Every place to run and to queue is taken, of all or of those for batch turns."""
+        return self.turns >= self.details.places(batch=batch)
 
     def leading_tokens(self, digest: str) -> int:
         """Tokens of these leading messages that are resident as far as it reported."""

@@ -28,6 +28,7 @@ from statestore.records import ReplicaRef
 
 BYTES_PER_TOKEN = 4
 """Rough, for estimates of prefill only: gateways have no tokenizer."""
+EVERY_PLACE_TAKEN = "every place is taken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,9 @@ class PlacementRequest:
     """Length of the ledger."""
     new_tokens: int = 0
     """Input of the turn to come."""
+    batch: bool = False
+    """The turn to come is a batch turn: some places are not for it. One that is accepted goes on
+    wherever there is any place."""
     leading_digest: str = ""
     """Hex; only meaningful while the ledger is empty."""
     leading_tokens: int = 0
@@ -159,7 +163,7 @@ def place(
     candidates: list[Replica] = []
     excluded: list[Excluded] = []
     for replica in fleet.replicas:
-        why = unfit(replica, request) or ("every place is taken" if replica.full else None)
+        why = unfit(replica, request) or _taken(replica, request)
         if why is None:
             candidates.append(replica)
         else:
@@ -181,13 +185,12 @@ def relieve(
 ) -> Decision | NoCandidate:
     """Where a session goes whose owner refused a turn because every place is taken: to the best
     other replica, if the first token is predicted sooner there than after the wait for a place."""
-    elsewhere = replace(request, exclude={**request.exclude, owner.ref: "every place is taken"})
+    elsewhere = replace(request, exclude={**request.exclude, owner.ref: EVERY_PLACE_TAKEN})
     decision = place(fleet, elsewhere, model)
     if isinstance(decision, NoCandidate):
         return decision
-    details, assumed = owner.details, owner.assumed
-    free = max(details.max_running_turns + details.max_queued_turns - owner.turns, 0)
-    full = replace(owner, assumed=replace(assumed, turns=assumed.turns + free))
+    free = max(owner.details.places(batch=request.batch) - owner.turns, 0)
+    full = replace(owner, assumed=replace(owner.assumed, turns=owner.assumed.turns + free))
     wait_ms, cost = _queue_ms(full, model), decision.cost
     if cost.prefill_ms + cost.transfer_ms + cost.queue_ms < wait_ms:
         return decision
@@ -212,6 +215,12 @@ def unfit(replica: Replica, request: PlacementRequest) -> str | None:
     if context > details.capacity_pages * details.page_size:
         return f"has KV pages for {details.capacity_pages * details.page_size} tokens only"
     return None
+
+
+def _taken(replica: Replica, request: PlacementRequest) -> str | None:
+    if not replica.full(batch=request.batch):
+        return None
+    return EVERY_PLACE_TAKEN if replica.full(batch=False) else "has places for interactive ones"
 
 
 def best_source(

@@ -27,6 +27,7 @@ CHAT = {OPERATION: "chat", PROVIDER: "sessile"}
 SESSION = "sessile.session_id"
 TURN = "sessile.turn_id"
 TENANT = "sessile.tenant"
+PRIORITY = "sessile.priority"
 REPLICA = "sessile.replica"
 ATTEMPT = "sessile.attempt"
 STATUS = "sessile.status"

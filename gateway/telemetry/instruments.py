@@ -56,7 +56,7 @@ GATEWAY = _table(
         "histogram",
         "s",
         "RunTurn streams that are not repeats, from the call to the first token passed on",
-        (a.OPERATION, a.PROVIDER, a.MODEL, a.TENANT),
+        (a.OPERATION, a.PROVIDER, a.MODEL, a.PRIORITY, a.TENANT),
         FIRST_TOKEN,
     ),
     Instrument("sessile.streams", "gauge", "{stream}", "RunTurn streams that are open"),

@@ -78,8 +78,9 @@ class GatewayMetrics:
             labels[a.ERROR_TYPE] = error
         self._duration.record(duration_s, labels)
 
-    def first_token(self, model: str, tenant: str, after_s: float) -> None:
-        self._ttft.record(after_s, {**a.CHAT, a.MODEL: model, **self._tenants.label(tenant)})
+    def first_token(self, model: str, tenant: str, priority: str, after_s: float) -> None:
+        labels = {**a.CHAT, a.MODEL: model, a.PRIORITY: priority, **self._tenants.label(tenant)}
+        self._ttft.record(after_s, labels)
 
     def failed_over(self, gap_s: float, cause: str) -> None:
         self._gap.record(gap_s, {a.CAUSE: cause})

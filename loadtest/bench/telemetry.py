@@ -152,7 +152,7 @@ def cost_of_nothing() -> dict[str, float]:
         with about("ses_a", "t"), tracing.session_span("turn", "ses_a", {**a.CHAT, a.TURN: "t"}):
             with tracing.span("dispatch", "ses_a", dict(a.CHAT)):
                 injected()
-            gateway.first_token("m", "t", 0.1)
+            gateway.first_token("m", "t", "interactive", 0.1)
             gateway.stream_ended("m", "t", 1.0, "committed", "")
         attach_caller(metadata)
         says = {**a.CHAT, a.TURN: "t"}

@@ -10,6 +10,9 @@ import pytest
 
 from tests.support.engines import PARAMS, EngineHarness, EngineSize, started
 from workers.engines.port import (
+    BATCH,
+    INTERACTIVE,
+    PREFETCH,
     EngineFinish,
     EngineOverloaded,
     PageMeta,
@@ -231,12 +234,15 @@ async def test_too_many_requests_are_refused(start: Start) -> None:
 async def test_a_higher_priority_goes_first(start: Start) -> None:
     async with start(EngineSize(max_running=1)) as it:
         first = it.request(it.prompt(1, 9), 20)
-        low = it.request(it.prompt(2, 9), 4)
-        high = it.request(it.prompt(3, 9), 4, priority=1)
+        prefetch = it.request(it.prompt(2, 9), 4, priority=PREFETCH)
+        batch = it.request(it.prompt(3, 9), 4, priority=BATCH)
+        turn = it.request(it.prompt(4, 9), 4, priority=INTERACTIVE)
         await it.end_of(first)
-        await it.end_of(high)
-        assert low not in it.outputs
-        await it.end_of(low)
+        await it.end_of(turn)
+        assert batch not in it.outputs
+        await it.end_of(batch)
+        assert prefetch not in it.outputs
+        await it.end_of(prefetch)
 
 
 async def test_bad_requests_are_refused(it: EngineHarness) -> None:

@@ -114,6 +114,8 @@ class FakeReplica:
         self.overloaded = 0
         self.garbage = b""
         """Sent instead of the end of a stream."""
+        self.load = ReplicaLoad(free_pages=4096, prefill_tokens_per_s=2000.0)
+        """What its heartbeat tells."""
         self.fail: dict[str, SessileError] = {}
         """Raised by these calls."""
         self.verified_tokens: int | None = None
@@ -132,9 +134,8 @@ class FakeReplica:
         while not self.dead and self.ref == ref:
             if not self.frozen:
                 self._beat += 1
-                load = ReplicaLoad(free_pages=4096, prefill_tokens_per_s=2000.0)
                 with suppress(StoreError):
-                    await self.store.heartbeat(ref, self._beat, load.to_json())
+                    await self.store.heartbeat(ref, self._beat, self.load.to_json())
             await anyio.sleep(BEAT_S)
 
     # -- turns --------------------------------------------------------------------------------

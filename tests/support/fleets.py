@@ -25,6 +25,7 @@ def details(endpoint: str = "127.0.0.1:1", **changes: object) -> ReplicaDetails:
         max_context_tokens=32_768,
         max_running_turns=8,
         max_queued_turns=8,
+        batch_share=0.5,
     )
     return replace(base, **changes)  # type: ignore[arg-type]
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
 
 import anyio
 import pytest
 from sessile.v1 import session_pb2
+from sessile.v1 import types_pb2 as pb
 
 from gateway.app.admission import Gate
 from gateway.config import Admission, GatewayConfig
 from gateway.core.errors import Overloaded
 from gateway.core.quotas import TenantQuota
+from statestore.replica_info import ReplicaLoad
 from tests.support.gateway_world import TENANT, simulated, world
 
 
@@ -40,9 +44,41 @@ def test_a_share_is_one_at_least_and_free_again_after_a_failure() -> None:
     assert (gate.taken, gate.tenants) == (0, 0)
 
 
-def test_a_share_of_more_than_the_whole_is_refused_at_start() -> None:
-    with pytest.raises(ValueError, match="share_per_tenant"):
-        GatewayConfig(admission=Admission(share_per_tenant=1.5))
+def test_batch_turns_leave_the_last_places_to_interactive_ones() -> None:
+    gate = Gate("max_streams", 8, 250, share=0.5, batch_share=0.5)
+    with ExitStack() as inside:
+
+        def enter(tenant: str, *, batch: bool) -> None:
+            inside.enter_context(gate.entered(tenant, batch=batch))
+
+        def refused(tenant: str, *, batch: bool) -> dict[str, str]:
+            with pytest.raises(Overloaded) as caught, gate.entered(tenant, batch=batch):
+                pass
+            assert caught.value.retry_after_ms == 250
+            return dict(caught.value.metadata)
+
+        for _ in range(2):
+            enter("a", batch=True)
+        assert refused("a", batch=True) == {"bound": "max_streams_per_tenant", "limit": "2"}
+        enter("a", batch=False)  # a tenant's batch turns leave room for its own, too
+        enter("b", batch=False)
+        assert refused("c", batch=True) == {"bound": "max_streams", "limit": "4"}
+        for tenant in "abbb":
+            enter(tenant, batch=False)
+        assert refused("c", batch=False) == {"bound": "max_streams", "limit": "8"}
+    assert (gate.taken, gate.tenants) == (0, 0)
+
+
+def test_a_gate_of_one_place_has_it_for_batch_turns_too() -> None:
+    gate = Gate("max_streams", 1, 250, share=0.5, batch_share=0.5)
+    with gate.entered("a", batch=True):
+        assert gate.taken == 1
+
+
+@pytest.mark.parametrize("share", ["share_per_tenant", "batch_share"])
+def test_a_share_of_more_than_the_whole_is_refused_at_start(share: str) -> None:
+    with pytest.raises(ValueError, match=share):
+        GatewayConfig(admission=Admission(**{share: 1.5}))  # type: ignore[arg-type]
 
 
 def test_requests_larger_than_a_message_are_refused_at_start() -> None:
@@ -65,6 +101,71 @@ async def test_a_tenant_with_its_share_of_streams_leaves_room_for_another() -> N
         assert refused.error.retry_after_ms
         assert served.error is None
         assert (await w.finish(held)).error is None
+
+
+@simulated
+async def test_batch_streams_leave_room_for_interactive_ones() -> None:
+    config = GatewayConfig(admission=Admission(max_streams=2, share_per_tenant=1, batch_share=0.5))
+    async with world(config=config, a=40) as w:
+        first, second, third = [await w.open(f"r{i}") for i in range(3)]
+        held = w.turn(first, priority=pb.TURN_PRIORITY_BATCH)
+        await anyio.sleep(0.1)
+        refused = await w.finish(w.turn(second, priority=pb.TURN_PRIORITY_BATCH))
+        served = await w.finish(w.turn(third, priority=pb.TURN_PRIORITY_INTERACTIVE))
+        assert isinstance(refused.error, Overloaded)
+        assert refused.error.retry_after_ms
+        assert served.error is None
+        assert (await w.finish(held)).error is None
+        assert (await w.finish(w.turn(second, priority=pb.TURN_PRIORITY_BATCH))).error is None
+
+
+@simulated
+async def test_a_batch_turn_finds_no_place_where_an_interactive_one_does() -> None:
+    half = ReplicaLoad(free_pages=4096, prefill_tokens_per_s=2000.0, running_turns=8)
+    async with world(a=4) as w:
+        replica = w.fleet.replicas["a"]
+        replica.load = replace(half, queued_turns=4)
+        await anyio.sleep(1.5)
+        refused = await w.finish(w.turn(await w.open("r1"), priority=pb.TURN_PRIORITY_BATCH))
+        assert isinstance(refused.error, Overloaded)
+        assert refused.error.retry_after_ms
+        assert not replica.dispatches
+        assert (await w.finish(w.turn(await w.open("r2")))).error is None
+        replica.load = replace(half, queued_turns=3)
+        await anyio.sleep(1.5)
+        served = await w.finish(w.turn(await w.open("r1"), priority=pb.TURN_PRIORITY_BATCH))
+        assert served.error is None
+
+
+@simulated
+async def test_an_accepted_batch_turn_is_taken_over_where_a_new_one_would_be_refused() -> None:
+    async with world(a=400) as w:
+        session_id = await w.open()
+        client = w.turn(session_id, priority=pb.TURN_PRIORITY_BATCH)
+        await anyio.sleep(0.2)
+        assert client.tokens
+        crowded = await w.replica("b", output_tokens=400)
+        crowded.load = ReplicaLoad(
+            free_pages=4096, prefill_tokens_per_s=2000.0, running_turns=8, queued_turns=4
+        )
+        await anyio.sleep(1.0)
+        assert not client.done
+        calls: list[str] = []
+        for name in ("get_session", "take"):
+            call = getattr(w.store, name)
+
+            def counted(*args: Any, name: str = name, call: Any = call) -> Any:
+                calls.append(name)
+                return call(*args)
+
+            setattr(w.store, name, counted)
+        await w.kill_owner(session_id)
+        calls.clear()
+        await w.finish(client)
+        assert client.error is None
+        assert len(crowded.dispatches) == 1
+        assert calls[0] == "take", "nothing had to be read to know that it is accepted"
+        await w.check_gapless(client, session_id)
 
 
 @simulated

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -18,8 +20,8 @@ from gateway.core.placement import (
     relieve,
 )
 from statestore.records import ReplicaRef
-from statestore.replica_info import ReplicaLoad
-from tests.support.fleets import MODEL, after, fleet, replica
+from statestore.replica_info import ReplicaDetails, ReplicaLoad
+from tests.support.fleets import MODEL, after, details, fleet, replica
 
 CONFIG = PlacementModel()
 
@@ -199,6 +201,41 @@ def test_every_replica_that_is_no_candidate_has_its_reason() -> None:
     ]
     assert outcome.overloaded
     assert outcome.retry_after_ms >= 100
+
+
+def test_a_replica_that_is_full_for_batch_takes_interactive_turns() -> None:
+    some = ReplicaLoad(prefill_tokens_per_s=2000.0, running_turns=8, queued_turns=3)
+    half = ReplicaLoad(prefill_tokens_per_s=2000.0, running_turns=8, queued_turns=4)
+    all_ = ReplicaLoad(prefill_tokens_per_s=2000.0, running_turns=8, queued_turns=8)
+    snapshot = fleet(
+        replica("a", load=half),
+        replica("b", load=some, max_queued_turns=6),
+        replica("c", load=all_),
+    )
+    decision = decided(snapshot, request())
+    assert {cost.ref.replica_id for cost in decision.costs} == {"a", "b"}
+    outcome = place(snapshot, request(batch=True), CONFIG)
+    assert isinstance(outcome, NoCandidate)
+    assert outcome.overloaded
+    assert outcome.retry_after_ms >= 100
+    assert [e.why for e in outcome.excluded] == [
+        "has places for interactive ones",
+        "has places for interactive ones",
+        "every place is taken",
+    ]
+    known = json.loads(details().to_json())
+    del known["batch_share"]  # an older one: batch turns may fill its queue
+    unaware = replace(replica("a", load=half), details=ReplicaDetails.from_json(json.dumps(known)))
+    assert decided(fleet(unaware), request(batch=True)).replica.ref.replica_id == "a"
+
+
+def test_a_batch_turn_is_not_moved_to_where_batch_turns_have_no_place() -> None:
+    half = ReplicaLoad(prefill_tokens_per_s=2000.0, running_turns=8, queued_turns=4)
+    owner = replica("a")
+    snapshot = fleet(owner, replica("b", load=half))
+    assert isinstance(relieve(snapshot, request(batch=True), owner, CONFIG), NoCandidate)
+    waits = relieve(fleet(owner, replica("b")), request(batch=True), owner, CONFIG)
+    assert isinstance(waits, Decision)
 
 
 def test_an_empty_fleet_and_an_unknown_model_are_told_apart_from_overload() -> None:

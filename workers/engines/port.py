@@ -63,6 +63,11 @@ class EngineInfo:
     """Pages that all tenants share. Only for engines that name their pages by it."""
 
 
+INTERACTIVE, BATCH, PREFETCH = 0, -1, -2
+"""Priorities of generations: of turns that somebody waits for, of turns that nobody waits for, and
+of what gets ready for turns to come."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen. Noise is a pure function of (seed, ledger position), so a generation
@@ -98,8 +103,9 @@ class GenerateRequest:
     max_new_tokens: int
     min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
-    priority: int = 0
-    """Higher first in the queue; 0 is normal."""
+    priority: int = INTERACTIVE
+    """Higher first in the queue. What runs keeps its place; an engine that is short of pages and
+    schedules by itself puts the lowest back in the queue."""
     retention_id: str = ""
     """The pin that will be asked for what this computes (see :meth:`Engine.pin`); empty: none."""
     trace: Mapping[str, str] = field(default_factory=dict)

@@ -77,6 +77,7 @@ class Generation:
             max_new_tokens=plan.rules.max_tokens - done,
             min_new_tokens=max(0, plan.rules.min_tokens - done),
             stop_token_ids=plan.rules.stop_token_ids,
+            priority=plan.priority,
             retention_id=session_id,
             trace=headers(),
         )

@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 from sessile.v1 import session_pb2, types_pb2
 
-from gateway.app.request_checks import check_params, check_roles, check_tools
+from gateway.app.request_checks import (
+    check_params,
+    check_priority,
+    check_roles,
+    check_tools,
+)
 from gateway.core.errors import ContextTooLong, InvalidRequest
 from statestore.digest import DIGEST_BYTES
 from statestore.ports import StoreCorrupt
 from statestore.records import TurnSpec
-from workers.engines.port import EngineInfo, Sampling
+from workers.engines.port import BATCH, INTERACTIVE, EngineInfo, Sampling
 from workers.text.port import Call, ChatMessage, Folder, Role, TextCodec, Tool
 from workers.turn.output import FinishRules
 
@@ -44,6 +49,8 @@ class TurnPlan:
     sampling: Sampling
     rules: FinishRules
     stop: tuple[str, ...]
+    priority: int
+    """Of its generations."""
 
     def folder(self, codec: TextCodec) -> Callable[[], Folder]:
         return lambda: codec.folder(self.stop, self.rules.min_tokens)
@@ -64,6 +71,7 @@ def check_turn(turn: types_pb2.RunTurnRequest) -> None:
         raise InvalidRequest(f"a turn's messages may have at most {MAX_INPUT_BYTES} bytes")
     if turn.timeout_ms > MAX_TIMEOUT_MS:
         raise InvalidRequest(f"timeout_ms may be at most {MAX_TIMEOUT_MS}")
+    check_priority(turn.priority)
     check_params(turn.params)
 
 
@@ -137,6 +145,7 @@ def resolve(
         turn_id=turn.turn_id,
         messages=turn.messages,
         params=params,
+        priority=turn.priority,
         traceparent=traceparent,
     )
     return TurnSpec(
@@ -191,6 +200,7 @@ def plan_of(
             stop_token_ids=stops if params.ignore_eos else stops | frozenset(eos),
         ),
         stop=tuple(params.stop),
+        priority=BATCH if body.priority == types_pb2.TURN_PRIORITY_BATCH else INTERACTIVE,
     )
 
 

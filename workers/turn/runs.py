@@ -216,12 +216,14 @@ class TurnRuns:
     ) -> TurnRun:
         if self._closed:
             raise Unavailable("the replica is stopping")
-        self._check_room(request.tenant)
-        turn = request.turn
+        turn, stored = request.turn, context.turn
+        # A turn that was let in once is let in wherever it goes on.
+        begins = stored is None and not turn.attach_only
+        batch = begins and turn.priority == types_pb2.TURN_PRIORITY_BATCH
+        self._check_room(request.tenant, batch)
         run = TurnRun(
             self._ports, request.tenant, turn.session_id, turn.turn_id, epoch, self._ended
         )
-        stored = context.turn
         trace = traceparent() if stored is None else body_of(stored.spec).traceparent
         opening = TurnOpening(self._ports, request, epoch, trace)
 
@@ -236,19 +238,21 @@ class TurnRuns:
         self._tasks.start_soon(run.run, open_turn, pull, began, name=f"turn {turn.turn_id}")
         return run
 
-    def _check_room(self, tenant: str) -> None:
+    def _check_room(self, tenant: str, batch: bool) -> None:
         """Turns that can run at once are let in. In the queue, the fewer places are free, the fewer
         a tenant may have: one alone gets three quarters of all, and who has none gets the last
-        (after the dynamic thresholds of Choudhury and Hahne)."""
+        (after the dynamic thresholds of Choudhury and Hahne). To a batch turn the queue is shorter:
+        it finds no place in what is kept for interactive ones."""
         info = self._ports.engine.info
         if len(self._runs) < info.max_running:
             return
-        free = info.max_running + info.max_queued - len(self._runs)
+        queue = int(info.max_queued * self._ports.limits.batch_share) if batch else info.max_queued
+        free = info.max_running + queue - len(self._runs)
         theirs = sum(run.tenant == tenant for run in self._runs.values())
         if theirs >= TENANT_SHARE * free:
             raise Overloaded(
                 f"{len(self._runs)} turns run or wait on this replica, {theirs} of them this "
-                "tenant's",
+                f"tenant's{', too many for another batch turn' if batch else ''}",
                 retry_after_ms=RETRY_MS,
             )
 

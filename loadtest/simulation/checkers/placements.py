@@ -94,7 +94,7 @@ class Placements:
             if live.ref is None or not self._must_fit(live.ref, request):
                 continue
             known = fleet.get(live.ref)
-            if known is None or not known.full:
+            if known is None or not known.full(batch=request.batch):
                 self._complain(request, f"P14: no place, though {live.ref} has one")
 
     def _judge_target(self, request: PlacementRequest, target: ReplicaRef) -> None:

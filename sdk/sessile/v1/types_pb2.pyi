@@ -103,6 +103,34 @@ TURN_STATUS_FAILED: TurnStatus.ValueType  # 5
 """Ended with an error; what was delivered stays in the ledger."""
 Global___TurnStatus: _TypeAlias = TurnStatus  # noqa: Y015
 
+class _TurnPriority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TurnPriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TurnPriority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TURN_PRIORITY_UNSPECIFIED: _TurnPriority.ValueType  # 0
+    """INTERACTIVE."""
+    TURN_PRIORITY_INTERACTIVE: _TurnPriority.ValueType  # 1
+    """Somebody waits for it."""
+    TURN_PRIORITY_BATCH: _TurnPriority.ValueType  # 2
+    """Nobody does: in every queue it is behind interactive turns, and it is refused
+    (RESOURCE_EXHAUSTED with a retry delay) while places are left for them.
+    """
+
+class TurnPriority(_TurnPriority, metaclass=_TurnPriorityEnumTypeWrapper):
+    """Which turns wait for others under load."""
+
+TURN_PRIORITY_UNSPECIFIED: TurnPriority.ValueType  # 0
+"""INTERACTIVE."""
+TURN_PRIORITY_INTERACTIVE: TurnPriority.ValueType  # 1
+"""Somebody waits for it."""
+TURN_PRIORITY_BATCH: TurnPriority.ValueType  # 2
+"""Nobody does: in every queue it is behind interactive turns, and it is refused
+(RESOURCE_EXHAUSTED with a retry delay) while places are left for them.
+"""
+Global___TurnPriority: _TypeAlias = TurnPriority  # noqa: Y015
+
 @_typing.final
 class Position(_message.Message):
     """A place in a ledger that cannot be confused with the same place in another history."""
@@ -855,6 +883,7 @@ class RunTurnRequest(_message.Message):
     RESUME_FROM_FIELD_NUMBER: _builtins.int
     ATTACH_ONLY_FIELD_NUMBER: _builtins.int
     ACCEPTS_REDIRECT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
@@ -870,6 +899,10 @@ class RunTurnRequest(_message.Message):
     """
     accepts_redirect: _builtins.bool
     """The client follows TurnRedirect itself."""
+    priority: Global___TurnPriority.ValueType
+    """Who goes first where there is not room for all. A hint: on a repeat it may be another one, and the
+    turn keeps the one that it was accepted with.
+    """
     traceparent: _builtins.str
     """W3C traceparent in which the turn was accepted, for whoever goes on with it. Written by the
     replica into what it stores; ignored in a call, whose trace context is in its metadata.
@@ -906,11 +939,12 @@ class RunTurnRequest(_message.Message):
         resume_from: Global___Position | None = ...,
         attach_only: _builtins.bool = ...,
         accepts_redirect: _builtins.bool = ...,
+        priority: Global___TurnPriority.ValueType = ...,
         traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params", "precondition", b"precondition", "resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_redirect", b"accepts_redirect", "attach_only", b"attach_only", "messages", b"messages", "params", b"params", "precondition", b"precondition", "resume_from", b"resume_from", "session_id", b"session_id", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent", "turn_id", b"turn_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_redirect", b"accepts_redirect", "attach_only", b"attach_only", "messages", b"messages", "params", b"params", "precondition", b"precondition", "priority", b"priority", "resume_from", b"resume_from", "session_id", b"session_id", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

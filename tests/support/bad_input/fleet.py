@@ -144,6 +144,12 @@ row(
     "temperature must be within 0 and 2",
 )
 row(
+    "DispatchTurn",
+    "a priority of the future",
+    dispatched(priority=99),
+    "a turn is interactive (1) or batch (2)",
+)
+row(
     "HandOver",
     "a stale epoch",
     lambda c: replica_pb2.HandOverRequest(session_id=c.session_id, epoch=STALE, migration_id="m"),

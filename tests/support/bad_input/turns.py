@@ -90,6 +90,10 @@ TURNS: dict[str, tuple[Callable[[Case], Message], str]] = {
         changed("RunTurn", timeout_ms=86_400_001),
         "timeout_ms is at most 86400000",
     ),
+    "a priority of the future": (
+        changed("RunTurn", priority=99),
+        "a turn is interactive (1) or batch (2)",
+    ),
     "resumed before its output": (
         again(resume_from=pb.Position(length=1)),
         "lies before the turn's output",

@@ -184,13 +184,12 @@ FAILOVER = (
         (
             Edit(
                 PLACEMENT,
-                '        why = unfit(replica, request) or ("every place is taken" if replica.full'
-                " else None)\n",
+                "        why = unfit(replica, request) or _taken(replica, request)\n",
                 "        kinds = {h.details.kv_fingerprint for it in request.holders\n"
                 "                 if (h := fleet.named(it.ref.replica_id)) is not None}\n"
                 "        foreign = kinds and replica.details.kv_fingerprint not in kinds\n"
                 '        why = "has other pages" if foreign else unfit(replica, request)\n'
-                '        why = why or ("every place is taken" if replica.full else None)\n',
+                "        why = why or _taken(replica, request)\n",
             ),
         ),
         OTHER_WEIGHTS,
