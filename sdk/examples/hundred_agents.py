@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from sessile import RetryPolicy, Sessile, Usage
+from sessile import Priority, RetryPolicy, Sessile, Usage
 
 GATEWAY = os.environ.get("SESSILE_GATEWAY", "127.0.0.1:8470")
 TURNS = 3
@@ -41,10 +41,12 @@ async def main(gateway: str, agents: int) -> None:
         print(f"\r[{bar:{WIDTH}}] {done}/{total} turns", end="", file=sys.stderr, flush=True)
 
     began = time.monotonic()
-    # A batch job has time: more tries than an interactive client's ten.
+    # A batch job has time: it lets others go first, and tries more often than the ten times of an
+    # interactive client.
     patient = RetryPolicy(max_attempts=60)
+    client = Sessile(gateway, priority=Priority.BATCH, retry=patient)
     # A task group: the first agent that fails ends the others, and their turns are cancelled.
-    async with Sessile(gateway, retry=patient) as client, asyncio.TaskGroup() as tasks:
+    async with client, asyncio.TaskGroup() as tasks:
         for number in range(agents):
             tasks.create_task(agent(client, number, turn_done))
     print(file=sys.stderr)

@@ -43,7 +43,7 @@ from sessile.events import (
     WaitReason,
 )
 from sessile.fleet import DrainProgress, Fleet, Migration, Replica, ReplicaLoad, ReplicaState
-from sessile.messages import Message, Role, Sampling, Tool, ToolCall
+from sessile.messages import Message, Priority, Role, Sampling, Tool, ToolCall
 from sessile.records import (
     FinishReason,
     Position,
@@ -98,6 +98,7 @@ __all__ = [
     "Overloaded",
     "PermissionDenied",
     "Position",
+    "Priority",
     "ProtocolError",
     "QuotaExceeded",
     "Replica",

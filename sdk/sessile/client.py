@@ -24,7 +24,14 @@ from sessile.credentials import (
 )
 from sessile.errors import InvalidRequest
 from sessile.fleet import Fleet
-from sessile.messages import Message, Sampling, Tool, messages_to_pb, sampling_to_pb
+from sessile.messages import (
+    Message,
+    Priority,
+    Sampling,
+    Tool,
+    messages_to_pb,
+    sampling_to_pb,
+)
 from sessile.records import SessionInfo, SessionState
 from sessile.session import Session
 from sessile.tracing import Tracing
@@ -58,7 +65,8 @@ class Sessile:
     the PEM file of the authority that signs for the gateways (default: SESSILE_TLS, else without
     TLS); for a certificate of the client's own give gRPC's ``credentials`` instead.
 
-    ``timeout_s`` limits calls other than turns. ``metadata`` is sent with every call (for example
+    ``timeout_s`` limits calls other than turns; ``priority`` is that of turns that name none.
+    ``metadata`` is sent with every call (for example
     the authorisation that a proxy wants). Where OpenTelemetry is installed each turn is a span and
     calls carry the trace, recorded by ``tracer_provider`` (default: the global one). Bound to the
     event loop on which it is entered."""
@@ -75,6 +83,7 @@ class Sessile:
         metadata: Sequence[tuple[str, str]] = (),
         timeout_s: float = 30.0,
         retry: RetryPolicy | None = None,
+        priority: Priority = Priority.INTERACTIVE,
         runtime: Runtime | None = None,
         tracer_provider: TracerProvider | None = None,
     ) -> None:
@@ -101,6 +110,7 @@ class Sessile:
         warn_if_overheard(self._targets, secret=secret, encrypted=self._credentials is not None)
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
+        self._priority = built(lambda: Priority(priority))
         self._runtime = runtime or Runtime()
         self._tracing = Tracing(tracer_provider)
         self._opened: Transport | None = None
@@ -118,6 +128,7 @@ class Sessile:
             self._timeout_s,
             self._tracing,
             renews=self._renews,
+            priority=self._priority,
         )
         return self
 

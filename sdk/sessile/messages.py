@@ -1,4 +1,4 @@
-"""What is said in a session: messages, tools and how output is chosen.
+"""What is said in a session: messages, tools, how output is chosen and how soon.
 
 session.run([Message.user("What is 6 * 7?"), ...], max_tokens=64)
 session.run(Message.tool(call, "42"))
@@ -22,6 +22,18 @@ class Role(enum.StrEnum):
     USER = "user"
     ASSISTANT = "assistant"
     TOOL = "tool"
+
+
+class Priority(enum.StrEnum):
+    """Which turns go first where there is not room for all."""
+
+    INTERACTIVE = "interactive"
+    """Somebody waits for it."""
+    BATCH = "batch"
+    """Nobody does: it waits behind interactive turns, and is refused as Overloaded earlier."""
+
+    def to_pb(self) -> pb.TurnPriority.ValueType:
+        return pb.TurnPriority.Value(f"TURN_PRIORITY_{self.name}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Unpack
 
 from sessile.errors import InvalidRequest
 from sessile.events import Accepted, Finished
-from sessile.messages import Input, Sampling, Tool, messages_to_pb, sampling_to_pb
+from sessile.messages import Input, Priority, Sampling, Tool, messages_to_pb, sampling_to_pb
 from sessile.records import Position, SessionInfo, TranscriptTurn, TurnStatus
 from sessile.tool_run import OnToolError, ToolRun, ToolRunOptions
 from sessile.tools import FunctionTool
@@ -88,6 +88,7 @@ class Session:
         *,
         turn_id: str | None = None,
         timeout_s: float | None = None,
+        priority: Priority | None = None,
         on_abandon: OnAbandon = "cancel",
         check_head: bool = True,
         **sampling: Unpack[Sampling],
@@ -96,13 +97,16 @@ class Session:
 
         ``turn_id`` makes it idempotent over process restarts too: a repeat attaches to the running
         turn or replays the ended one. The server ends the turn as FAILED after ``timeout_s``
-        (default 600). ``check_head=False`` accepts whatever the ledger holds."""
+        (default 600). ``priority`` (default: the client's) says whether it goes before others under
+        load; on a repeat it changes nothing. ``check_head=False`` accepts whatever the ledger
+        holds."""
         request = built(
             lambda: pb.RunTurnRequest(
                 session_id=self.session_id,
                 turn_id=turn_id or self._transport.runtime.new_id(),
                 messages=messages_to_pb(messages),
                 params=sampling_to_pb(sampling),
+                priority=self._priority(priority),
                 timeout_ms=0 if timeout_s is None else max(1, round(timeout_s * 1000)),
             )
         )
@@ -123,6 +127,7 @@ class Session:
         tool_timeout_s: float | None = 60.0,
         on_tool_error: OnToolError = "tell",
         timeout_s: float | None = None,
+        priority: Priority | None = None,
         on_abandon: OnAbandon = "cancel",
         check_head: bool = True,
         **sampling: Unpack[Sampling],
@@ -133,7 +138,8 @@ class Session:
         ``tools`` are made by :func:`sessile.tool` (default: those given to ``open``); the model
         knows only tools that the session was opened with. ``run_id`` (at most 120 characters)
         makes the run idempotent over process restarts too: a repeat goes on where it stopped. A
-        turn takes ``timeout_s`` seconds at most, a tool ``tool_timeout_s``; ``max_parallel`` tools
+        turn takes ``timeout_s`` seconds at most, a tool ``tool_timeout_s``; all turns have the
+        ``priority``; ``max_parallel`` tools
         run at once. After ``max_rounds`` turns ToolRoundsExceeded is raised. ``on_tool_error`` is
         ``"tell"`` (the model) or ``"raise"`` (ToolFailed)."""
         options = ToolRunOptions(
@@ -149,6 +155,7 @@ class Session:
                 given,
                 turn_id=turn_id,
                 timeout_s=timeout_s,
+                priority=priority,
                 on_abandon=on_abandon,
                 check_head=check_head,
                 **sampling,
@@ -156,7 +163,7 @@ class Session:
 
         return ToolRun(
             begin,
-            partial(self.attach, timeout_s=timeout_s, on_abandon=on_abandon),
+            partial(self.attach, timeout_s=timeout_s, priority=priority, on_abandon=on_abandon),
             messages,
             self._functions(self._tools if tools is None else tools),
             options,
@@ -170,17 +177,20 @@ class Session:
         *,
         resume_from: Position | None = None,
         timeout_s: float | None = None,
+        priority: Priority | None = None,
         on_abandon: OnAbandon = "detach",
     ) -> Turn:
         """Reads a turn that exists, running or ended, from ``resume_from`` (a ``Tokens.end`` or
         ``turn.position``) or from its first output. NotFound if there is no such turn, DataLoss
-        if ``resume_from`` says that there was. Abandoning detaches by default: the turn may be
-        somebody else's."""
+        if ``resume_from`` says that there was. ``priority`` (default: the client's) is that of this
+        stream, which may be refused under load; the turn keeps its own. Abandoning detaches by
+        default: the turn may be somebody else's."""
         request = built(
             lambda: pb.RunTurnRequest(
                 session_id=self.session_id,
                 turn_id=turn_id,
                 attach_only=True,
+                priority=self._priority(priority),
                 resume_from=None if resume_from is None else resume_from.to_pb(),
             )
         )
@@ -283,6 +293,9 @@ class Session:
         async with aclosing(states):
             async for response in states:
                 yield SessionInfo.from_pb(response.session)
+
+    def _priority(self, priority: Priority | None) -> pb.TurnPriority.ValueType:
+        return Priority(priority or self._transport.priority).to_pb()
 
     def _functions(self, tools: Sequence[Tool]) -> dict[str, FunctionTool]:
         known = {tool.name for tool in self._tools}

@@ -31,7 +31,7 @@ from sessile import tool_run as aio_tool_run
 from sessile import turn as aio_turn
 from sessile.credentials import Tls, Token
 from sessile.events import TurnEvent
-from sessile.messages import Input, Message, Sampling, Tool
+from sessile.messages import Input, Message, Priority, Sampling, Tool
 from sessile.records import (
     Position,
     SessionInfo,
@@ -254,6 +254,7 @@ class Session:
         *,
         turn_id: str | None = None,
         timeout_s: float | None = None,
+        priority: Priority | None = None,
         on_abandon: OnAbandon = "cancel",
         check_head: bool = True,
         **sampling: Unpack[Sampling],
@@ -262,6 +263,7 @@ class Session:
             messages,
             turn_id=turn_id,
             timeout_s=timeout_s,
+            priority=priority,
             on_abandon=on_abandon,
             check_head=check_head,
             **sampling,
@@ -279,6 +281,7 @@ class Session:
         tool_timeout_s: float | None = 60.0,
         on_tool_error: OnToolError = "tell",
         timeout_s: float | None = None,
+        priority: Priority | None = None,
         on_abandon: OnAbandon = "cancel",
         check_head: bool = True,
         **sampling: Unpack[Sampling],
@@ -292,6 +295,7 @@ class Session:
             tool_timeout_s=tool_timeout_s,
             on_tool_error=on_tool_error,
             timeout_s=timeout_s,
+            priority=priority,
             on_abandon=on_abandon,
             check_head=check_head,
             **sampling,
@@ -304,10 +308,15 @@ class Session:
         *,
         resume_from: Position | None = None,
         timeout_s: float | None = None,
+        priority: Priority | None = None,
         on_abandon: OnAbandon = "detach",
     ) -> Turn:
         turn = self._session.attach(
-            turn_id, resume_from=resume_from, timeout_s=timeout_s, on_abandon=on_abandon
+            turn_id,
+            resume_from=resume_from,
+            timeout_s=timeout_s,
+            priority=priority,
+            on_abandon=on_abandon,
         )
         return Turn(self._loop, turn)
 
@@ -397,6 +406,7 @@ class Sessile:
         metadata: Sequence[tuple[str, str]] = (),
         timeout_s: float = 30.0,
         retry: RetryPolicy | None = None,
+        priority: Priority = Priority.INTERACTIVE,
         runtime: Runtime | None = None,
         tracer_provider: TracerProvider | None = None,
     ) -> None:
@@ -410,6 +420,7 @@ class Sessile:
             metadata=metadata,
             timeout_s=timeout_s,
             retry=retry,
+            priority=priority,
             runtime=runtime,
             tracer_provider=tracer_provider,
         )

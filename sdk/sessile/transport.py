@@ -23,6 +23,7 @@ import grpc
 from grpc import aio
 
 from sessile import errors
+from sessile.messages import Priority
 from sessile.tracing import Tracing
 from sessile.v1 import fleet_pb2_grpc, session_pb2_grpc
 
@@ -146,6 +147,7 @@ class Transport:
         tracing: Tracing | None = None,
         *,
         renews: bool = False,
+        priority: Priority = Priority.INTERACTIVE,
     ) -> None:
         """``renews``: ``authorization`` may give other credentials when it is asked again."""
         self._metadata = tuple(metadata)
@@ -155,6 +157,8 @@ class Transport:
         self.retry = retry
         self.runtime = runtime
         self.timeout_s = timeout_s
+        self.priority = priority
+        """Of turns that name none."""
         self._gateways = [_connect(target, credentials) for target in targets]
         # Clients with the same list start at different gateways.
         self._current = runtime.rng.randrange(len(self._gateways))

@@ -269,6 +269,7 @@ class Turn:
             session_id=self._request.session_id,
             turn_id=self._request.turn_id,
             timeout_ms=self._request.timeout_ms,
+            priority=self._request.priority,
             resume_from=self._fold.at.to_pb(),
             attach_only=True,
         )

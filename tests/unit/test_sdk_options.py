@@ -7,7 +7,16 @@ import random
 from collections.abc import AsyncIterator
 
 import pytest
-from sessile import RetryPolicy, Runtime, Sessile, TurnStatus, Unavailable, sync
+from sessile import (
+    InvalidRequest,
+    Priority,
+    RetryPolicy,
+    Runtime,
+    Sessile,
+    TurnStatus,
+    Unavailable,
+    sync,
+)
 from sessile.v1 import session_pb2
 from sessile.v1 import types_pb2 as pb
 
@@ -144,3 +153,54 @@ async def test_redirects_without_progress_have_an_end(
     gateway.turns += [[accepted(), REDIRECT]] * 10
     with pytest.raises(Unavailable, match="redirected time and again"):
         await client.session("ses_a").run("Go.", turn_id="t1").result()
+
+
+INTERACTIVE, BATCH = pb.TURN_PRIORITY_INTERACTIVE, pb.TURN_PRIORITY_BATCH
+
+
+async def test_a_turn_has_its_own_priority_or_the_clients(gateway: FakeGateway) -> None:
+    gateway.turns += [[accepted(), tokens(0), finished(2)]] * 5
+    async with (
+        Sessile(gateway.target) as usual,
+        Sessile(gateway.target, priority=Priority.BATCH) as batch,
+    ):
+        await usual.session("ses_a").run("Go.").result()
+        await usual.session("ses_a").run("Go.", priority=Priority.BATCH).result()
+        await batch.session("ses_a").with_options(timeout_s=5).run("Go.").result()
+        await batch.session("ses_a").run("Go.", priority=Priority.INTERACTIVE).result()
+        await batch.session("ses_a").attach("t1").result()
+    asked = [request.priority for request in gateway.requests(pb.RunTurnRequest)]
+    assert asked == [INTERACTIVE, BATCH, BATCH, INTERACTIVE, BATCH]
+
+
+async def test_a_turn_that_is_taken_up_again_has_its_priority(
+    gateway: FakeGateway, client: Sessile
+) -> None:
+    gateway.turns += [[accepted(), tokens(0), Cut()], [accepted(), tokens(2), finished(4)]]
+    await client.session("ses_a").run("Go.", priority=Priority.BATCH).result()
+    requests = gateway.requests(pb.RunTurnRequest)
+    assert [(r.attach_only, r.priority) for r in requests] == [(False, BATCH), (True, BATCH)]
+
+
+async def test_a_priority_that_does_not_exist_is_refused_before_anything_is_sent(
+    gateway: FakeGateway, client: Sessile
+) -> None:
+    with pytest.raises(InvalidRequest, match="urgent"):
+        client.session("ses_a").run("Go.", priority="urgent")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="urgent"):
+        Sessile(gateway.target, priority="urgent")  # type: ignore[arg-type]
+    assert gateway.seen == []
+
+
+def test_the_sync_face_has_priorities_too() -> None:
+    with (
+        gateway_in_a_thread() as gateway,
+        sync.Sessile(gateway.target, priority=Priority.BATCH) as client,
+    ):
+        gateway.turns += [[accepted(), tokens(0), finished(2)]] * 3
+        session = client.session("ses_a")
+        session.run("Go.").result()
+        session.run("Go.", priority=Priority.INTERACTIVE).result()
+        session.attach("t1", priority=Priority.INTERACTIVE).result()
+        asked = [request.priority for request in gateway.requests(pb.RunTurnRequest)]
+    assert asked == [BATCH, INTERACTIVE, INTERACTIVE]

@@ -10,6 +10,7 @@ import pytest
 import sessile
 from sessile import (
     InvalidRequest,
+    Priority,
     RoundEnded,
     Runtime,
     Sessile,
@@ -253,6 +254,17 @@ async def test_a_repeated_run_calls_no_tool_whose_result_the_session_has(
     ]
     assert [call.output for call in result.calls] == ["4"]
     assert len(result.turns) == 3
+
+
+async def test_all_turns_of_a_run_have_its_priority(gateway: FakeGateway, session: Session) -> None:
+    gateway.turns += [
+        asks(("double", '{"x": 1}'), attached=True),
+        [Fail(errors.NotFound("no such turn"))],
+        answers(),
+    ]
+    await session.run_tools("Go.", tools=[double], priority=Priority.BATCH).result()
+    asked = [r.priority for r in gateway.requests(pb.RunTurnRequest)]
+    assert asked == [pb.TURN_PRIORITY_BATCH] * 3
 
 
 async def test_a_tool_knows_its_call(gateway: FakeGateway, session: Session) -> None:
