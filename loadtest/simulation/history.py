@@ -42,6 +42,8 @@ TIGHT_RESIDENT = 2
 TIGHT_WINDOW = 2
 MIXED_SHARE = 0.2
 """Of the histories: one replica's KV, or its tokenizer, is another than the others'."""
+BATCH_SHARE = 0.25
+"""Of the agents: their turns are batch turns."""
 MINIMISE_RUNS = 24
 CRASHED = "failed unexpectedly:"
 """Says of a violation that it is no checker's, but a crash."""
@@ -210,6 +212,7 @@ async def _history(seed: int, plan: HistoryPlan) -> HistoryReport:
                     random.Random(f"{seed} agent {index}"),
                     lossy=lossy,
                     tenant=TENANTS[index % len(TENANTS)],
+                    batch=random.Random(f"{seed} batch {index}").random() < BATCH_SHARE,
                 )
                 for index in range(plan.agents)
             ]

@@ -53,9 +53,12 @@ class Agent(Client):
         lossy: bool = False,
         tenant: str = TENANT,
         brief: bool = False,
+        batch: bool = False,
     ) -> None:
-        """See Client; ``brief``: it also asks for no turn once the faults are over."""
+        """See Client; ``brief``: it also asks for no turn once the faults are over; ``batch``: its
+        turns are batch turns."""
         super().__init__(world, name, draw, lossy=lossy, tenant=tenant, brief=brief)
+        self.batch = batch
         self.opened_at = 0.0
         self.forks = 0
         self.suspensions = 0

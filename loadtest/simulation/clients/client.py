@@ -64,6 +64,8 @@ class Client:
         self.lossy = lossy
         self.tenant = tenant
         self.brief = brief
+        self.batch = False
+        """Its turns are batch turns."""
         self.session_id = ""
         self.turns: list[TurnHeard] = []
         self.others: list[TurnHeard] = []
@@ -144,6 +146,7 @@ class Client:
         """A turn that follows what this client knows."""
         request = draw_request(self.draw, self.session_id, turn_id, brief=self.brief)
         request.timeout_ms = int(1000 * self._limit_s())
+        request.priority = pb.TURN_PRIORITY_BATCH if self.batch else pb.TURN_PRIORITY_INTERACTIVE
         tell = self.lossy or self.draw.random() < 0.5
         if self.known_head is not None and not self.asked_twice and tell:
             request.precondition.CopyFrom(self.known_head)

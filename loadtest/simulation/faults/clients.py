@@ -21,12 +21,13 @@ MAX_KILLED = 2
 
 
 async def burst(scene: Scene, draw: random.Random) -> None:
-    """Many sessions are opened and run a turn at once."""
+    """Many sessions are opened and run a turn at once, every other one a batch turn."""
     async with anyio.create_task_group() as tasks:
         for index in range(draw.randrange(2, BURST + 1)):
             name = f"b{draw.getrandbits(24)}.{index}"
             own = random.Random(draw.random())
-            agent = Agent(scene.world, name, own, tenant=draw.choice(TENANTS), brief=True)
+            tenant, batch = draw.choice(TENANTS), index % 2 == 1
+            agent = Agent(scene.world, name, own, tenant=tenant, brief=True, batch=batch)
             scene.agents.append(agent)
             tasks.start_soon(run_once, agent, name=name)
 
