@@ -104,8 +104,8 @@ class GenerateRequest:
     min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     priority: int = INTERACTIVE
-    """Higher first in the queue. What runs keeps its place; an engine that is short of pages and
-    schedules by itself puts the lowest back in the queue."""
+    """Higher first in the queue. What runs is not stopped for it; an engine that is short of pages
+    and schedules by itself puts the lowest back in the queue."""
     retention_id: str = ""
     """The pin that will be asked for what this computes (see :meth:`Engine.pin`); empty: none."""
     trace: Mapping[str, str] = field(default_factory=dict)
