@@ -112,7 +112,8 @@ class Serving:
                 metadata = _metadata(context)
                 caller, access = await self._caller(metadata, context, request)
                 with self._watches.entered(caller.tenant):
-                    message = await self._request(caller, context, request)
+                    with self._streams.entered(caller, metadata):
+                        message = await self._request(caller, context, request)
                     with (
                         self._recorded(caller, access, message, context),
                         self._streams.entered(caller, metadata),
@@ -132,7 +133,10 @@ class Serving:
             try:
                 metadata = _metadata(context)
                 caller, access = await self._caller(metadata, context, request)
-                with self._requests.entered(caller.tenant):
+                with (
+                    self._requests.entered(caller.tenant),
+                    self._streams.entered(caller, metadata),
+                ):
                     message = await self._request(caller, context, request)
                 with (
                     self._recorded(caller, access, message, context),

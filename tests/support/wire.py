@@ -57,8 +57,12 @@ class Context:
     metadata: Sequence[tuple[str, str]]
     time_s: float
     request: bytes = b""
+    sent: anyio.Event | None = None
+    """The request comes when this is set; None: with the call."""
 
     async def read(self) -> bytes:
+        if self.sent is not None:
+            await self.sent.wait()
         return self.request
 
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
@@ -114,6 +118,7 @@ class Wire:
         metadata: Sequence[tuple[str, str]] = (),
         time_s: float = 30.0,
         patience_s: float = 120.0,
+        sent: anyio.Event | None = None,
     ) -> Answer:
         """``time_s`` is the caller's deadline as it tells the server; it hangs up after
         ``patience_s``."""
@@ -121,7 +126,7 @@ class Wire:
         handler: Any = next(filter(None, (h.service(details) for h in self._handlers)))
         answer = Answer()
         assert handler.request_deserializer is None
-        context = Context(answer, metadata, time_s, request)
+        context = Context(answer, metadata, time_s, request, sent)
         with anyio.move_on_after(patience_s) as scope:
             try:
                 await self._run(handler, request, context)

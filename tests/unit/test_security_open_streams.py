@@ -60,15 +60,21 @@ class Streams:
         with edited(self.keys) as keys:
             keys[:] = [key for key in keys if key.id != secret[3:11]]
 
-    async def open(self, name: str, secret: str, tenant: str | None = None) -> None:
-        """One stream of each kind."""
+    async def open(
+        self,
+        name: str,
+        secret: str,
+        tenant: str | None = None,
+        sent: anyio.Event | None = None,
+    ) -> None:
+        """One stream of each kind; their requests come when ``sent`` is set."""
         shown = [("authorization", f"Bearer {secret}")]
         shown += [] if tenant is None else [("x-sessile-tenant", tenant)]
 
         async def call(method: str, request: Message) -> None:
             data = request.SerializeToString()
             answer = await self.wire.call(
-                f"/t/{method}", data, metadata=shown, patience_s=10 * LONG_S
+                f"/t/{method}", data, metadata=shown, patience_s=10 * LONG_S, sent=sent
             )
             self.answers[name, method] = answer
 
@@ -76,7 +82,7 @@ class Streams:
         self.tasks.start_soon(call, "Watch", session_pb2.WatchSessionRequest(session_id="ses_a"))
         before = self.running
         await anyio.sleep(0.1)
-        assert self.running == before + 2
+        assert self.running == before + (2 if sent is None else 0)
 
     def ended(self, name: str) -> list[Answer]:
         return [answer for (who, _), answer in self.answers.items() if who == name]
@@ -152,6 +158,22 @@ def test_a_revoked_key_ends_its_streams_and_no_others(tmp_path: Path) -> None:
             await anyio.sleep(LONG_S)
             assert it.running == 4
             await it.open("again", new)
+
+    run(main, seed=1)
+
+
+def test_a_key_that_is_revoked_before_the_request_has_come_opens_no_stream(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with streams(tmp_path / "keys.toml") as it:
+            secret, sent = it.add(), anyio.Event()
+            await it.open("other", it.add())
+            await it.open("it", secret, sent=sent)
+            it.revoke(secret)
+            await anyio.sleep(SOON_S)
+            sent.set()
+            await anyio.sleep(SOON_S)
+            assert {answer.reason for answer in it.ended("it")} == {"CREDENTIALS_ENDED"}
+            assert it.running == 2, "the other's"
 
     run(main, seed=1)
 
