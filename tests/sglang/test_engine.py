@@ -15,6 +15,7 @@ from tests.sglang.engines import SglangHarness
 from tests.support.otlp import receiver
 from workers.engines.model_store import model_folder
 from workers.engines.port import EngineFailed
+from workers.engines.registry import create_backend
 from workers.engines.sglang.config import SglangConfig
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
@@ -59,6 +60,17 @@ async def test_its_spans_are_in_the_trace_of_the_turn() -> None:
             trace = {"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01"}
             await it.generate(it.prompt(1, 40), 4, trace=trace)
             await traces.until(lambda: len(traces.in_trace(TRACE_ID)) > 2)
+
+
+@pytest.mark.essential
+async def test_it_starts_without_any_option() -> None:
+    engine = create_backend("sglang", {}, anyio.current_time).engine
+    harness = SglangHarness(engine)
+    try:
+        await engine.start(harness.on_step, harness.failures.append)
+        assert len((await harness.generate(harness.prompt(1, 40), 4)).tokens) == 4
+    finally:
+        await engine.aclose()
 
 
 async def test_replicas_may_share_a_storage_of_its_own(tmp_path: Path) -> None:

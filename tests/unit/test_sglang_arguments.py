@@ -92,6 +92,13 @@ def test_the_users_arguments_are_over_defaults_and_under_what_is_needed() -> Non
     assert "device" not in values()  # sglang finds its accelerator
 
 
+def test_on_a_cpu_the_devices_kv_leaves_memory_for_its_copies() -> None:
+    assert values(on_cpu=True)["max_total_tokens"] == "32768"
+    assert values(on_cpu=True, max_total_tokens="512")["max_total_tokens"] == "512"
+    assert "max_total_tokens" not in values(on_cpu=True, mem_fraction_static="0.2")
+    assert "max_total_tokens" not in values()
+
+
 def test_equal_models_in_different_folders_share_a_storage() -> None:
     assert values()["served_model_name"] == "llama"
     assert values(served_model_name="other")["served_model_name"] == "other"

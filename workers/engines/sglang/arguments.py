@@ -20,7 +20,11 @@ CPU_DEFAULTS = {
     "sleep_on_idle": "true",
     "hicache_io_backend": "direct",
     "hicache_mem_layout": "layer_first",
+    "hicache_ratio": "1.1",
 }
+CPU_MAX_TOTAL_TOKENS = "32768"
+"""Where the device's memory is the host's, sglang would give most of it to the device's KV, and
+nothing were left for the copies in host memory."""
 OWN_STORAGE_DEFAULTS = {
     "hicache_write_policy": "write_through",
     "hicache_storage_prefetch_policy": "wait_complete",
@@ -80,6 +84,8 @@ def argument_values(
     values: dict[str, str] = {"log_level": "warning", "served_model_name": folder.name}
     if on_cpu:
         values |= CPU_DEFAULTS
+        if "mem_fraction_static" not in given:
+            values["max_total_tokens"] = CPU_MAX_TOTAL_TOKENS
     if given.get("schedule_policy", "fcfs") in POLICIES_WITH_PRIORITIES:
         values |= PRIORITIES
     if config.storage == "own" and "hicache_storage_backend" in given:
