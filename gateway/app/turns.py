@@ -127,7 +127,7 @@ class Turns:
         ``time_left_s`` is the client's own limit for this call."""
         check_turn_request(request, self._services.config)
         session_id, turn_id = request.session_id, request.turn_id
-        with self._streams.entered(tenant, batch=is_batch(request)):
+        with self._streams.entered(tenant, batch=begins_as_batch(request)):
             outbox = Outbox(self._services.config.tables.relay_buffer_bytes)
             stream = _TurnStream(self._services, tenant, request, time_left_s, outbox)
             await self._services.directory.find(tenant, session_id)
@@ -143,6 +143,11 @@ class Turns:
 def is_batch(request: pb.RunTurnRequest) -> bool:
     """Whether it goes behind interactive turns."""
     return request.priority == pb.TURN_PRIORITY_BATCH
+
+
+def begins_as_batch(request: pb.RunTurnRequest) -> bool:
+    """Whether some places are not for it: who only attaches has had a place for the turn."""
+    return is_batch(request) and not request.attach_only
 
 
 def check_turn_request(request: pb.RunTurnRequest, config: GatewayConfig) -> None:
@@ -515,7 +520,7 @@ class _TurnStream:
     @property
     def _asks_as_batch(self) -> bool:
         """Whether some places are not for it. An accepted turn has had its place."""
-        return is_batch(self._request) and not self._cursor.accepted
+        return begins_as_batch(self._request) and not self._cursor.accepted
 
     def _new_tokens(self) -> int:
         return sum(len(m.content) for m in self._request.messages) // BYTES_PER_TOKEN

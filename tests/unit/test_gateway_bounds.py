@@ -120,6 +120,25 @@ async def test_batch_streams_leave_room_for_interactive_ones() -> None:
 
 
 @simulated
+async def test_who_attaches_to_a_batch_turn_is_let_in_where_a_new_one_is_refused() -> None:
+    config = GatewayConfig(admission=Admission(max_streams=4, share_per_tenant=1, batch_share=0.5))
+    batch = pb.TURN_PRIORITY_BATCH
+    async with world(config=config, a=40) as w:
+        accepted, other, third, fresh = [await w.open(f"r{i}") for i in range(4)]
+        turn = w.turn(accepted, "t1", priority=batch)
+        await anyio.sleep(0.1)
+        assert turn.tokens
+        held = [w.turn(other, "t2"), w.turn(third, "t3")]
+        await anyio.sleep(0.1)
+        assert isinstance((await w.finish(w.turn(fresh, "t4", priority=batch))).error, Overloaded)
+        again = await w.finish(w.turn(accepted, "t1", attach_only=True, priority=batch))
+        assert again.error is None
+        assert again.tokens
+        for client in (turn, *held):
+            assert (await w.finish(client)).error is None
+
+
+@simulated
 async def test_a_batch_turn_finds_no_place_where_an_interactive_one_does() -> None:
     half = ReplicaLoad(free_pages=4096, prefill_tokens_per_s=2000.0, running_turns=8)
     async with world(a=4) as w:
