@@ -176,6 +176,51 @@ def test_a_higher_priority_is_not_preempted_for_a_share() -> None:
     assert steps.step() == {GREEDY: 2}
 
 
+def test_who_had_much_is_not_overtaken_for_ever_by_those_who_come_anew() -> None:
+    steps = Steps(max_running=4)
+    steps.ask(MODEST, 8, 4080)
+    for _ in range(6):
+        steps.ask(GREEDY, 8, 200)
+    while steps.scheduler.queued:
+        steps.step()
+    name = steps.ask(GREEDY, 8, 5)
+    for number in range(3000):
+        if steps.scheduler.queued < 4:
+            steps.ask(b"agent %d" % number, 8, 10)
+        steps.step()
+        if name in steps.ended:
+            return
+    pytest.fail("a tenant that had more than those who come now starves")
+
+
+def test_a_place_is_given_up_to_one_of_many_tenants() -> None:
+    steps = Steps(max_running=2)
+    for _ in range(2):
+        steps.ask(GREEDY, 8, 500)
+    steps.step()
+    names = [steps.ask(b"tenant %d" % number, 8, 5) for number in range(4)]
+    for name in names:
+        if name not in steps.ended:
+            steps.until_end_of(name)
+    assert max(steps.tokens[name] for name in steps.tokens if name.startswith("greedy")) < 100
+
+
+def test_work_that_is_dropped_for_pages_is_not_charged() -> None:
+    """A large context of the tenant that has had less is planned first, and gives its pages up
+    later in the same plan."""
+    steps = Steps(pages=70, max_running=4, max_prefill_tokens=1000)
+    for _ in range(2):
+        steps.ask(GREEDY, 8, 200)
+    steps.ask(MODEST, 102, 200)
+    shares = steps.scheduler._shares
+    for _ in range(100):
+        had = shares.served(MODEST)
+        if MODEST not in steps.step():
+            assert shares.served(MODEST) == had
+            return
+    pytest.fail("nothing was dropped")
+
+
 def test_one_tenant_alone_is_served_in_order() -> None:
     steps = Steps(max_running=1)
     names = [steps.ask(GREEDY, 8, 3) for _ in range(5)]

@@ -115,7 +115,8 @@ class Scheduler:
         rank = (-request.priority, next(self._sequence))
         generation = Generation(request, rank, list(request.tokens), submitted_at=now)
         self._by_id[request.generation_id] = generation
-        self._shares.arrived(request.namespace)
+        waits = any(g.request.namespace == request.namespace for g in self._queue)
+        self._shares.arrived(request.namespace, waits=waits)
         self._queue.append(generation)
 
     def set_parked(self, generation_id: str, parked: bool) -> None:
@@ -166,15 +167,17 @@ class Scheduler:
                 continue
             if not self._grow(generation, needed):
                 continue
-            tenant = generation.request.namespace
             if generation.pending > 1:
                 budget -= count
-                self._shares.charge(tenant, prompt=count)
-            else:
-                self._shares.charge(tenant, sampled=1)
             self._in_step.append(Work(generation, generation.computed, count))
         # A later generation's growth may have preempted an earlier one of lower priority.
         self._in_step = [work for work in self._in_step if work.generation in self._running]
+        for work in self._in_step:
+            tenant = work.generation.request.namespace
+            if work.generation.pending > 1:
+                self._shares.charge(tenant, prompt=work.count)
+            else:
+                self._shares.charge(tenant, sampled=1)
         return list(self._in_step), failures
 
     def advance(self, work: Work, checksum: Callable[[int], int]) -> None:
@@ -249,7 +252,7 @@ class Scheduler:
         end = generation.computed + budget
         return max(0, end - end % self._chunk_multiple - generation.computed)
 
-    def _turn(self, generation: Generation) -> tuple[int, int, int]:
+    def _turn(self, generation: Generation) -> tuple[int, float, int]:
         """Lower first."""
         priority, age = generation.rank
         return priority, self._shares.served(generation.request.namespace), age
@@ -275,7 +278,8 @@ class Scheduler:
         newcomer's has not: the youngest of the tenant that has most."""
         tenants = self._by_tenant(self._running)
         own = tenants.pop(newcomer.request.namespace, [])
-        equal = 1 / len(self._shares)
+        # No part is smaller than a place: of more tenants than places nobody could claim one.
+        equal = 1 / min(len(self._shares), self._info.max_running)
         if not tenants or self._share_of([*own, newcomer]) > equal:
             return None
         most = max(tenants.values(), key=self._share_of)

@@ -194,7 +194,8 @@ class Generations:
         limit = min(request.max_new_tokens, info.max_context_tokens - len(tokens))
         generation = _Generation(request, self._context(request.namespace, tokens), limit)
         self._all[request.generation_id] = generation
-        self._shares.arrived(request.namespace)
+        waits = any(it.request.namespace == request.namespace for it in self._queue)
+        self._shares.arrived(request.namespace, waits=waits)
         self._queue.append(generation)
         self._pump()
 
