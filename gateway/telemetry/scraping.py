@@ -46,10 +46,14 @@ def serving(
             return wrapped, address
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            if places.acquire(blocking=False):
-                super().process_request(request, client_address)
-            else:
+            if not places.acquire(blocking=False):
                 self.shutdown_request(request)
+                return
+            try:
+                super().process_request(request, client_address)
+            except BaseException:  # no thread could be started
+                places.release()
+                raise
 
         def process_request_thread(self, request: Any, client_address: Any) -> None:
             try:

@@ -182,8 +182,8 @@ class Session:
     ) -> Turn:
         """Reads a turn that exists, running or ended, from ``resume_from`` (a ``Tokens.end`` or
         ``turn.position``) or from its first output. NotFound if there is no such turn, DataLoss
-        if ``resume_from`` says that there was. ``priority`` (default: the client's) is that of this
-        stream, which may be refused under load; the turn keeps its own. Abandoning detaches by
+        if ``resume_from`` says that there was. ``priority`` (default: the client's) only tells the
+        server's metrics what the stream is for; the turn keeps its own. Abandoning detaches by
         default: the turn may be somebody else's."""
         request = built(
             lambda: pb.RunTurnRequest(

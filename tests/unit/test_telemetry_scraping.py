@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -94,6 +95,28 @@ def test_connections_are_bounded_and_their_places_are_given_back(authority: Auth
                 return
             time.sleep(0.05)  # until its threads have noticed
         pytest.fail("the places are gone")
+
+
+def test_a_connection_that_gets_no_thread_takes_no_place(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = scraping.MAX_CONNECTIONS
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        nonlocal left
+        if "process_request" in thread.name and left:
+            left -= 1
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with served(authority.tls("worker")) as address:
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        for _ in range(scraping.MAX_CONNECTIONS):
+            with pytest.raises((ConnectionError, ssl.SSLError, urllib.error.URLError)):
+                scraped(address, authority.certificate)
+        assert not left
+        assert "sessile_epochs_taken" in scraped(address, authority.certificate)
 
 
 def test_certificates_are_renewed_without_a_restart(authority: Authority, tmp_path: Path) -> None:
