@@ -98,7 +98,8 @@ class Scheduler:
         self._chunk_multiple = chunk_multiple
         self._by_id: dict[str, Generation] = {}
         self._queue: list[Generation] = []
-        self._running: list[Generation] = []
+        self._running: dict[Generation, None] = {}
+        """In the order of their admission; each step asks of each whether it is still there."""
         self._in_step: list[Work] = []
         self._shares = FairShares()
         self._sequence = itertools.count()
@@ -270,7 +271,7 @@ class Scheduler:
                     return failures
                 self._preempt(excess)
             self._queue.remove(generation)
-            self._running.append(generation)
+            self._running[generation] = None
         return failures
 
     def _beyond_share(self, newcomer: Generation) -> Generation | None:
@@ -359,7 +360,7 @@ class Scheduler:
 
     def _preempt(self, generation: Generation) -> None:
         """Back to the queue; what it computed stays cached as long as there is room."""
-        self._running.remove(generation)
+        del self._running[generation]
         self._free(generation)
         generation.computed = generation.sealed = 0
         generation.state = None
@@ -379,7 +380,7 @@ class Scheduler:
         del self._by_id[generation.request.generation_id]
         self._shares.left(generation.request.namespace)
         if generation in self._running:
-            self._running.remove(generation)
+            del self._running[generation]
         else:
             self._queue.remove(generation)
         if all(work.generation is not generation for work in self._in_step):
