@@ -194,6 +194,8 @@ class _TurnStream:
         self._relieved = False
         """Moved away from a full owner, or tried to: once a stream, so that full replicas do not
         pass a session round."""
+        self._was_accepted = False
+        """The ledger has the turn as the session's active one: somebody began it before."""
         self._fruitless = 0
         self._disowned = 0
         priority = "batch" if is_batch(request) else "interactive"
@@ -281,7 +283,7 @@ class _TurnStream:
 
     async def _read_and_assign(self) -> Assignment | NoCandidate:
         request = self._request
-        session = await self._s.directory.read(self._tenant, request.session_id)
+        session = await self._read_session()
         if session.state is not SessionState.OPEN or (
             session.owner is None and request.attach_only
         ):
@@ -289,6 +291,11 @@ class _TurnStream:
         # A turn that runs in it is this one, or this one is refused whoever gets it.
         batch = self._asks_as_batch and session.active_turn_id is None
         return await self._s.assigner.assign(session, self._lost, self._new_tokens(), batch=batch)
+
+    async def _read_session(self) -> Session:
+        session = await self._s.directory.read(self._tenant, self._request.session_id)
+        self._was_accepted |= session.active_turn_id == self._request.turn_id
+        return session
 
     async def _replay(self, session: Session) -> Assignment | NoCandidate:
         """A session that nobody owns: what has ended can be read by anybody."""
@@ -423,19 +430,19 @@ class _TurnStream:
         await self._pause(self._backoff_s())
 
     async def _after_busy(self, assignment: Assignment, error: Overloaded) -> None:
-        if not self._cursor.accepted:
-            if not self._relieved:
-                self._relieved = True
-                self._next = await self._patiently(lambda: self._relieve(assignment.owner))
-            if self._next is None:
-                raise error
-            return
+        if not self._accepted and not self._relieved:
+            self._relieved = True
+            self._next = await self._patiently(lambda: self._relieve(assignment.owner))
+            if self._next is not None:
+                return
+        if not self._accepted:
+            raise error
         await self._wait(pb.TurnWaiting.REASON_QUEUED)
         await self._pause(max(self._backoff_s(), (error.retry_after_ms or 0) / 1000))
 
     async def _relieve(self, owner: Owner) -> Assignment | None:
         with self._s.tracing.span("place", self._request.session_id) as span:
-            session = await self._s.directory.read(self._tenant, self._request.session_id)
+            session = await self._read_session()
             found = await self._s.assigner.relieve(
                 session, owner, self._new_tokens(), batch=self._asks_as_batch
             )
@@ -466,7 +473,7 @@ class _TurnStream:
             await self._pause(decision.delay_ms / 1000)
 
     async def _after_no_candidate(self, found: NoCandidate) -> None:
-        fresh = not self._cursor.accepted and self._lost is None
+        fresh = not self._accepted and self._lost is None
         if found.overloaded and fresh:
             raise Overloaded(
                 f"no replica has a place: {found}", retry_after_ms=found.retry_after_ms
@@ -518,9 +525,14 @@ class _TurnStream:
         return failover.backoff_ms(self._request.session_id, earlier, limits) / 1000
 
     @property
+    def _accepted(self) -> bool:
+        """Whether the turn is known to be: then its client is not sent away, but waits."""
+        return self._cursor.accepted or self._was_accepted
+
+    @property
     def _asks_as_batch(self) -> bool:
         """Whether some places are not for it. An accepted turn has had its place."""
-        return begins_as_batch(self._request) and not self._cursor.accepted
+        return begins_as_batch(self._request) and not self._accepted
 
     def _new_tokens(self) -> int:
         return sum(len(m.content) for m in self._request.messages) // BYTES_PER_TOKEN

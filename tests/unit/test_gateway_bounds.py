@@ -188,6 +188,32 @@ async def test_an_accepted_batch_turn_is_taken_over_where_a_new_one_would_be_ref
 
 
 @simulated
+async def test_who_attaches_to_an_accepted_turn_waits_for_a_place_as_who_began_it_does() -> None:
+    full = ReplicaLoad(
+        free_pages=4096, prefill_tokens_per_s=2000.0, running_turns=8, queued_turns=8
+    )
+    async with world(a=400) as w:
+        session_id = await w.open()
+        first = w.turn(session_id)
+        await anyio.sleep(0.2)
+        assert first.tokens
+        other = await w.replica("b", output_tokens=400)
+        other.load = full
+        await anyio.sleep(1.0)
+        assert not first.done
+        await w.kill_owner(session_id)
+        await anyio.sleep(10.0)  # the owner is DOWN, and there is no place but its
+        again = w.turn(session_id, attach_only=True)
+        await anyio.sleep(2.0)
+        assert not other.dispatches
+        assert again.error is None
+        other.load = replace(full, queued_turns=0)
+        for client in (first, again):
+            assert (await w.finish(client)).error is None
+            await w.check_gapless(client, session_id)
+
+
+@simulated
 async def test_a_tenant_with_its_bound_of_sessions_opens_and_forks_no_more() -> None:
     config = GatewayConfig(quotas={"*": TenantQuota(sessions=1)})
     async with world(config=config, a=4) as w:
