@@ -100,7 +100,8 @@ class Times:
     handshake_s: float = 5.0
     """A connection that has not said by then that it speaks HTTP/2 is closed."""
     request_s: float = 30.0
-    """A call whose request has not come whole by then is refused."""
+    """A call whose request has not come whole by then is refused; behind others of its caller it
+    waits for its turn as long at most."""
     idle_connection_s: float = 300.0
     """A connection without a call for this long is closed; clients connect again when they need
     one. A silent stream is a call. Their age has no limit: it would cut long streams."""

@@ -26,6 +26,7 @@ Context = aio.ServicerContext[Any, Any]
 
 MAX_AT_ONCE = 32
 """Requests of one caller that are taken in at once."""
+RETRY_MS = 500
 
 
 @dataclass(slots=True)
@@ -53,25 +54,39 @@ class RequestReader:
 
     async def read(self, context: Context, caller: str) -> Any:
         """What the handler's deserialiser made of the request, bytes without one. Raises
-        InvalidRequest if the caller sends none, DeadlineExceeded if it does not come in time."""
+        InvalidRequest if the caller sends none, DeadlineExceeded if it does not come in time, and
+        Overloaded if for as long the caller's others were before it."""
         turn = self._turns.get(caller)
         if turn is None:
             places = anyio.Semaphore(self._at_once, fast_acquire=True)
             turn = self._turns[caller] = _Turn(places)
         turn.calls += 1
         try:
-            with anyio.move_on_after(self._within_s):
-                async with turn.places:
-                    request = await context.read()
-                if request is aio.EOF:
-                    raise InvalidRequest(
-                        "the call carries no request", hint="Send one message with it."
-                    )
-                return request
+            with anyio.move_on_after(self._within_s) as waiting:
+                await turn.places.acquire()
+            if waiting.cancelled_caught:
+                raise Overloaded(
+                    f"{self._at_once} other requests of this caller are still coming in",
+                    retry_after_ms=RETRY_MS,
+                    metadata={"bound": "requests_at_once", "limit": str(self._at_once)},
+                )
+            try:
+                return await self._come(context)
+            finally:
+                turn.places.release()
         finally:
             turn.calls -= 1
             if not turn.calls:
                 del self._turns[caller]
+
+    async def _come(self, context: Context) -> Any:
+        with anyio.move_on_after(self._within_s):
+            request = await context.read()
+            if request is aio.EOF:
+                raise InvalidRequest(
+                    "the call carries no request", hint="Send one message with it."
+                )
+            return request
         raise DeadlineExceeded(
             f"the request did not come within {self._within_s:g} s of the call",
             hint="Send the request with the call; over a slow network, a smaller one.",

@@ -19,12 +19,13 @@ from sessile.v1 import session_pb2
 
 from gateway.app.admission import Gate
 from gateway.config import GatewayConfig
-from gateway.core.errors import DeadlineExceeded
+from gateway.core.errors import DeadlineExceeded, Overloaded, SessileError
 from gateway.main import serve as serve_gateway
 from gateway.rpc.auth import HeaderTenant
 from gateway.rpc.requests import OpenServices, RequestReader
 from gateway.rpc.serving import Serving
 from gateway.rpc.status import error_from_rpc
+from tests.support.gateway_world import simulated
 from tests.support.servers import free_port
 
 pytestmark = pytest.mark.anyio
@@ -212,18 +213,25 @@ async def test_of_one_caller_so_many_requests_are_taken_in_at_once() -> None:
     assert reader.callers == 0
 
 
-async def test_who_waits_for_its_own_calls_is_given_up_too() -> None:
-    reader = RequestReader(0.1, at_once=1)
-    contexts: list[Any] = [Held(), Held()]
+@simulated
+async def test_who_waits_for_its_own_calls_has_its_time_too_or_may_come_again() -> None:
+    reader = RequestReader(1.0, at_once=1)
+    contexts: list[Any] = [Held(), Held(), Held()]
+    told: list[SessileError] = []
     async with anyio.create_task_group() as tasks:
 
         async def given_up(context: Any) -> None:
-            with pytest.raises(DeadlineExceeded):
+            with pytest.raises(SessileError) as error:
                 await reader.read(context, "greedy")
+            told.append(error.value)
 
         for context in contexts:
             tasks.start_soon(given_up, context)
-    assert not contexts[1].asked
+            await anyio.sleep(0.3)
+    assert [type(error) for error in told] == [DeadlineExceeded, Overloaded, DeadlineExceeded]
+    assert isinstance(told[1], Overloaded)
+    assert told[1].retry_after_ms
+    assert [context.asked for context in contexts] == [True, True, False]
     assert reader.callers == 0
 
 
