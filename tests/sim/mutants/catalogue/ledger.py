@@ -74,7 +74,7 @@ STORE = (
             ),
         ),
         CANCELS_AND_LOSSES,
-        seeds=20,
+        seeds=40,
     ),
     Mutant(
         "a turn that was cancelled short of lost tokens stays so",
@@ -100,6 +100,7 @@ STORE = (
             ),
         ),
         BROKEN_OFF,
+        seeds=60,
     ),
     Mutant(
         "a client that knows of other tokens is spliced to the ledger's",
