@@ -90,6 +90,8 @@ async def test_a_worker_that_the_kernel_kills_is_a_violation(running: Fleet) -> 
 
 async def _kill_behind_its_back(round_: Round) -> None:
     os.kill((await round_.owner(round_.focus)).process.pid, signal.SIGKILL)
+    round_.start_focus(tokens=30)
+    await round_.focus_done.wait()
 
 
 async def test_the_catalogue_has_every_class_once() -> None:
