@@ -35,7 +35,7 @@ SEEDS ?= 0:200
 SIM_ARGS ?=
 MINUTES ?= 10
 PYTEST_ARGS ?=
-PYTEST_JOBS ?= 3
+PYTEST_JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
