@@ -1,6 +1,6 @@
 """What sessions and turns take: memory of gateway, worker and store, and operations of the store.
 
-    python -m loadtest.bench.footprint [--sessions 2000] [--running 200] [--json FILE]
+    python -m loadtest.bench.footprint [--sessions 2000] [--running 200]
 
 Real processes on loopback: a store, a gateway, a worker with the sim engine. Memory of a process is
 its resident set, so a figure is the slope over many sessions or turns, not what one takes: the
@@ -17,7 +17,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -183,16 +182,14 @@ async def _running(one: Fleet, sessions: list[Session]) -> dict[str, int]:
 
 
 def main() -> None:
-    """Prints JSON, and writes it where asked to."""
+    """Prints JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sessions", type=int, default=2000)
     parser.add_argument("--running", type=int, default=200)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    text = json.dumps(anyio.run(measure, options.sessions, options.running), indent=2)
-    sys.stdout.write(text + "\n")
-    if options.json is not None:
-        options.json.write_text(text + "\n")
+    sys.stdout.write(
+        json.dumps(anyio.run(measure, options.sessions, options.running), indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a gateway costs between a client and the replica that runs its turn.
 
-    python -m loadtest.bench.relay [--rounds 200] [--parts turns relay unary] [--json FILE]
+    python -m loadtest.bench.relay [--rounds 200] [--parts turns relay unary]
 
 Real processes on loopback: a store, a gateway, and a worker with the sim engine or, for what a
 gateway relays at most, a replica that plays canned messages (``loadtest.bench.player``). The client
@@ -26,7 +26,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -349,16 +348,12 @@ async def measure(rounds: int, parts: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints JSON, and writes it where asked to."""
+    """Prints JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--parts", nargs="+", default=["turns", "relay", "unary"])
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    text = json.dumps(anyio.run(measure, options.rounds, options.parts), indent=2)
-    sys.stdout.write(text + "\n")
-    if options.json is not None:
-        options.json.write_text(text + "\n")
+    sys.stdout.write(json.dumps(anyio.run(measure, options.rounds, options.parts), indent=2) + "\n")
 
 
 if __name__ == "__main__":

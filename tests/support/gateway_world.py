@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import anyio
 from sessile.v1 import session_pb2, types_pb2
@@ -144,6 +145,19 @@ class World:
         replica = self.fleet.replicas[owner.replica.replica_id]
         replica.dead = True
         return replica
+
+    def calls_to_store(self, *names: str) -> list[str]:
+        """The names of these calls, in order, as gateways make them from now on."""
+        made: list[str] = []
+        for name in names:
+            call = getattr(self.store, name)
+
+            def counted(*args: Any, name: str = name, call: Any = call) -> Any:
+                made.append(name)
+                return call(*args)
+
+            setattr(self.store, name, counted)
+        return made
 
     async def check_gapless(self, client: Client, session_id: str, turn_id: str = "t1") -> None:
         """What the client has is exactly the ledger's output of the turn, and the ledger is what

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import anyio
 import pytest
@@ -169,15 +168,7 @@ async def test_an_accepted_batch_turn_is_taken_over_where_a_new_one_would_be_ref
         )
         await anyio.sleep(1.0)
         assert not client.done
-        calls: list[str] = []
-        for name in ("get_session", "take"):
-            call = getattr(w.store, name)
-
-            def counted(*args: Any, name: str = name, call: Any = call) -> Any:
-                calls.append(name)
-                return call(*args)
-
-            setattr(w.store, name, counted)
+        calls = w.calls_to_store("get_session", "take")
         await w.kill_owner(session_id)
         calls.clear()
         await w.finish(client)

@@ -26,6 +26,7 @@ from gateway.rpc.requests import OpenServices, RequestReader
 from gateway.rpc.serving import Serving
 from gateway.rpc.status import error_from_rpc
 from tests.support.gateway_world import simulated
+from tests.support.grpc_server import listening
 from tests.support.servers import free_port
 
 pytestmark = pytest.mark.anyio
@@ -73,13 +74,8 @@ async def serving(
     bounded: Any = OpenServices(server, Gate("max_open_calls", open_places, 700), request_s)
     servicer = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, bounded)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield channel
-    finally:
-        await server.stop(None)
+    async with listening(server) as channel:
+        yield channel
 
 
 def unsent(channel: aio.Channel, path: str) -> Any:

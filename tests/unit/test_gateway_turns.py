@@ -89,15 +89,7 @@ async def test_a_fail_over_takes_the_session_without_reading_it_first() -> None:
         session_id = await w.open()
         client = w.turn(session_id)
         await anyio.sleep(0.3)
-        calls: list[str] = []
-        for name in ("get_session", "take"):
-            call = getattr(w.store, name)
-
-            def counted(*args: Any, name: str = name, call: Any = call) -> Any:
-                calls.append(name)
-                return call(*args)
-
-            setattr(w.store, name, counted)
+        calls = w.calls_to_store("get_session", "take")
         await w.kill_owner(session_id)
         calls.clear()
         await w.finish(client)

@@ -15,6 +15,7 @@ from gateway.app.ports import ReplicaLost
 from gateway.core import errors
 from gateway.core.errors import SessileError
 from gateway.rpc import status
+from tests.support.grpc_server import listening
 
 
 def _tree(cls: type[SessileError]) -> list[type[SessileError]]:
@@ -48,13 +49,8 @@ async def _failing_server(error: SessileError) -> AsyncIterator[aio.Channel]:
             ),
         )
     )
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield channel
-    finally:
-        await server.stop(None)
+    async with listening(server) as channel:
+        yield channel
 
 
 def test_every_class_of_the_tree_has_a_code() -> None:
