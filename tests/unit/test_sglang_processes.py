@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 
@@ -28,9 +28,22 @@ def processes() -> Iterator[Processes]:
 
 def run(go: Event) -> SpawnProcess:
     """A process that ends with 0 when it is told."""
-    process = SPAWN.Process(target=go.wait)
+    return _running(_wait, go)
+
+
+def _running(target: Callable[..., None], *events: Event) -> SpawnProcess:
+    """On return it runs ``target``: one that still starts would not find an event that its caller
+    drops meanwhile."""
+    ready = SPAWN.Event()
+    process = SPAWN.Process(target=target, args=(ready, *events))
     process.start()
+    assert ready.wait(30)
     return process
+
+
+def _wait(ready: Event, go: Event) -> None:
+    ready.set()
+    go.wait()
 
 
 def _stay(ready: Event) -> None:
@@ -121,10 +134,7 @@ async def test_an_end_that_was_asked_for_is_not_told(processes: Processes) -> No
 
 
 async def test_what_does_not_end_is_killed(processes: Processes) -> None:
-    ready = SPAWN.Event()
-    child = SPAWN.Process(target=_stay, args=(ready,))
-    child.start()
-    await anyio.to_thread.run_sync(ready.wait)
+    child = _running(_stay)
     await anyio.to_thread.run_sync(lambda: processes.end(0.4, asked=True))
     assert child.exitcode == -signal.SIGKILL
     assert processes.started() == []
