@@ -132,6 +132,7 @@ def _ports(
     tracing = adapters.telemetry.tracing("sessile.worker")
     residency = Residency(
         adapters.engine,
+        ref,
         max_sessions=settings.max_resident_sessions,
         max_tokens=settings.max_resident_tokens,
         pin_ttl_s=settings.pin_ttl_s,
@@ -186,6 +187,7 @@ def _details(adapters: ReplicaAdapters, settings: ReplicaSettings, endpoint: str
 async def _leave(app: ReplicaApp, grace_s: float, failed: anyio.Event) -> None:
     """Until no session is left here, the grace is over, or there is nothing to be saved."""
     log.info("asking for its %d sessions to be moved elsewhere", len(app.session_ids()))
+    emptied = False
     with anyio.move_on_after(grace_s):
         async with anyio.create_task_group() as tasks:
 
@@ -194,9 +196,9 @@ async def _leave(app: ReplicaApp, grace_s: float, failed: anyio.Event) -> None:
                 tasks.cancel_scope.cancel()
 
             tasks.start_soon(give_up)
-            await app.leave()
+            emptied = await app.leave()
             tasks.cancel_scope.cancel()
-    if left := len(app.session_ids()):
+    if not emptied and (left := len(app.session_ids())):
         log.warning("ends with %d sessions; they go on elsewhere when they are next used", left)
 
 

@@ -24,6 +24,7 @@ from statestore.records import (
     Epoch,
     LedgerPiece,
     Position,
+    ReplicaRef,
     Session,
     SessionState,
     Turn,
@@ -52,11 +53,19 @@ class ResidentSession:
     """Turns ended, as far as this replica knows; meaningful under :attr:`epoch`."""
     recent: deque[Turn] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_TURNS))
     """The last turns, if they ended here under :attr:`epoch`; in order, without gaps."""
+    imported: bool = False
+    """A move brought it, and nothing was written here since: this replica's if the move succeeded,
+    of which only the store knows."""
     _hashes: list[bytes] = field(default_factory=list)
 
     @property
     def head(self) -> Position:
         return self.digest.position()
+
+    @property
+    def ours(self) -> bool:
+        """Whether this replica owns the session, as far as it knows."""
+        return self.imported or self.epoch != NO_EPOCH
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Adds tokens that are in the ledger."""
@@ -71,6 +80,7 @@ class ResidentSession:
             self.recent.clear()
         self.epoch = epoch
         self.turn_index = turn_index
+        self.imported = False
 
     def ended(self, turn: Turn) -> None:
         """A turn of this session ended here."""
@@ -111,9 +121,16 @@ class Residency:
     """
 
     def __init__(
-        self, engine: Engine, *, max_sessions: int, max_tokens: int, pin_ttl_s: float
+        self,
+        engine: Engine,
+        ref: ReplicaRef,
+        *,
+        max_sessions: int,
+        max_tokens: int,
+        pin_ttl_s: float,
     ) -> None:
         self._engine = engine
+        self._ref = ref
         self._max_sessions = max_sessions
         self._max_tokens = max_tokens
         self._pin_ttl_s = pin_ttl_s
@@ -128,11 +145,11 @@ class Residency:
 
     def session_ids(self) -> list[str]:
         """Ids of the sessions held as their owner, sorted."""
-        return sorted(s.session_id for s in self._sessions.values() if s.epoch != NO_EPOCH)
+        return sorted(s.session_id for s in self._sessions.values() if s.ours)
 
     def owned_tokens(self) -> int:
         """Length of the ledgers of the sessions held as their owner, together."""
-        return sum(len(s.tokens) for s in self._sessions.values() if s.epoch != NO_EPOCH)
+        return sum(len(s.tokens) for s in self._sessions.values() if s.ours)
 
     def get(self, session_id: str) -> ResidentSession | None:
         return self._sessions.get(session_id)
@@ -164,6 +181,7 @@ class Residency:
             owned = resident is not None and resident.epoch != NO_EPOCH
             if importing and (owned or session_id in self._busy):
                 raise MigrationRefused(f"session {session_id} is held here as its owner")
+        found.imported |= importing and found.epoch == NO_EPOCH
         self._sessions[session_id] = found  # it may have been let go of meanwhile
         self._sessions.move_to_end(session_id)
         if found is not resident:
@@ -281,11 +299,19 @@ class Residency:
         if session is None or session.state is not SessionState.OPEN:
             self.discard(resident)
             return None
+        if resident.imported and not self._goes_to_us(session):
+            resident.imported = False
         if session.epoch >= resident.epoch != NO_EPOCH:  # below: the store lost what we hold
             owner = session.owner
             if owner is None or owner.epoch != resident.epoch:
                 self.disown(session_id)
         return resident if resident.epoch != NO_EPOCH else None
+
+    def _goes_to_us(self, session: Session) -> bool:
+        """Whether a move to this replica succeeded, or is under way."""
+        owner, migration = session.owner, session.migration
+        moved = owner is not None and owner.replica == self._ref
+        return moved or (migration is not None and migration.target == self._ref)
 
     def doubt(self) -> None:
         """The store was seen to have lost writes: of every session held here it may have less."""

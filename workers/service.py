@@ -231,10 +231,10 @@ class ReplicaApp:
             self._tasks.start_soon(self._leave_when_empty, name="leave when empty")
         return pb.SetDrainingResponse(session_ids=self.session_ids())
 
-    async def leave(self) -> None:
+    async def leave(self) -> bool:
         """This process was told to end: takes no new session, asks gateways by the heartbeat to
-        move those that are here, and returns when none is left; or, if it is told that no other
-        replica could take them, when no turn runs here. Cancel it to give up."""
+        move those that are here, and returns True when none is left; or, if it is told that no
+        other replica could take them, False when no turn runs here. Cancel it to give up."""
         self._told_to_end = True
         await until_answered(
             lambda: self._ports.store.set_draining(self._ports.ref, True), math.inf
@@ -244,9 +244,10 @@ class ReplicaApp:
                 await self._runs.settle(session_id)
             if self._no_target and not len(self._runs):
                 log.info("no other replica could take its sessions: it does not wait for one")
-                return
+                return False
             if self.session_ids():
                 await anyio.sleep(LOOK_PERIOD_S)
+        return True
 
     def session_ids(self) -> list[str]:
         """Sessions held here as their owner, sorted."""
@@ -254,7 +255,7 @@ class ReplicaApp:
 
     async def _leave_when_empty(self) -> None:
         """Waits until nothing is left, then asks for the end. Idle sessions that were taken by
-        others leave no word here, so the store is asked about what seems left."""
+        others, or moved here, leave no word here, so the store is asked about what seems left."""
         while self._leaving:
             for session_id in self._ports.residency.session_ids():
                 await self._runs.settle(session_id)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import anyio
 import pytest
+from sessile.v1 import fleet_pb2
 
 from gateway.core.fleet import Replica
 from gateway.core.machines import ReplicaState
@@ -14,6 +17,8 @@ from tests.support.fleets import fleet
 from tests.support.fleets import replica as made_replica
 from tests.support.served_world import Served, finished, served, turn_request
 from tests.support.wire import Answer
+from workers.replica import _leave
+from workers.service import ReplicaApp
 
 GRACE_S = 20.0
 
@@ -95,6 +100,31 @@ def test_who_leaves_with_a_place_for_its_sessions_is_emptied() -> None:
     run(main, seed=3)
 
 
+@pytest.mark.parametrize("by_operator", [False, True])
+def test_a_session_that_was_moved_here_and_not_used_since_moves_on_first(
+    by_operator: bool,
+) -> None:
+    """A rolling restart moves idle sessions to the replica that is restarted next."""
+
+    async def main() -> None:
+        async with served("a", drain_grace_s=GRACE_S) as s:
+            session_id = await session_on(s, "a", "r")
+            for source, target in (("a", "b"), ("b", "c")):
+                await s.world.start_replica(target)
+                await anyio.sleep(1.5)
+                if by_operator:
+                    drain = fleet_pb2.DrainReplicaRequest(replica_id=source, shutdown=True)
+                    (await s.call("DrainReplica", drain)).check()
+                else:
+                    s.world.replicas[source].stop.set()
+                await ended(s.world.replicas[source], within_s=GRACE_S)
+                assert (await s.owner(session_id)).name == target
+            answer = await s.turn(session_id, "t1")
+            assert finished(answer).usage.cached_tokens > 0, "its KV came with it"
+
+    run(main, seed=3)
+
+
 def test_without_a_gateway_that_could_tell_the_grace_is_waited_out() -> None:
     async def main() -> None:
         async with served("a", drain_grace_s=GRACE_S) as s:
@@ -105,6 +135,26 @@ def test_without_a_gateway_that_could_tell_the_grace_is_waited_out() -> None:
             assert await ended(replica, within_s=60) == pytest.approx(GRACE_S, abs=3)
 
     run(main, seed=3)
+
+
+class Emptied:
+    """In the place of a ReplicaApp of which all is moved, and then a call comes for what was."""
+
+    def __init__(self) -> None:
+        self.ids = ["ses_a"]
+
+    def session_ids(self) -> list[str]:
+        return self.ids
+
+    async def leave(self) -> bool:
+        return True
+
+
+def test_a_call_for_a_session_that_was_moved_is_none_that_is_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    anyio.run(_leave, cast(ReplicaApp, Emptied()), GRACE_S, anyio.Event())
+    assert "ends with" not in caplog.text
 
 
 LEAVING = made_replica("a", state=ReplicaState.DRAINING)

@@ -10,7 +10,7 @@ from sessile.v1 import types_pb2
 
 from gateway.core import errors
 from statestore.digest import RollingDigest
-from statestore.records import NO_EPOCH, Epoch, Position, Turn, TurnSpec, TurnStatus
+from statestore.records import NO_EPOCH, Epoch, Position, ReplicaRef, Turn, TurnSpec, TurnStatus
 from tests.support.replica_world import SESSION, in_virtual_time, listen, world
 from workers.config import TurnLimits
 from workers.engines.port import EngineOverloaded
@@ -156,7 +156,8 @@ def test_turns_before_one_that_ended_elsewhere_do_not_count() -> None:
 
 
 def test_the_least_recently_used_idle_session_is_forgotten_first() -> None:
-    kept = Residency(engine(), max_sessions=3, max_tokens=1000, pin_ttl_s=1.0)
+    ref = ReplicaRef("r1", 1)
+    kept = Residency(engine(), ref, max_sessions=3, max_tokens=1000, pin_ttl_s=1.0)
     for name in "abc":
         kept._sessions[name] = resident(name)
     kept.hold("a")

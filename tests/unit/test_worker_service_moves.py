@@ -446,6 +446,31 @@ async def test_a_session_taken_in_silence_does_not_keep_a_drained_replica_up() -
         assert first.stop.is_set()
 
 
+@pytest.mark.parametrize("became", ["moved", "under way", "nothing"])
+def test_what_a_move_brings_keeps_a_drained_replica_up_until_it_came_to_nothing(
+    became: str,
+) -> None:
+    @in_virtual_time
+    async def move() -> None:
+        async with world() as w:
+            first, second = await two_replicas(w)
+            session = await w.session()
+            if became != "nothing":
+                await w.store.begin_migration(SESSION, session.epoch, "m1", second.ref, 60_000)
+            request = import_request(first, session.head)
+            await second.app.import_session(request)
+            if became == "moved":
+                await switched(w, second, request.up_to)
+            assert second.app.session_ids() == [SESSION]
+            await second.app.set_draining(
+                pb.SetDrainingRequest(draining=True, shutdown_when_empty=True)
+            )
+            await anyio.sleep(1)
+            assert second.stop.is_set() is (became == "nothing")
+
+    move()
+
+
 @in_virtual_time
 async def test_a_cancel_does_not_wait_for_a_pull_of_pages() -> None:
     async with world() as w:
