@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import anyio
 import pytest
 from sessile.v1 import replica_pb2, types_pb2
@@ -13,6 +16,8 @@ from tests.support.replica_world import (
     SESSION,
     TENANT,
     Heard,
+    RunningReplica,
+    World,
     in_virtual_time,
     listen,
     world,
@@ -153,6 +158,31 @@ def test_nothing_stays_of_tokens_that_never_reached_the_ledger(heard_tokens: int
 
 @in_virtual_time
 async def test_a_poison_turn_fails_after_two_attempts_without_progress() -> None:
+    async with poisoned() as (w, last):
+        heard = await listen(last, await w.request(last))
+        assert heard.finished.status == types_pb2.TURN_STATUS_FAILED
+        assert "attempts" in heard.finished.error
+
+
+@in_virtual_time
+async def test_an_end_that_a_resume_wrote_is_put_back_if_the_store_loses_it() -> None:
+    async with poisoned() as (w, last):
+        await anyio.sleep(1.5)
+        kept = w.executor.snapshot()
+        heard = await listen(last, await w.request(last))
+        await anyio.sleep(1.5)
+        w.executor.restore(kept)
+        assert (await w.turn()).status is TurnStatus.INTERRUPTED
+        await anyio.sleep(1.5)
+        turn = await w.turn()
+        assert turn.status is TurnStatus.FAILED
+        assert turn.result is not None
+        assert turn.result.error == heard.finished.error
+
+
+@asynccontextmanager
+async def poisoned() -> AsyncIterator[tuple[World, RunningReplica]]:
+    """A turn that took two replicas with it before its first token, and the third."""
     config = SimConfig(timing=SimTiming(step_ms=1000))
     async with world(config) as w:
         await w.open()
@@ -165,6 +195,4 @@ async def test_a_poison_turn_fails_after_two_attempts_without_progress() -> None
             await replica.kill()
         last = await w.start("r3")
         await w.give(last)
-        heard = await listen(last, await w.request(last))
-        assert heard.finished.status == types_pb2.TURN_STATUS_FAILED
-        assert "attempts" in heard.finished.error
+        yield w, last

@@ -6,7 +6,7 @@ then the turn's only definition; a retry or another replica starts from it, not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import anyio
 from sessile.v1 import replica_pb2, types_pb2
@@ -386,6 +386,7 @@ class TurnOpening:
         )
         match outcome:
             case store.TurnEnded(turn=ended):
+                await self._keep_end(ended, context, salt)
                 return ended
             case store.TurnUnknown():
                 return None
@@ -414,6 +415,18 @@ class TurnOpening:
         deadline = anyio.current_time() + max(0, remaining_ms) / 1000
         plan = _plan(self._ports, resumed)
         return Opened(resumed, resident, plan, output, deadline, began=False)
+
+    async def _keep_end(self, ended: Turn, context: TurnContext, salt: bytes) -> None:
+        """Our own call ended it (its deadline, too many attempts): who hears of that relies on us
+        to put the end back if the store loses it (P1)."""
+        resident = await self._ports.residency.load(
+            self._ports.store,
+            replace(context.session, head=ended.output_end),
+            salt,
+            context.ledger,
+        )
+        resident.own(self._epoch, ended.index)
+        resident.ended(ended)
 
     async def _look(self, give_up_at: float) -> TurnContext:
         turn = self._turn
