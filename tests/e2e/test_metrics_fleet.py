@@ -149,12 +149,13 @@ async def live_through_everything(fleet: Fleet) -> str:
         await store.aclose()
 
 
-async def at_rest(fleet: Fleet, worker: str) -> Samples:
-    """What a worker shows once its last heartbeat has told that no turn is left."""
+async def at_rest(fleet: Fleet, process: str, *gauges: str) -> Samples:
+    """What a process shows once these are at 0: a client hears the end of its turn before the
+    gateway is done with the call, and a worker tells of it with its next heartbeat."""
     with anyio.fail_after(20):
         while True:
-            samples = await fleet.scrape(worker)
-            if not any(total(samples, f"sessile_turns_{k}") for k in ("running", "queued")):
+            samples = await fleet.scrape(process)
+            if not any(total(samples, name) for name in gauges):
                 return samples
             await anyio.sleep(0.1)
 
@@ -162,8 +163,8 @@ async def at_rest(fleet: Fleet, worker: str) -> Samples:
 async def test_each_metric_is_exported_with_what_happened() -> None:
     async with running() as fleet:
         left = await live_through_everything(fleet)
-        alive = await at_rest(fleet, left)
-        gateway = await fleet.scrape("gateway")
+        alive = await at_rest(fleet, left, "sessile_turns_running", "sessile_turns_queued")
+        gateway = await at_rest(fleet, "gateway", "sessile_streams")
         a, b = await fleet.scrape("a"), await fleet.scrape("b")
 
     workers: Samples = {}
@@ -196,9 +197,10 @@ async def test_each_metric_is_exported_with_what_happened() -> None:
 
     assert total(workers, "sessile_turns_total", status="committed") == 7
     output = total(workers, "sessile_tokens_total", kind="output")
-    # What the killed one wrote last is in the ledger, but it did not live to count it.
+    # What the killed one wrote last is in the ledger, but it did not live to count it: of a turn of
+    # 60 tokens one group commit, which is the larger the slower the store is.
     written = 20 + 20 + 60 + 3 * 8 + 60
-    assert written - 4 <= output <= written
+    assert written - 30 <= output <= written
     assert total(workers, "sessile_tokens_total", kind="cached") > 0
     assert total(workers, "sessile_tokens_total", kind="computed") > 0
     assert total(workers, "sessile_prompt_cached_ratio_count") >= 8
