@@ -53,9 +53,9 @@ class ResidentSession:
     """Turns ended, as far as this replica knows; meaningful under :attr:`epoch`."""
     recent: deque[Turn] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_TURNS))
     """The last turns, if they ended here under :attr:`epoch`; in order, without gaps."""
-    imported: bool = False
-    """A move brought it, and nothing was written here since: this replica's if the move succeeded,
-    of which only the store knows."""
+    given: bool = False
+    """The store has it as this replica's, or on its way here, as far as is known, under an epoch
+    under which nothing was written here yet. Not together with an :attr:`epoch`."""
     _hashes: list[bytes] = field(default_factory=list)
 
     @property
@@ -65,7 +65,7 @@ class ResidentSession:
     @property
     def ours(self) -> bool:
         """Whether this replica owns the session, as far as it knows."""
-        return self.imported or self.epoch != NO_EPOCH
+        return self.given or self.epoch != NO_EPOCH
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Adds tokens that are in the ledger."""
@@ -80,7 +80,7 @@ class ResidentSession:
             self.recent.clear()
         self.epoch = epoch
         self.turn_index = turn_index
-        self.imported = False
+        self.given = False
 
     def ended(self, turn: Turn) -> None:
         """A turn of this session ended here."""
@@ -181,7 +181,7 @@ class Residency:
             owned = resident is not None and resident.epoch != NO_EPOCH
             if importing and (owned or session_id in self._busy):
                 raise MigrationRefused(f"session {session_id} is held here as its owner")
-        found.imported |= importing and found.epoch == NO_EPOCH
+        found.given |= importing and found.epoch == NO_EPOCH
         self._sessions[session_id] = found  # it may have been let go of meanwhile
         self._sessions.move_to_end(session_id)
         if found is not resident:
@@ -243,10 +243,10 @@ class Residency:
             self.pin(session_id, self._pin_ttl_s)
             if unwritten:
                 self._engine.drop(resident.block_hashes_with(self._engine.info, unwritten))
-            if resident.epoch == NO_EPOCH:
-                self._engine.unpin(session_id)
-            else:
+            if resident.ours:
                 self._sessions.move_to_end(session_id)
+            else:
+                self._engine.unpin(session_id)
         self._shrink()
 
     def disown(self, session_id: str, epoch: Epoch | None = None) -> None:
@@ -292,26 +292,28 @@ class Residency:
 
     def sort_out(self, session_id: str, session: Session | None) -> ResidentSession | None:
         """Lets go of an idle session that is, as the store has it, closed, suspended, purged or not
-        ours any more. Returns what is still held as its owner."""
+        ours any more; notes one that was given to us (who moves it here does not tell us so).
+        Returns what is still held as its owner that wrote it."""
         resident = self._sessions.get(session_id)
         if resident is None or session_id in self._busy:
             return None
         if session is None or session.state is not SessionState.OPEN:
             self.discard(resident)
             return None
-        if resident.imported and not self._goes_to_us(session):
-            resident.imported = False
-        if session.epoch >= resident.epoch != NO_EPOCH:  # below: the store lost what we hold
-            owner = session.owner
-            if owner is None or owner.epoch != resident.epoch:
+        written = session.owner is not None and session.owner.epoch == resident.epoch
+        if session.epoch >= resident.epoch and not written:  # below: the store lost what we hold
+            if self._comes_to_us(session):
+                resident.own(NO_EPOCH, resident.turn_index)
+                resident.given = True
+            elif resident.ours:
                 self.disown(session_id)
         return resident if resident.epoch != NO_EPOCH else None
 
-    def _goes_to_us(self, session: Session) -> bool:
-        """Whether a move to this replica succeeded, or is under way."""
+    def _comes_to_us(self, session: Session) -> bool:
+        """Whether it is this replica's, or a move to here is under way."""
         owner, migration = session.owner, session.migration
-        moved = owner is not None and owner.replica == self._ref
-        return moved or (migration is not None and migration.target == self._ref)
+        ours = owner is not None and owner.replica == self._ref
+        return ours or (migration is not None and migration.target == self._ref)
 
     def doubt(self) -> None:
         """The store was seen to have lost writes: of every session held here it may have less."""

@@ -129,6 +129,50 @@ def test_so_are_tokens_of_a_turn_that_broke_off(overdue: bool) -> None:
     test()
 
 
+@pytest.mark.parametrize("overdue", [False, True])
+def test_so_are_those_lost_between_look_and_resume(overdue: bool) -> None:
+    """``overdue``: the resume finds that the turn's deadline passed while the store was away."""
+
+    @in_virtual_time
+    async def test() -> None:
+        async with world() as w:
+            replica = await owner(w)
+            heard, again = Heard(), Heard()
+            standby = Standby(w, heard)
+            timeout_ms = 1000 if overdue else 60_000
+            request = await w.request(replica, timeout_ms=timeout_ms)
+            await listen(
+                replica, request, heard, between=standby.follow, until=lambda h: len(h.tokens) > 9
+            )
+            await replica.break_off()
+            request.turn.resume_from.CopyFrom(heard.end)
+            away = anyio.Event()
+
+            def fault(call: ScriptCall) -> Fault:
+                if call.script.name == "resume":
+                    away.set()
+                return Fault.REQUEST_LOST if away.is_set() else Fault.NONE
+
+            async def fail_over() -> None:
+                await away.wait()
+                await anyio.sleep(1.2)
+                standby.promote()
+                w.executor.fault = lambda call: Fault.NONE
+
+            w.executor.fault = fault
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(fail_over)
+                await listen(replica, request, again)
+            start = heard.accepted.output_start.length
+            tokens = (await w.ledger())[start:]
+            assert tokens[: len(heard.tokens)] == heard.tokens
+            assert tokens[len(heard.tokens) :] == again.tokens
+            failed, committed = types_pb2.TURN_STATUS_FAILED, types_pb2.TURN_STATUS_COMMITTED
+            assert again.finished.status == (failed if overdue else committed)
+
+    test()
+
+
 @in_virtual_time
 async def test_a_loss_that_no_heartbeat_tells_of_is_noticed_when_the_sessions_turn_comes() -> None:
     async with world() as w:

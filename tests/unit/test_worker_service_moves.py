@@ -28,6 +28,7 @@ from workers.engines.port import Sampling
 from workers.engines.sim.config import SimConfig, SimTiming
 from workers.engines.sim.model import expected_output
 from workers.kv.transfer import MAX_CONCURRENT_PULLS
+from workers.service import RECONCILE_S
 
 
 def epoch(session: Session) -> types_pb2.Epoch:
@@ -469,6 +470,66 @@ def test_what_a_move_brings_keeps_a_drained_replica_up_until_it_came_to_nothing(
             assert second.stop.is_set() is (became == "nothing")
 
     move()
+
+
+async def moved(w: World, source: RunningReplica, target: RunningReplica, *, told: bool) -> None:
+    """``told``: the source hears of the move; it is fenced in any case."""
+    session = await w.session()
+    await w.store.begin_migration(SESSION, session.epoch, "m1", target.ref, 60_000)
+    request = import_request(source, session.head)
+    await target.app.import_session(request)
+    await switched(w, target, request.up_to)
+    if told:
+        release = pb.ReleaseSessionRequest(session_id=SESSION, epoch=epoch(session))
+        await source.app.release_session(release)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_session_that_comes_back_unused_is_held_whether_its_leave_was_told_or_not(
+    told: bool,
+) -> None:
+    @in_virtual_time
+    async def there_and_back() -> None:
+        async with world() as w:
+            first, second = await two_replicas(w)
+            await moved(w, first, second, told=told)
+            await moved(w, second, first, told=True)
+            request = pb.SetDrainingRequest(draining=True, shutdown_when_empty=True)
+            await first.app.set_draining(request)
+            await anyio.sleep(1)
+            assert not first.stop.is_set()
+            assert first.app.session_ids() == [SESSION]
+            assert first.engine.load().pinned_pages > 0
+
+    there_and_back()
+
+
+@in_virtual_time
+async def test_a_move_that_is_undone_after_a_switch_nobody_heard_of_is_noticed() -> None:
+    async with world() as w:
+        first, second = await two_replicas(w)
+        old = epoch(await w.session())
+        await moved(w, first, second, told=False)
+        await w.store.abort_migration(SESSION, "m1")
+        release = pb.ReleaseSessionRequest(session_id=SESSION, epoch=old)
+        await second.app.release_session(release)
+        await anyio.sleep(2 * RECONCILE_S + 1)
+        assert first.app.session_ids() == []
+        assert second.app.session_ids() == [SESSION]
+
+
+@in_virtual_time
+async def test_a_refused_turn_costs_a_moved_session_no_pins() -> None:
+    async with world() as w:
+        first, second = await two_replicas(w)
+        await moved(w, first, second, told=True)
+        pinned = second.engine.load().pinned_pages
+        assert pinned
+        behind = types_pb2.Precondition(turn_index=0)
+        with pytest.raises(errors.StaleClient):
+            await listen(second, await w.request(second, "More", "t2", precondition=behind))
+        assert second.app.session_ids() == [SESSION]
+        assert second.engine.load().pinned_pages == pinned
 
 
 @in_virtual_time

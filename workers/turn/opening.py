@@ -391,7 +391,9 @@ class TurnOpening:
             case store.TurnUnknown():
                 return None
             case store.TurnResumed(session=session, turn=resumed):
-                pass  # the ledger may have grown between our look and the take-over
+                if self._holds_beyond(session.head):
+                    return None
+                # The ledger may have grown between our look and the take-over.
             case _:
                 if isinstance(outcome, store.Fenced):
                     self._ports.metrics.fenced("resume")
@@ -416,9 +418,19 @@ class TurnOpening:
         plan = _plan(self._ports, resumed)
         return Opened(resumed, resident, plan, output, deadline, began=False)
 
+    def _holds_beyond(self, end: Position) -> bool:
+        """Whether we hold, as the owner, tokens behind where the store says that the ledger ends:
+        it lost them after our look, and the next one has them put back (P1)."""
+        held = self._ports.residency.get(self._turn.session_id)
+        return held is not None and held.epoch == self._epoch and len(held.tokens) > end.length
+
     async def _keep_end(self, ended: Turn, context: TurnContext, salt: bytes) -> None:
         """Our own call ended it (its deadline, too many attempts): who hears of that relies on us
         to put the end back if the store loses it (P1)."""
+        held = self._ports.residency.get(self._turn.session_id)
+        later = held is not None and held.epoch > self._epoch
+        if later or self._holds_beyond(ended.output_end):
+            return
         resident = await self._ports.residency.load(
             self._ports.store,
             replace(context.session, head=ended.output_end),
