@@ -16,9 +16,10 @@ from tests.support.servers import redis_binary, running_cluster, running_server,
 
 Ts = TypeVarTuple("Ts")
 
+# A limit for each example, as Hypothesis has it by default, is one for whatever else runs here.
+settings.register_profile("usual", settings(), deadline=None)
 settings.register_profile("nightly", max_examples=examples(100), deadline=None, print_blob=True)
-if NIGHTLY:
-    settings.load_profile("nightly")
+settings.load_profile("nightly" if NIGHTLY else "usual")
 
 
 class Loop(asyncio.SelectorEventLoop):
