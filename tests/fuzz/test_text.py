@@ -173,13 +173,13 @@ def test_hostile_conversations_are_rendered_without_their_specials_or_refused(na
         told = Conversation(seed)
         last = told.draw.choice(tuple(LastTurn))
         messages, tools = told.messages(), told.tools()
-        began = time.perf_counter()
+        began = time.thread_time()
         try:
             tokens = it.render(last, messages, tools)
         except BadMessages:
             return
         finally:
-            assert time.perf_counter() - began < PATIENCE_S
+            assert time.thread_time() - began < PATIENCE_S
         assert all(0 <= token < it.vocab_size for token in tokens)
         plain = [Tool("f", "d", "{}") for _ in tools]
         expected = specials_of(it, it.render(last, harmless(messages), plain))
@@ -278,9 +278,9 @@ PARSERS = {"hermes": parse_hermes, "llama3": parse_llama3}
 
 
 def check_calls(parser: str, text: str) -> None:
-    began = time.perf_counter()
+    began = time.thread_time()
     calls = PARSERS[parser](text, "t")
-    assert time.perf_counter() - began < PATIENCE_S
+    assert time.thread_time() - began < PATIENCE_S
     for index, call in enumerate(calls):
         assert call.id == f"call_t_{index}"
         assert call.name
@@ -360,8 +360,8 @@ def test_many_open_blocks_take_time_in_proportion() -> None:
 
     def seconds(size: int) -> float:
         text = "<tool_call>{" * (size // 12)
-        began = time.perf_counter()
+        began = time.thread_time()  # of its own: it may have to wait for the processor
         parse_hermes(text, "t")
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     assert seconds(240_000) < 0.1 + 20 * seconds(30_000)
