@@ -35,7 +35,7 @@ class SlowMemory:
     def write(self, page: int, raw: memoryview) -> None:
         self.threads.add(threading.get_ident())
         self.writing.set()
-        assert self.may_write.wait(5)
+        assert self.may_write.wait(30)
         self.contents[page] = bytes(raw)
 
 
@@ -57,7 +57,7 @@ class Arriving:
         self.freed += 1
 
     async def write_begins(self) -> None:
-        with anyio.fail_after(5):
+        with anyio.fail_after(30):
             while not self.memory.writing.is_set():
                 await anyio.lowlevel.checkpoint()
 
@@ -105,7 +105,7 @@ async def test_a_cancelled_check_frees_its_pages_only_when_the_thread_has_ended(
     it.cache.check_integrity()
     assert (it.freed, it.cache.free_pages) == (0, 2), "a thread may still write to these pages"
     it.memory.may_write.set()
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while not it.freed:
             await anyio.lowlevel.checkpoint()
     it.pages.release()

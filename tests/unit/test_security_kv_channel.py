@@ -47,7 +47,7 @@ async def pull(endpoint: str, ticket: bytes, into: Reservation, pages: int, tls:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while not condition():  # noqa: ASYNC110 - the server tells nobody
             await anyio.sleep(0.001)
 
