@@ -20,6 +20,7 @@ from tests.support.store_servers import (
     StoreServer,
     follow,
     in_sync,
+    lose,
     replica_of,
     running_nodes,
     sentinel_of,
@@ -163,7 +164,7 @@ async def test_a_promoted_replica_that_may_evict_is_noticed(
         )
         assert await executor.execute(calls, 5) == [1]
         assert said_of_eviction(caplog) == []
-        primary.kill()
+        lose(primary, sentinel)
         with anyio.fail_after(30):
             while await executor.execute(calls, 5) != [1]:
                 pass

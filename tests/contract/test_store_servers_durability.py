@@ -17,7 +17,7 @@ from statestore.redis_executor import connect, connect_when_there
 from statestore.redis_store import RedisStore
 from tests.support.owners import Owner, check_whole, session_of
 from tests.support.servers import redis_binary, valkey_binary, wait_for
-from tests.support.store_servers import StoreServer, in_sync, replica_of, sentinel_of
+from tests.support.store_servers import StoreServer, in_sync, lose, replica_of, sentinel_of
 
 pytestmark = pytest.mark.anyio
 
@@ -133,7 +133,7 @@ async def test_a_sentinel_fails_over_under_load_and_loses_nothing_acknowledged()
         await owner.begun()
         for token in TOKENS:
             assert await owner.write(token) == Appended(owner.head)
-        primary.kill()
+        lose(primary, sentinel)
         append = owner.append(1)
         (outcome,) = await owner.store.append_many([append])
         assert isinstance(outcome, StoreUnavailable)

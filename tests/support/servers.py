@@ -45,14 +45,11 @@ def redis_binary() -> str:
 
 
 @contextmanager
-def running_server(
-    binary: str, *options: str, port: int = 0, config: Path | None = None
-) -> Iterator[str]:
-    """A server on a unix socket, and on a port if one is given; gives its URL."""
+def running_server(binary: str, *options: str) -> Iterator[str]:
+    """A server on a unix socket; gives its URL."""
     with _directory() as directory:
         path = directory / "s"
-        command = [binary, *([str(config)] if config else [])]
-        command += ["--port", str(port), "--unixsocket", str(path), *options]
+        command = [binary, "--port", "0", "--unixsocket", str(path), *options]
         with _process(command, directory):
             client = redis.Redis(unix_socket_path=str(path), retry=NO_RETRY)
             wait_for(client.ping)

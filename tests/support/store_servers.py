@@ -155,14 +155,28 @@ def _online(info: dict[str, Any]) -> int:
     return sum(isinstance(value, dict) and value.get("state") == "online" for value in found)
 
 
-def sentinel_of(primary: StoreServer, *options: str) -> StoreServer:
-    """A lone Sentinel that watches it as ``main``; not started yet."""
+@contextmanager
+def sentinel_of(primary: StoreServer, *options: str) -> Iterator[StoreServer]:
+    """A lone Sentinel that watches it as ``main``. A primary that only stands still for a moment
+    stays the primary; see :func:`lose`."""
     config = (
         f"sentinel monitor main 127.0.0.1 {primary.port} 1\n"
-        "sentinel down-after-milliseconds main 300\n"
+        "sentinel down-after-milliseconds main 60000\n"
         "sentinel failover-timeout main 2000\n"
     )
-    return StoreServer(primary.binary, ("--sentinel", *options), tls=primary.tls, config=config)
+    server = StoreServer(primary.binary, ("--sentinel", *options), tls=primary.tls, config=config)
+    with server:
+        with server.raw as client:
+            # For so long it does nothing after it has stood still itself; else for 30 s.
+            client.execute_command("SENTINEL", "DEBUG", "tilt-period", 1000)
+        yield server
+
+
+def lose(primary: StoreServer, sentinel: StoreServer) -> None:
+    """Kills the primary; its Sentinel sees it soon."""
+    primary.kill()
+    with sentinel.raw as client:
+        client.execute_command("SENTINEL", "SET", "main", "down-after-milliseconds", 300)
 
 
 @contextmanager

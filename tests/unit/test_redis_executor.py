@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -22,6 +21,7 @@ from statestore.redis_failures import check_info, failure
 from statestore.redis_store import RedisStore
 from tests.support.owners import Owner
 from tests.support.servers import free_port, redis_binary, running_server, valkey_binary
+from tests.support.store_servers import StoreServer, lose, replica_of, sentinel_of
 from tests.support.stores import ServerBackend, server_backend, store_on
 
 pytestmark = pytest.mark.anyio
@@ -197,25 +197,17 @@ async def test_an_append_costs_one_read_and_two_writes(backend: ServerBackend) -
 
 
 @pytest.mark.slow
-async def test_sentinel_leads_to_the_new_primary_after_a_fail_over(tmp_path: Path) -> None:
-    ports = [free_port() for _ in range(3)]
-    primary, replica, sentinel = ports
-    follow = ("--replicaof", "127.0.0.1", str(primary), "--repl-diskless-sync-delay", "0")
-    watch = tmp_path / "sentinel.conf"
-    watch.write_text(
-        f"sentinel monitor main 127.0.0.1 {primary} 1\n"
-        "sentinel down-after-milliseconds main 500\n"
-        "sentinel failover-timeout main 2000\n"
-    )
+async def test_sentinel_leads_to_the_new_primary_after_a_fail_over() -> None:
     with (
-        running_server(redis_binary(), *follow, port=replica),
-        running_server(redis_binary(), "--sentinel", port=sentinel, config=watch),
+        StoreServer(redis_binary()) as primary,
+        replica_of(primary) as replica,
+        sentinel_of(primary) as sentinel,
     ):
-        with running_server(redis_binary(), port=primary):
-            executor = await connect(f"redis+sentinel://127.0.0.1:{sentinel}/main")
-            store = RedisStore(executor)
-            owner = await Owner.of(store)
-            await _replicated(replica, "sessile:{f}:s:ses_f", sentinel)
+        executor = await connect(f"redis+sentinel://127.0.0.1:{sentinel.port}/main")
+        store = RedisStore(executor)
+        owner = await Owner.of(store)
+        await _replicated(replica.port, "sessile:{f}:s:ses_f", sentinel.port)
+        lose(primary, sentinel)
         with anyio.fail_after(30):
             while True:
                 try:
