@@ -140,7 +140,8 @@ async def test_a_slot_that_takes_long_to_move_stops_no_session_in_it(
         for token in range(20, 30):
             assert await owner.write(token) == Appended(owner.head)
     assert move.refused > 0
-    hasty = RedisStore(executor, retry=RetryPolicy(first_delay_s=60.0))  # asks once
+    once = RetryPolicy(attempt_timeout_s=30.0, total_timeout_s=30.0, first_delay_s=60.0)
+    hasty = RedisStore(executor, retry=once)
     with pytest.raises(StoreUnavailable, match="rehashing of slot"):
         await hasty.open_session(new_session(new))
     move.take_keys()

@@ -50,8 +50,10 @@ class Backend(Protocol):
 
 
 def store_on(backend: Backend, limits: StoreLimits | None = None) -> RedisStore:
-    """A store that repeats unanswered calls at once."""
-    return PatientStore(backend.executor, limits=limits, retry=RetryPolicy(first_delay_s=0))
+    """A store that repeats unanswered calls at once. A server that only stands still for a moment
+    has not left one unanswered: some things are said only once, and some calls are counted."""
+    retry = RetryPolicy(attempt_timeout_s=30.0, total_timeout_s=30.0, first_delay_s=0)
+    return PatientStore(backend.executor, limits=limits, retry=retry)
 
 
 async def forgotten(backend: Backend, store: RedisStore, session_id: str = "ses_f") -> None:
