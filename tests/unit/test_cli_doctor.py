@@ -80,13 +80,14 @@ def process(
         server.stop(None).wait()
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["doctor", "--timeout", "1", *arguments])
+def run(*arguments: str, timeout_s: float = 20) -> Result:
+    """So long for whom is slow today; only one that will not answer is worth a shorter time."""
+    return CliRunner().invoke(app, ["doctor", "--timeout", str(timeout_s), *arguments])
 
 
-def found(*arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
+def found(*arguments: str, timeout_s: float = 20) -> tuple[int, dict[str, dict[str, str]]]:
     """Exit code, and findings by what was checked; the worst of several."""
-    result = run("--json", *arguments)
+    result = run("--json", *arguments, timeout_s=timeout_s)
     answer = json.loads(result.stdout)
     order = [level.value for level in Level]
     findings: list[dict[str, str]] = answer["findings"]
@@ -266,8 +267,8 @@ def test_a_replica_is_called_with_the_gateways_certificate(tmp_path: Path) -> No
     credentials = authority.tls("worker").server_credentials(require_client_certificate=True)
     with process(credentials=credentials) as address:
         own = GatewayConfig(security=GatewaySecurity(tls=authority.issue("gateway")))
-        assert doctor._replica(own, 1.0, f"tls://{address}") == ""
-        assert "TLS" in doctor._replica(GatewayConfig(), 1.0, f"tls://{address}")
+        assert doctor._replica(own, 20.0, f"tls://{address}") == ""
+        assert "TLS" in doctor._replica(GatewayConfig(), 20.0, f"tls://{address}")
         other = Authority(tmp_path / "other").issue("gateway", ca=authority.certificate)
         stranger = GatewayConfig(security=GatewaySecurity(tls=other))
         assert "does not answer" in doctor._replica(stranger, 1.0, f"tls://{address}")
@@ -338,7 +339,8 @@ def test_a_port_where_a_sessile_process_listens_is_told_from_others() -> None:
         assert "a Sessile process answers" in checks["port gateway.listen"]["detail"]
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        code, checks = found("--process", "gateway", "--set", f"listen={address}")
+        setting = f"listen={address}"
+        code, checks = found("--process", "gateway", "--set", setting, timeout_s=1)
         assert (code, checks["port gateway.listen"]["level"]) == (1, "fail")
 
 
