@@ -21,6 +21,11 @@ from typer.testing import CliRunner
 
 from gateway.cli.launch import Cluster, LaunchFailed
 from gateway.cli.main import app
+from tests.support.patience import PATIENT
+
+LONG = 900
+"""Tokens of a turn that something happens to: it still runs then, even if a process has stood still
+for some seconds."""
 
 
 @contextmanager
@@ -158,7 +163,10 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 async def cluster(anyio_backend: str, tmp_path: Path) -> AsyncIterator[Cluster]:
-    async with Cluster(log_directory=tmp_path, engine_options={"eos_probability": "0"}) as fleet:
+    options = {"eos_probability": "0"}
+    async with Cluster(
+        log_directory=tmp_path, engine_options=options, environment=PATIENT
+    ) as fleet:
         await fleet.start(gateways=2, workers=2)
         yield fleet
 
@@ -170,8 +178,8 @@ async def test_a_turn_survives_its_replica_and_its_gateway(cluster: Cluster) -> 
     async with Sessile(cluster.targets) as client:
         calm = await client.open(system="count", seed=1)
         stormy = await client.open(system="count", seed=1)
-        expected = await calm.run("go", max_tokens=300).result()
-        turn = stormy.run("go", max_tokens=300)
+        expected = await calm.run("go", max_tokens=LONG).result()
+        turn = stormy.run("go", max_tokens=LONG)
         owner = ""
         seen = 0
         async for event in turn:
@@ -196,13 +204,13 @@ async def test_a_hung_gateway_is_given_up(cluster: Cluster) -> None:
     first = Runtime(rng=random.Random(1))
     assert random.Random(1).randrange(2) == 0, "the client starts at the first gateway"
     async with Sessile(cluster.targets, runtime=first) as client:
-        turn = (await client.open()).run("go", max_tokens=200)
+        turn = (await client.open()).run("go", max_tokens=LONG)
         await anext(turn)
         hung = next(child for child in cluster.gateways if child.address == cluster.targets[0])
         hung.kill(signal.SIGSTOP)
         result = await turn.result()
     assert result.reconnects == 1
-    assert len(result.token_ids) == 200
+    assert len(result.token_ids) == LONG
 
 
 @pytest.mark.anyio

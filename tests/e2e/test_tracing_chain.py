@@ -16,10 +16,14 @@ from sessile import Moved, ReplicaState, Runtime, Sessile, Tokens
 from gateway.cli.launch import Child, Cluster
 from gateway.telemetry.tracing import session_context
 from tests.support.otlp import ReceivedSpan, Receiver, receiver
+from tests.support.patience import PATIENT
 
 pytestmark = pytest.mark.anyio
 
 EXPORT_MS = "200"
+LONG = 300
+"""Tokens of a turn that something happens to: it still runs then, even if a process has stood still
+for some seconds."""
 
 
 class First(random.Random):
@@ -50,6 +54,7 @@ async def fleet(
             engine_options={"step_ms": "10", "decode_token_ms": "0", "eos_probability": "0"},
             log_directory=tmp_path_factory.mktemp("logs"),
             environment={
+                **PATIENT,
                 "OTEL_EXPORTER_OTLP_ENDPOINT": received.endpoint,
                 "OTEL_BSP_SCHEDULE_DELAY": EXPORT_MS,
                 "OTEL_METRICS_EXPORTER": "none",
@@ -94,7 +99,7 @@ async def test_one_trace_holds_a_turn_from_its_client_to_both_replicas_across_a_
         tokens = 0
         with provider.get_tracer("agent").start_as_current_span("work") as work:
             trace_id = f"{work.get_span_context().trace_id:032x}"
-            async for event in session.run("Go on.", max_tokens=60, ignore_eos=True):
+            async for event in session.run("Go on.", max_tokens=LONG, ignore_eos=True):
                 if isinstance(event, Tokens):
                     tokens += len(event.token_ids)
                     if tokens >= 15 and not moves:
@@ -103,7 +108,7 @@ async def test_one_trace_holds_a_turn_from_its_client_to_both_replicas_across_a_
                         fleet.worker(owner.replica_id).kill()
                 elif isinstance(event, Moved):
                     moves.append(event)
-        assert tokens == 60
+        assert tokens == LONG
         (move,) = moves
         session_id = session.session_id
         await received.until(lambda: received.of("run turn", session_id=session_id))
@@ -148,18 +153,18 @@ async def test_one_trace_holds_a_turn_from_its_client_to_both_replicas_across_a_
     assert costs == sorted(costs)
     lost_name = move.source.replica_id
     assert any(lost_name in why for why in second.attributes["sessile.placement.excluded"])
-    assert turn.attributes["gen_ai.usage.output_tokens"] == 60
+    assert turn.attributes["gen_ai.usage.output_tokens"] == LONG
     assert turn.attributes["gen_ai.request.model"] == "sim"
     assert named["group commit"].attributes["sessile.commits"] > 1
     client_span = named["chat sim"]
-    assert client_span.attributes["gen_ai.usage.output_tokens"] == 60
+    assert client_span.attributes["gen_ai.usage.output_tokens"] == LONG
     assert client_span.events == ("first token", "moved")
     # The session's own trace shows the turn too, and each says where the other is.
     own = own_trace(session.session_id)
     assert turn.links == ((own, received.of("session")[0].span_id),)
     (mirror,) = [span for span in received.in_trace(own) if span.name == "turn"]
     assert mirror.links == ((trace_id, turn.span_id),)
-    assert mirror.attributes["gen_ai.usage.output_tokens"] == 60
+    assert mirror.attributes["gen_ai.usage.output_tokens"] == LONG
 
 
 async def test_a_turn_that_is_moved_stays_in_its_trace_whoever_moved_it(fleet: Fleet) -> None:
@@ -172,7 +177,7 @@ async def test_a_turn_that_is_moved_stays_in_its_trace_whoever_moved_it(fleet: F
         session = await client.open()
         await session.run("First.", max_tokens=40, ignore_eos=True).result()
         tokens = 0
-        async for event in session.run("Go on.", max_tokens=80, ignore_eos=True):
+        async for event in session.run("Go on.", max_tokens=LONG, ignore_eos=True):
             if isinstance(event, Tokens):
                 before, tokens = tokens, tokens + len(event.token_ids)
                 if before < 20 <= tokens:
@@ -180,7 +185,7 @@ async def test_a_turn_that_is_moved_stays_in_its_trace_whoever_moved_it(fleet: F
                         moved_in = f"{ops.get_span_context().trace_id:032x}"
                         result = await mover.fleet.migrate(session.session_id)
         assert result.moved, result.detail
-        assert tokens == 80
+        assert tokens == LONG
         session_id = session.session_id
         await received.until(lambda: len(received.of("run turn", session_id=session_id)) == 3)
         await received.until(lambda: len(received.of("migrate", session_id=session_id)) == 2)
@@ -270,12 +275,12 @@ async def test_a_turn_whose_gateway_is_killed_goes_on_in_its_trace(fleet: Fleet)
         [doomed.address, other.address], tracer_provider=provider, runtime=Runtime(rng=First())
     ) as client:
         tokens = 0
-        async for event in client.session(session_id).run("Go.", max_tokens=60, ignore_eos=True):
+        async for event in client.session(session_id).run("Go.", max_tokens=LONG, ignore_eos=True):
             if isinstance(event, Tokens):
                 tokens += len(event.token_ids)
                 if tokens >= 15 and doomed.running:
                     doomed.kill()
-        assert tokens == 60
+        assert tokens == LONG
         await received.until(lambda: received.of("run turn", session_id=session_id))
         await received.until(lambda: len(received.of("turn", session_id=session_id)) == 2)
         await received.until(lambda: received.of("chat", session_id=session_id))
@@ -289,4 +294,4 @@ async def test_a_turn_whose_gateway_is_killed_goes_on_in_its_trace(fleet: Fleet)
     (turn,) = [span for span in spans if span.name == "turn"]
     assert turn.parent_id == chat.span_id
     assert turn.service == "sessile-gateway"
-    assert turn.attributes["gen_ai.usage.output_tokens"] == 60
+    assert turn.attributes["gen_ai.usage.output_tokens"] == LONG

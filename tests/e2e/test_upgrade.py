@@ -17,6 +17,7 @@ from redis import Redis
 from sessile import Accepted, Sessile, TurnResult, TurnStatus
 
 from gateway.cli.launch import Child, Cluster
+from tests.support.patience import PATIENT
 from workers.engines.port import Sampling
 from workers.engines.sim.model import expected_output
 
@@ -27,7 +28,7 @@ LONG_TURN_TOKENS = 1500
 TOOL_GAP_S = 0.5
 """Between an agent's turns: processes end while some sessions run and others are idle."""
 EXIT_TIMEOUT_S = 30.0
-GRACE = {"SESSILE_WORKER__REPLICA__DRAIN_GRACE_S": "15"}
+ENVIRONMENT = {**PATIENT, "SESSILE_WORKER__REPLICA__DRAIN_GRACE_S": "15"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,9 @@ def anyio_backend() -> str:
 @pytest.fixture
 async def cluster(anyio_backend: str, tmp_path: Path) -> AsyncIterator[Cluster]:
     options = {"eos_probability": "0"}
-    async with Cluster(log_directory=tmp_path, engine_options=options, environment=GRACE) as fleet:
+    async with Cluster(
+        log_directory=tmp_path, engine_options=options, environment=ENVIRONMENT
+    ) as fleet:
         await fleet.start(gateways=2, workers=3)
         yield fleet
 
