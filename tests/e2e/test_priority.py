@@ -102,8 +102,9 @@ async def test_a_queue_full_of_batch_turns_takes_interactive_ones_and_runs_them_
     waits = Runtime(sleep=patience)
     with anyio.fail_after(PATIENCE_S):
         async with (
-            Sessile(address, retry=ONE_TRY) as client,
+            Sessile(address) as client,
             Sessile(address, retry=ONE_TRY, priority=Priority.BATCH) as job,
+            Sessile(address, priority=Priority.BATCH) as first,
             Sessile(address, priority=Priority.BATCH, runtime=waits) as patient,
         ):
             await ready(client)
@@ -116,7 +117,7 @@ async def test_a_queue_full_of_batch_turns_takes_interactive_ones_and_runs_them_
                         began.append(name)
                 assert (await turn.result()).status is TurnStatus.COMMITTED
 
-            running = (await job.open()).run("Go.", max_tokens=20_000, ignore_eos=True)
+            running = (await first.open()).run("Go.", max_tokens=20_000, ignore_eos=True)
             async with running, asyncio.TaskGroup() as late:
                 await until(running, Tokens)
                 batch, refused = await filled(job)
