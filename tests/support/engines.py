@@ -49,7 +49,7 @@ class EngineHarness:
 
     noise = Sampling(temperature=1.0, seed=11)
     """What repeats on this engine, with noise if that does."""
-    wait_s = 20.0
+    wait_s = 60.0
     """For what is expected of it, at most."""
 
     def __init__(self, engine: Engine) -> None:

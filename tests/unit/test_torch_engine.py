@@ -48,7 +48,7 @@ async def test_greedy_output_is_the_plain_models() -> None:
 
 async def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     async with started("torch", EngineSize(), time.monotonic) as it:
-        running = it.request(it.prompt(1, 9), 60)
+        running = it.request(it.prompt(1, 9), 400)  # more than it gets to
         await it.until(running, 2)
         before = len(it.so_far(running).tokens)
         late = it.request(it.prompt(2, 448), 1)  # seven chunks
