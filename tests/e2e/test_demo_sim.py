@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from loadtest.demo.tasks import MODULES, Call, ToolError, run_tool, steps
+from tests.support.patience import PATIENT
 
 
 def demo(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +23,7 @@ def demo(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=110,
         check=False,
-        env={**os.environ, "COLUMNS": "120", "TMPDIR": str(out.parent)},
+        env={**os.environ, **PATIENT, "COLUMNS": "120", "TMPDIR": str(out.parent)},
     )
 
 

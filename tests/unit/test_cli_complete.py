@@ -27,7 +27,8 @@ KEY = "sk-aaaaaaaa-secret"
 
 
 @pytest.fixture
-def gateway() -> Iterator[FakeGateway]:
+def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGateway]:
+    monkeypatch.setattr("gateway.cli.complete.TIME_LIMIT_S", 20.0)  # it does answer, now or soon
     with gateway_in_a_thread() as fake:
         yield fake
 
