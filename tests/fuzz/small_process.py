@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from gateway.config import Admission, GatewayConfig
+from gateway.config import Admission, GatewayConfig, Times
 from gateway.core.quotas import TenantQuota
 from gateway.main import run as run_gateway
 from workers.config import ReplicaSettings, WorkerConfig
@@ -20,6 +20,7 @@ ADMISSION = Admission(
     max_request_bytes=1 << 20,
     max_preamble_bytes=1 << 19,
 )
+HANDSHAKE_S = 30.0
 GLUTTON = "glutton"
 QUOTAS = {
     "*": TenantQuota(sessions=500),
@@ -39,6 +40,7 @@ def main(role: str, redis_url: str) -> None:
                 redis_url=redis_url,
                 admission=ADMISSION,
                 quotas=QUOTAS,
+                times=Times(handshake_s=HANDSHAKE_S),
             )
         )
     else:

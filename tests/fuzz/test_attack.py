@@ -31,7 +31,7 @@ from sessile.v1 import types_pb2 as pb
 from gateway.rpc.status import error_from_rpc
 from statestore.embedded import dies_with_parent
 from tests.fuzz import small_process
-from tests.fuzz.small_process import ADMISSION, GLUTTON
+from tests.fuzz.small_process import ADMISSION, GLUTTON, HANDSHAKE_S
 from tests.support.servers import running_server, valkey_binary
 
 ROOT = Path(__file__).parents[2]
@@ -355,10 +355,13 @@ async def connections(mallory: Tenant, refusals: Refusals, raging: anyio.Event) 
             if index % 2:
                 peer.sendall(b"PRI * HTTP/2.0\r\n"[: 3 + index % 12])
             await anyio.lowlevel.checkpoint()
+        # Those past the bound are closed at once, the others when their handshake is given up.
+        with anyio.move_on_after(HANDSHAKE_S / 2):
+            while refusals.codes["closed"] < CONNECTIONS - ADMISSION.max_connections:
+                await anyio.sleep(0.05)
+                refusals.codes["closed"] = sum(_closed(peer) for peer in held)
         raging.set()
-        while True:
-            await anyio.sleep(0.2)
-            refusals.codes["closed"] = sum(_closed(peer) for peer in held)
+        await anyio.sleep_forever()
     finally:
         for peer in held:
             peer.close()
