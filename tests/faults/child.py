@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from gateway.config import GatewayConfig
+from gateway.core.liveness import LivenessLimits
 from gateway.main import run as run_gateway
 from tests.faults.fleet import CLOCK_MARK
 from workers.config import ReplicaSettings, WorkerConfig
@@ -29,7 +30,8 @@ def main(options: dict[str, Any]) -> None:
     signal.signal(signal.SIGUSR1, _say_the_time)
     role = options.pop("role")
     if role == "gateway":
-        run_gateway(GatewayConfig(**options))
+        liveness = LivenessLimits(**options.pop("liveness"))
+        run_gateway(GatewayConfig(liveness=liveness, **options))
         return
     replica = ReplicaSettings(**options.pop("replica"))
     engine_options = tuple(sorted(options.pop("engine_options").items()))

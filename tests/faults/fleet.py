@@ -71,6 +71,8 @@ class Fleet:
         self.engine = engine
         self.store = store
         self.directory = directory
+        self.liveness: dict[str, float] = {}
+        """What gateways have otherwise than by default."""
         self.nodes: dict[str, Node] = {}
         self.ended: list[Child] = []
         self.records: RedisStore
@@ -108,7 +110,7 @@ class Fleet:
         port = free_port()
         listen = f"127.0.0.1:{port}"
         self.proxy.add(f"client:{name}", ("127.0.0.1", 0), ("127.0.0.1", port))
-        options = {"listen": listen, "gateway_id": name}
+        options = {"listen": listen, "gateway_id": name, "liveness": self.liveness}
         self.nodes[name] = Node(name, "gateway", options, self.directory / f"{name}.tmp")
         return self.nodes[name]
 
@@ -193,15 +195,19 @@ async def fleet(
     workers: int = 3,
     gateways: int = 2,
     clocks: bool = False,
+    patient: bool = False,
 ) -> AsyncIterator[Fleet]:
     """A running fleet. At the end no child of this process may be left. ``clocks``: those of the
-    workers can be set."""
+    workers can be set. ``patient``: gateways do not replace a worker that only stands still for a
+    moment, where the machine does other work too."""
     directory = Path(tempfile.mkdtemp(prefix="sessile-faults-"))
     before = set(children())
     try:
         async with anyio.create_task_group() as traffic:
             proxy = Proxy(traffic)
             built = Fleet(proxy, store, engine, directory)
+            if patient:
+                built.liveness = {"suspect_after_s": 3.0, "down_after_s": 4.0}
             try:
                 await store.start(proxy, directory)
                 built.records = RedisStore(await connect(store.url_for_checks))

@@ -10,11 +10,14 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
+from gateway.core.errors import MigrationRefused, Unavailable
+from tests.faults.agents import Door
 from tests.faults.breakpoints import Breakpoint, Way
 from tests.faults.fleet import Node
 from tests.faults.proof import Unproven, until
 from tests.faults.rounds import (
     LONG_PROMPT,
+    PHASE_S,
     Reached,
     Round,
     Scenario,
@@ -95,6 +98,19 @@ async def kv_import(round_: Round) -> Reached:
     return Reached(target.victim, source.point)
 
 
+async def moved(round_: Round, door: Door, target: Node, point: Breakpoint) -> None:
+    """Moves the focus session; again while that is refused, for a replica that stood still for a
+    moment takes none."""
+    with anyio.move_on_after(PHASE_S):
+        while True:
+            result = await migrate(door, round_.focus, target)
+            round_.prove(f"the move: {' '.join(str(result).split())}")
+            refused = isinstance(result, MigrationRefused | Unavailable)
+            if point.hit.is_set() or not refused:
+                return
+            await anyio.sleep(0.2)
+
+
 async def transfer(round_: Round) -> tuple[Reached, Reached]:
     """(source, target) with a page half across; in every other round the session's turn runs."""
     source = await round_.owner(round_.focus)
@@ -109,11 +125,7 @@ async def transfer(round_: Round) -> tuple[Reached, Reached]:
     link = round_.proxy.links[f"kv:{source.name}"]
     link.arm(point)
 
-    async def move() -> None:
-        result = await migrate(round_.agents[1].door, round_.focus, target)
-        round_.prove(f"the move: {' '.join(str(result).split())}")
-
-    round_.tasks.start_soon(move)
+    round_.tasks.start_soon(moved, round_, round_.agents[1].door, target, point)
     await round_.reach(point)
     received = sum(connection.received[Way.DOWN] for connection in link.connections)
     whole = 20 + LONG_PROMPT // 16 * 256
@@ -201,11 +213,7 @@ async def gw_migration(round_: Round) -> Reached:
         point = Breakpoint(way, lambda s: s.script == script)
         round_.proxy.links[f"redis:{gateway.name}"].arm(point)
 
-    async def move() -> None:
-        result = await migrate(door, round_.focus, target)
-        round_.prove(f"the move: {' '.join(str(result).split())}")
-
-    round_.tasks.start_soon(move)
+    round_.tasks.start_soon(moved, round_, door, target, point)
     await round_.reach(point)
     return Reached(gateway, point, late=step == 2)
 

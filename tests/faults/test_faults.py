@@ -15,9 +15,10 @@ from statestore import keys
 from tests.faults.agents import Agent
 from tests.faults.breakpoints import Breakpoint, Verdict, Way
 from tests.faults.catalogue import CLASSES, FLEETS
-from tests.faults.fleet import Fleet
+from tests.faults.fleet import Fleet, fleet
 from tests.faults.proxy import Proxy
 from tests.faults.rounds import FaultClass, Round, play
+from tests.faults.servers import SingleStore
 from tests.faults.verdict import undisturbed
 
 CHEAP = (
@@ -50,7 +51,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 async def running(anyio_backend: str) -> AsyncIterator[Fleet]:
-    async with FLEETS["everysec"]() as made:
+    async with fleet(SingleStore("everysec"), patient=True) as made:
         yield made
 
 

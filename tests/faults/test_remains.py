@@ -49,7 +49,7 @@ async def test_pages_that_no_turn_can_use_are_noticed(lost_pages: int, complaint
     """A worker that has fewer pages than it should, and says nothing of it."""
     pages = str(4096 - lost_pages)
     engine = dataclasses.replace(SIM, options=lambda d: SIM.options(d) | {"capacity_pages": pages})
-    async with fleet(SingleStore(), engine=engine, workers=1, gateways=1) as running:
+    async with fleet(SingleStore(), engine=engine, workers=1, gateways=1, patient=True) as running:
         found = await what_is_left(running)
     assert len(found) == bool(complaint), found
     assert all(complaint in what for what in found), found
