@@ -19,6 +19,7 @@ from statestore.redis_failures import (
     FAILURES,
     ScriptUnknown,
     check_info,
+    close_all,
     failure,
     no_answer,
     tell_doubts,
@@ -180,7 +181,7 @@ class ClusterExecutor:
             tell_doubts(info, self._wait.replicas, where=f" at {node.name}")
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await close_all(self._client)
 
 
 def _is_no_reply(reply: object) -> bool:

@@ -25,6 +25,7 @@ from statestore.redis_failures import (
     FAILURES,
     ScriptUnknown,
     check_info,
+    close_all,
     failure,
     failure_to_connect,
     no_answer,
@@ -92,8 +93,7 @@ class ServerExecutor:
         tell_doubts(info, self._wait.replicas)
 
     async def aclose(self) -> None:
-        for client in (self._client, *self._sentinels):
-            await client.aclose()
+        await close_all(self._client, *self._sentinels)
 
 
 async def connect(

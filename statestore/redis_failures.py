@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from redis import exceptions as errors
 
@@ -21,6 +21,20 @@ FAILURES = (errors.RedisError, errors.RedisClusterException, OSError, RuntimeErr
 
 # Conditions of a server that pass, or that an operator ends while callers repeat.
 _TRANSIENT = ("BUSY", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS", "MISCONF", "OOM")
+
+
+class _Client(Protocol):
+    async def aclose(self) -> None: ...
+
+
+async def close_all(*clients: _Client) -> None:
+    """Closes every one. That a connection does not close in order (TLS waits for the peer's word)
+    is no failure of what was done over it."""
+    for client in clients:
+        try:
+            await client.aclose()
+        except FAILURES as error:
+            log.info("a connection to the store was dropped, not closed: %s", error)
 
 
 class ScriptUnknown(StoreUnavailable):

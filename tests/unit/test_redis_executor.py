@@ -196,6 +196,23 @@ async def test_an_append_costs_one_read_and_two_writes(backend: ServerBackend) -
     assert calls == {"evalsha": 1, "hmget": 1, "time": 1, "append": 1, "hset": 1}
 
 
+class Deaf:
+    """A client whose peer does not answer the end of the connection."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def aclose(self) -> None:
+        self.asked += 1
+        raise errors.TimeoutError("Timed out closing connection after 0.4")
+
+
+async def test_a_peer_that_does_not_answer_a_close_fails_nobody() -> None:
+    clients: list[Any] = [Deaf(), Deaf(), Deaf()]
+    await ServerExecutor(clients[0], clients[1:]).aclose()
+    assert [client.asked for client in clients] == [1, 1, 1]
+
+
 @pytest.mark.slow
 async def test_sentinel_leads_to_the_new_primary_after_a_fail_over() -> None:
     with (
