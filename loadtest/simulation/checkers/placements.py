@@ -9,13 +9,16 @@ there and nobody has reported yet is known to it alone), and so is whom a caller
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
 from unittest import mock
 
 import gateway.app.assignment
 import gateway.app.migration
 import gateway.core.migration
+from gateway.app.assignment import Assigner, Assignment
 from gateway.core import placement
 from gateway.core.fleet import FleetSnapshot, Replica
 from gateway.core.placement import Decision, NoCandidate, PlacementModel, PlacementRequest
@@ -25,6 +28,9 @@ from loadtest.simulation.checkers.witness import Witness
 from loadtest.simulation.loop import current_process, true_time
 from loadtest.simulation.world import World
 from statestore.records import ReplicaRef
+
+Retake = Callable[..., Awaitable[Assignment | None]]
+_by_memory: ContextVar[bool] = ContextVar("by_memory", default=False)
 
 
 @contextmanager
@@ -39,6 +45,7 @@ def judged_placements(world: World, witness: Witness) -> Iterator[None]:
             (gateway.app.migration, "place", judge.place),
             (gateway.app.migration, "unfit", judge.unfit),
             (gateway.core.migration, "place", judge.place),
+            (Assigner, "retake", judge.by_memory(Assigner.retake)),
         ):
             patches.enter_context(mock.patch.object(module, name, judged))
         yield
@@ -80,6 +87,19 @@ class Placements:
             self._complain(request, f"P14: may not go to {replica.ref} ({why}), which can take it")
         return why
 
+    def by_memory(self, retake: Retake) -> Retake:
+        """What it chooses by is what a gateway remembers of a session, which need not be so any
+        more: where that finds nobody, the session is read and it chooses again."""
+
+        async def judged(*args: Any, **kwargs: Any) -> Assignment | None:
+            before = _by_memory.set(True)
+            try:
+                return await retake(*args, **kwargs)
+            finally:
+                _by_memory.reset(before)
+
+        return judged
+
     def judge(
         self, fleet: FleetSnapshot, request: PlacementRequest, chosen: Decision | NoCandidate
     ) -> None:
@@ -89,6 +109,8 @@ class Placements:
             source, target = chosen.pull_from, chosen.replica.ref.replica_id
             if source is not None and not same_kv(self._world, source.ref.replica_id, target):
                 self._complain(request, f"P14: {target} is to pull KV of another model")
+            return
+        if _by_memory.get():
             return
         for live in self._world.live_replicas():
             if live.ref is None or not self._must_fit(live.ref, request):

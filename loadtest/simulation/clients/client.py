@@ -86,6 +86,8 @@ class Client:
         """An operator has suspended or closed the session, or is about to."""
         self.minds_itself = False
         """It does so itself just now: operators keep out of it."""
+        self.closing = False
+        """It has asked for the close, which may be done though it is not answered."""
         self.closed = False
         self.vanished = False
         """It left in mid-turn and does not come back, not even to be told of a loss."""

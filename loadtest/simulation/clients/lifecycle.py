@@ -66,7 +66,8 @@ async def fork(parent: Agent, agents: list[Agent], name: str) -> None:
             child = await _fork(parent, agents, name)
         await _work(child, agents, FORK_TURNS)
     except (NotFound, SessionClosed):
-        parent.expect(parent.closed or parent.operated, "P20: an open session cannot be forked")
+        closed = parent.closed or parent.closing or parent.operated
+        parent.expect(closed, "P20: an open session cannot be forked")
 
 
 async def _fork(parent: Agent, agents: list[Agent], name: str) -> Agent:
@@ -149,6 +150,7 @@ async def close(agent: Agent, *, purge: bool) -> None:
 async def _close(agent: Agent, *, purge: bool) -> None:
     request = session_pb2.CloseSessionRequest(session_id=agent.session_id, purge=purge)
     await _remember(agent)
+    agent.closing = True
     try:
         await agent.ask(lambda app: app.sessions.close(agent.tenant, request))
     except NotFound:

@@ -43,8 +43,8 @@ async def poison(scene: Scene, draw: random.Random) -> None:
     """A turn that kills every process that runs it, before it says anything (P10)."""
     agent = Agent(scene.world, f"p{draw.getrandbits(24)}", random.Random(draw.random()), brief=True)
     agent.poison = True
-    await agent.open()
     scene.agents.append(agent)
+    await agent.open()
     killed: list[SimReplica] = []
 
     def kill(session_id: str) -> None:

@@ -39,8 +39,9 @@ async def lose_writes(scene: Scene, draw: random.Random) -> None:
             return
         before = scene.world.server.snapshot()
         await scene.pause(draw, 0.02, MAX_LOSS_S)
-        scene.note("writes are lost")
-        scene.world.server.restore(before)
+        if not _any_is_new(scene):
+            scene.note("writes are lost")
+            scene.world.server.restore(before)
 
 
 async def lose_writes_and_owner(scene: Scene, draw: random.Random) -> None:
@@ -65,6 +66,8 @@ async def lose_a_move(scene: Scene, draw: random.Random) -> None:
         before = scene.world.server.snapshot()
         await move(scene, agent, target, mover)
         moved = await _say(scene, agent, mover, "t1", 2)
+        if _any_is_new(scene):
+            return
         scene.note(f"the move of {agent.session_id} is lost")
         scene.world.server.restore(before)
     heard = [moved]
@@ -94,7 +97,8 @@ async def lose_a_turn(scene: Scene, draw: random.Random) -> None:
         before = scene.world.server.snapshot()
         first = await _say(scene, agent, gateway, "t1", 8)
         victim = await _owner(scene, agent)
-        if first.finished is None or victim is None or len(scene.world.live_replicas()) < 2:
+        alone = len(scene.world.live_replicas()) < 2
+        if first.finished is None or victim is None or alone or _any_is_new(scene):
             return
         scene.note(f"a turn of {agent.session_id} is lost, kill {victim.name}")
         scene.world.server.restore(before)
@@ -218,7 +222,8 @@ async def _holds(scene: Scene, agent: Agent, known: TurnHeard) -> bool:
 
 
 def _any_is_new(scene: Scene) -> bool:
-    """Clients would have to open their sessions again, if the store lost its last writes."""
+    """Clients would have to open their sessions again, if the store lost its last writes: those
+    that do so now, or did just before or since its state of a moment ago."""
     now = anyio.current_time()
     return any(not a.session_id or now - a.opened_at < 2 * MAX_LOSS_S for a in scene.agents)
 
