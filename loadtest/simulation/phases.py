@@ -93,6 +93,8 @@ async def _work_in_a_storm(
             async with anyio.create_task_group() as faults:
                 await storm.blow(faults)
             await storm.mend()
+    if scope.cancelled_caught:
+        await storm.mend()  # what is judged next asks until it is answered
     await anyio.sleep(SETTLE_S)
     return ["I7: the agents did not come to an end"] if scope.cancelled_caught else []
 

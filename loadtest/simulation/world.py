@@ -101,6 +101,8 @@ class SimGateway:
     name: str
     process: Process
     app: GatewayApp
+    serves: bool = False
+    """It has read the fleet and takes calls; or did, before it ended."""
     ended: bool = False
 
 
@@ -233,6 +235,7 @@ class World:
             async with anyio.create_task_group() as handlers:
                 await gateway.app.fleet.refresh()
                 self.network.listen(Listener(gateway.name, gateway.process, gateway.app, handlers))
+                gateway.serves = True
                 await gateway.app.run()
         except* (StoreMisconfigured, StoreUnavailable):
             pass

@@ -59,6 +59,9 @@ async def kill_gateway(scene: Scene, draw: random.Random) -> None:
             scene.world.start_gateway(victim.name)
             victim = scene.world.gateways[victim.name]
             await anyio.sleep(RESTART_S)
+            # Without the store's answer it ends again, after as long as it waits for that.
+            while not (victim.ended or victim.serves):  # noqa: ASYNC110 - it tells nobody
+                await anyio.sleep(RESTART_S)
             if not victim.ended:
                 return
 
