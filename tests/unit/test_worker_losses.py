@@ -53,6 +53,17 @@ async def cut_off(w: World, replica: RunningReplica, timeout_ms: int = 60_000) -
     return heard
 
 
+async def broken_off(
+    w: World, replica: RunningReplica, request: pb.DispatchTurnRequest
+) -> tuple[Heard, Standby]:
+    """A turn whose run broke off after its client had more tokens than the store's standby has."""
+    heard = Heard()
+    standby = Standby(w, heard)
+    await listen(replica, request, heard, between=standby.follow, until=lambda h: len(h.tokens) > 9)
+    await replica.break_off()
+    return heard, standby
+
+
 async def check_is_back(w: World, heard: Heard) -> None:
     stored = await w.turn()
     assert stored.status is TurnStatus.COMMITTED
@@ -106,13 +117,8 @@ def test_so_are_tokens_of_a_turn_that_broke_off(overdue: bool) -> None:
     async def test() -> None:
         async with world() as w:
             replica = await owner(w)
-            heard = Heard()
-            standby = Standby(w, heard)
             request = await w.request(replica, timeout_ms=1000 if overdue else 60_000)
-            await listen(
-                replica, request, heard, between=standby.follow, until=lambda h: len(h.tokens) > 9
-            )
-            await replica.break_off()
+            heard, standby = await broken_off(w, replica, request)
             await anyio.sleep(SOON)
             standby.promote()
             await w.store.sweep(9)
@@ -136,15 +142,9 @@ def test_so_are_those_lost_between_look_and_resume(overdue: bool) -> None:
     @in_virtual_time
     async def test() -> None:
         async with world() as w:
-            replica = await owner(w)
-            heard, again = Heard(), Heard()
-            standby = Standby(w, heard)
-            timeout_ms = 1000 if overdue else 60_000
-            request = await w.request(replica, timeout_ms=timeout_ms)
-            await listen(
-                replica, request, heard, between=standby.follow, until=lambda h: len(h.tokens) > 9
-            )
-            await replica.break_off()
+            replica, again = await owner(w), Heard()
+            request = await w.request(replica, timeout_ms=1000 if overdue else 60_000)
+            heard, standby = await broken_off(w, replica, request)
             request.turn.resume_from.CopyFrom(heard.end)
             away = anyio.Event()
 
